@@ -1,0 +1,25 @@
+"""RedNet and involution (Li et al., CVPR 2021) for PyTorch: the network, its checkpoints, its fast inference form."""
+
+from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from model.involution import Involution, involution
+from model.labels import Label
+from model.prepare import Output, Prepared, prepare
+from model.preprocess import Preprocess
+from model.rednet import RedNet, RedNetConfig, create_rednet
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Involution",
+    "Label",
+    "Output",
+    "Prepared",
+    "Preprocess",
+    "RedNet",
+    "RedNetConfig",
+    "create_rednet",
+    "involution",
+    "load_checkpoint",
+    "prepare",
+    "save_checkpoint",
+]

@@ -1,0 +1,123 @@
+"""From a photo to the pixels a network expects: one implementation for training, evaluation and serving."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]  # [3, H, W], RGB
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}  # both antialias when they shrink
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How photos become network inputs. Travels with the weights, because the weights were trained for it.
+
+    Attributes:
+        resize: length of the photo's short side after scaling, in pixels.
+        crop: side of the square cut from the middle, in pixels.
+        interpolation: how it is scaled.
+        mean, std: of RGB values in 0..1; the network sees (value - mean) / std.
+
+    Raises:
+        ValueError: the numbers do not describe a crop.
+    """
+
+    resize: int = 256
+    crop: int = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop <= self.resize:
+            raise ValueError(f"crop must lie between 1 and resize, got crop {self.crop} and resize {self.resize}")
+        if self.interpolation not in FILTERS:
+            raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}, got {self.interpolation!r}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0.0) <= 0:
+            raise ValueError(f"mean and std must hold three values, std above 0, got {self.mean} and {self.std}")
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """The photo upright, scaled and cropped, [3, crop, crop]. Reads the pixels of a lazily opened file.
+
+        Raises:
+            OSError, ValueError, SyntaxError and others of Pillow's: the file is damaged.
+        """
+        # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which costs that much less. Twice the size that is
+        # needed is left for the antialiasing filter, which hides the difference.
+        scale = 2 * self.resize / min(image.size)
+        if scale < 1:
+            image.draft(None, (int(image.width * scale), int(image.height * scale)))
+        return self.square(upright_rgb(image))
+
+    def square(self, image: Image.Image) -> Pixels:
+        """The middle of an upright RGB photo, resized and cropped in one step, so that only pixels that stay are made."""
+        side = min(image.size) * self.crop / self.resize
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        return scaled_box(image, (left, top, left + side, top + side), self.crop, self.interpolation)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Network input, float32, from uint8 pixels [B, 3, H, W] on any device."""
+        mean = torch.tensor(self.mean, device=pixels.device).reshape(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).reshape(3, 1, 1)
+        return (pixels.float() / 255 - mean) / std
+
+
+def scaled_box(
+    image: Image.Image, box: tuple[float, float, float, float], side: int, interpolation: str = "bilinear"
+) -> Pixels:
+    """The part of an RGB photo inside box (left, top, right, bottom), scaled to [3, side, side]."""
+    scaled = image.resize((side, side), FILTERS[interpolation], box=box)
+    return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any photo as 8-bit RGB, turned the way its EXIF tag says, what is transparent over white.
+
+    Raises:
+        OSError, ValueError, SyntaxError and others of Pillow's: the pixels are damaged.
+    """
+    image.load()
+    with suppress(Exception):  # a broken EXIF block raises nearly anything, and is no reason to refuse a sound photo
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bits(np.asarray(image)).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return _not_none(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=image.getchannel("A"))
+        return paper
+    return image.convert("RGB")
+
+
+def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
+    """Grey of 16 or 32 bits or floats. Their full scale is the smallest usual one that holds the largest value."""
+    grey = np.nan_to_num(values.astype(np.float32), posinf=0.0).clip(min=0)
+    largest = float(grey.max(initial=0))
+    if values.dtype.itemsize == 2:
+        scales = [65535.0]
+    else:
+        scales = [1.0, 255.0, 65535.0] if values.dtype.kind == "f" else [255.0, 65535.0]
+    full_scale = next((scale for scale in scales if largest <= scale), largest)
+    return Image.fromarray((grey * (255 / full_scale)).round().astype(np.uint8))
+
+
+def _not_none(image: Image.Image | None) -> Image.Image:
+    assert image is not None, "this is a bug: profileToProfile returns an image unless asked to work in place"
+    return image

@@ -1,0 +1,154 @@
+"""The web application: routes, the one table from errors to HTTP statuses, and what surrounds every request."""
+
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, RedirectResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import errors, log
+from service.decode import Decoder
+from service.journey import Journey
+from service.metrics import Metrics
+from service.routes import health, v1
+from service.schemas import ModelBody
+from service.settings import Settings
+from service.types import EngineClient
+
+logger = logging.getLogger(__name__)
+
+STATUS: Mapping[type[errors.ServiceError], int] = {
+    errors.MalformedRequest: 400,
+    errors.PayloadTooLarge: 413,
+    errors.UnsupportedMediaType: 415,
+    errors.UnreadableImage: 422,
+    errors.Overloaded: 429,
+    errors.Internal: 500,
+    errors.NotReady: 503,
+    errors.Draining: 503,
+    errors.DeadlineExceeded: 504,
+}
+CLIENT_LEFT = 499  # for metrics and the log; nobody is there to receive it
+
+
+def create_app(
+    settings: Settings, client: EngineClient, decoder: Decoder, metrics: Metrics, model: ModelBody
+) -> FastAPI:
+    """The application around an engine's client, which it closes when it shuts down.
+
+    Args:
+        settings: limits on bodies and deadlines.
+        client: the engine.
+        decoder: for the images of requests.
+        metrics: what `/metrics` shows.
+        model: what `/v1/model` says.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await client.close()
+        decoder.close()
+
+    app = FastAPI(title="RedNet Serve", description="A RedNet involution classifier.", lifespan=lifespan)
+    app.state.client, app.state.metrics, app.state.model = client, metrics, model
+    app.state.journey = Journey(settings, client, decoder, metrics)
+    app.include_router(v1.router)
+    app.include_router(health.router)
+    app.add_api_route("/", _home, include_in_schema=False)
+    app.add_exception_handler(errors.ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(Surroundings, metrics=metrics)
+    metrics.watch(client)
+    return app
+
+
+async def _home() -> Response:
+    return RedirectResponse("/docs")
+
+
+def _error_response(error: errors.ServiceError) -> Response:
+    headers = {}
+    if isinstance(error, errors.Refused):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return JSONResponse(v1.error_body(error), STATUS[type(error)], headers)
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.ServiceError)
+    if isinstance(error, errors.Refused):
+        metrics: Metrics = request.app.state.metrics
+        metrics.refused(error.code)
+    return _error_response(error)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """A parameter that FastAPI could not read."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return _error_response(errors.MalformedRequest(f"{place}: {first['msg']}"))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """No such path or method: the framework's own statuses, in the shape of our errors."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "malformed_request")
+    content = {"error": {"code": code, "message": str(error.detail)}}
+    return JSONResponse(content, error.status_code, dict(error.headers or {}))
+
+
+class Surroundings:
+    """Around every request: its id, its line in the log, its place in the metrics, and an answer to any defect."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        log.request_id.set(request_id)
+        started = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        self._metrics.request_started()
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = CLIENT_LEFT
+        except Exception:
+            logger.exception("a defect")
+            if not status:
+                await _error_response(errors.Internal())(scope, receive, send_with_id)
+        finally:
+            duration_s = time.monotonic() - started
+            endpoint = getattr(scope.get("route"), "path", "unmatched")
+            self._metrics.request_done(endpoint, status or CLIENT_LEFT, duration_s)
+            if endpoint.startswith("/v"):
+                logger.info("%s %s %d in %.1f ms", scope["method"], endpoint, status, 1000 * duration_s)
+
+
+def _request_id(given: str | None) -> str:
+    """The caller's id, if it is fit for a header and a log line, else a new one."""
+    return given if given and re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex

@@ -1,0 +1,233 @@
+"""The command line. Each command imports what it needs, so that `--help` is instant."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from service.settings import add_flags, read_settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `rednet`; returns the exit status: 0 done, 1 partly or wholly failed, 2 asked for the impossible."""
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except (ValueError, OSError) as error:  # what users can mend; anything else is a defect and shows its trace
+        print(f"rednet: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rednet", description="Serve, try and train RedNet involution classifiers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = _command(commands, "serve", _serve, "answer requests over HTTP; every option is also REDNET_<OPTION>")
+    add_flags(serve)
+
+    predict = _command(commands, "predict", _predict, "classify photos, without a server")
+    predict.add_argument("photos", nargs="+", metavar="PHOTO", type=Path)
+    _add_checkpoint(predict)
+    predict.add_argument("--top-k", type=_at_least_one, default=5, metavar="K", help="classes per photo (default: 5)")
+    _add_json(predict)
+
+    info = _command(commands, "info", _info, "what a checkpoint is and what would run it here")
+    _add_checkpoint(info)
+    _add_json(info)
+
+    convert = _command(commands, "convert", _convert, "an official .pth checkpoint into ours")
+    convert.add_argument("input", metavar="IN", type=Path)
+    convert.add_argument("output", metavar="OUT.safetensors", type=Path)
+    convert.add_argument("--depth", type=int, metavar="N", help="refuse anything but RedNet-N")
+    convert.add_argument("--labels", type=Path, metavar="F", help="names of the classes: JSON, or text with one a line")
+
+    train = _command(commands, "train", _train, "train on DATA_DIR/train/<class>/*; resumes after a kill")
+    train.add_argument("data", metavar="DATA_DIR", type=Path)
+    train.add_argument("--output", required=True, type=Path, metavar="F", help="the checkpoint to write (.safetensors)")
+    _add_recipe(train)
+    _add_device(train)
+
+    evaluate = _command(commands, "evaluate", _evaluate, "accuracy on DATA_DIR/val/<class>/*")
+    evaluate.add_argument("data", metavar="DATA_DIR", type=Path)
+    _add_checkpoint(evaluate)
+    evaluate.add_argument("--precision", default="auto", metavar="P", help="auto, fp32, bf16 or fp16 (default: auto)")
+    _add_device(evaluate)
+    _add_json(evaluate)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], description: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, metavar="F", help="default: the embedded one")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The fields of `model.train.Recipe`, which is not imported here: with it comes torch, two seconds for a `--help`."""
+    for flag, default, description in (
+        ("--depth", 26, "26, 38, 50, 101 or 152"),
+        ("--base-channels", 64, "width of the network; 64 is the paper's"),
+        ("--epochs", 30, "passes over the photos"),
+        ("--size", 128, "pixels of a training crop; the network is served at 8/7 of it or a little more"),
+        ("--batch-size", 64, "photos per step"),
+        ("--learning-rate", 0.15, "at its peak"),
+        ("--warmup-epochs", 2.0, "until the peak is reached"),
+        ("--weight-decay", 5e-4, "on weight matrices"),
+        ("--label-smoothing", 0.1, "share of the target spread over all classes"),
+        ("--seed", 0, "order, crops and first weights follow from it"),
+    ):
+        parser.add_argument(
+            flag, type=type(default), default=default, metavar="N", help=f"{description} (default: {default})"
+        )
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _serve(options: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(options).items() if name != "run"}
+    settings = read_settings(flags, os.environ)
+    from service.main import serve
+
+    return serve(settings)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    import torch
+
+    from model import load_checkpoint, prepare
+    from service.decode import decode_image
+    from service.errors import ServiceError
+    from service.routes.v1 import error_body
+    from service.scores import top_classes
+    from service.settings import Settings
+
+    checkpoint = load_checkpoint(options.checkpoint)
+    run = prepare(checkpoint.net, checkpoint.preprocess)
+    names = [label.name for label in checkpoint.labels]
+    predictions: list[Any] = []
+    failed = False
+    for photo in options.photos:
+        try:
+            pixels = decode_image(photo.read_bytes(), checkpoint.preprocess, Settings().max_pixels)
+            logits = run(torch.from_numpy(pixels)[None]).logits[0].cpu().numpy()
+            predictions.append({"classes": top_classes(logits, names, options.top_k)})
+        except ServiceError as error:
+            failed = True
+            predictions.append(error_body(error))
+        if not options.json:
+            _print_prediction(photo, predictions[-1])
+    if options.json:
+        print(json.dumps({"model": checkpoint.name, "predictions": predictions}))
+    return 1 if failed else 0
+
+
+def _print_prediction(photo: Path, prediction: Any) -> None:
+    print(photo)
+    if "error" in prediction:
+        print(f"  {prediction['error']['message']}")
+    for score in prediction.get("classes", []):
+        print(f"  {score['probability']:6.1%}  {score['label']}")
+
+
+def _info(options: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    from model import load_checkpoint, prepare
+    from service.main import MAX_BATCH_SIZE, describe
+
+    checkpoint = load_checkpoint(options.checkpoint)
+    prepared = prepare(checkpoint.net, checkpoint.preprocess)
+    model = describe(checkpoint, prepared, MAX_BATCH_SIZE[prepared.device.type]).model_dump()
+    model["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    if options.json:
+        print(json.dumps(model))
+        return 0
+    for key, value in model.items():
+        match value:
+            case dict():
+                print(f"{key}:")
+                print("\n".join(f"  {name}: {item}" for name, item in value.items()))
+            case list():
+                names = [label["label"] for label in value]
+                print(f"{key}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
+            case _:
+                print(f"{key}: {value}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from model import load_checkpoint, save_checkpoint
+    from model.labels import read_labels
+
+    checkpoint = load_checkpoint(options.input)
+    config = checkpoint.net.config
+    if options.depth is not None and options.depth != config.depth:
+        raise ValueError(f"{options.input} is a {config.name}, not a rednet{options.depth}")
+    if options.labels is not None:
+        labels = read_labels(options.labels)
+        if len(labels) != config.num_classes:
+            raise ValueError(f"{options.labels} names {len(labels)} classes; the network has {config.num_classes}")
+        checkpoint = replace(checkpoint, labels=labels)
+    save_checkpoint(options.output, checkpoint)
+    print(f"{options.output}: {config.name}, {config.num_classes} classes")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from model.prepare import resolve_device
+    from model.train import Recipe, train
+
+    recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
+    train(options.data, options.output, recipe, device=resolve_device(options.device), workers=os.cpu_count() or 1)
+    print(f"{options.output}: done")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from model import load_checkpoint, prepare
+    from model.evaluate import evaluate
+    from model.photos import find_photos
+
+    checkpoint = load_checkpoint(options.checkpoint)
+    run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision)
+    _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
+    accuracy = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=os.cpu_count() or 1)
+    result = {"model": checkpoint.name, "precision": run.precision, **accuracy}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(f"{result['images']} photos: top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What can go wrong with a request. Codes are stable and part of the contract; HTTP statuses are not known here."""
+
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """Base of all of them; the message is meant for the caller."""
+
+    code: ClassVar[str]
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class MalformedRequest(ServiceError):
+    """The body or a parameter cannot be understood."""
+
+    code = "malformed_request"
+
+
+class PayloadTooLarge(ServiceError):
+    """More bytes, pixels or images than the server takes."""
+
+    code = "payload_too_large"
+
+
+class UnsupportedMediaType(ServiceError):
+    """Not an image, or of a format that is not served."""
+
+    code = "unsupported_media_type"
+
+
+class UnreadableImage(ServiceError):
+    """The format is known, the data is broken."""
+
+    code = "unreadable_image"
+
+
+class DeadlineExceeded(ServiceError):
+    """The caller's deadline passed before there was an answer."""
+
+    code = "deadline_exceeded"
+
+
+class Internal(ServiceError):
+    """A defect of the server. The log says what happened; the answer does not."""
+
+    code = "internal"
+
+    def __init__(self, message: str = "an internal error; the server's log has the details") -> None:
+        super().__init__(message)
+
+
+class Refused(ServiceError):
+    """The server takes no work right now.
+
+    Attributes:
+        retry_after_s: when it is worth trying again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(Refused):
+    """The queue is full."""
+
+    code = "overloaded"
+
+
+class NotReady(Refused):
+    """The model is still being loaded and warmed up."""
+
+    code = "not_ready"
+
+
+class Draining(Refused):
+    """The server is about to stop."""
+
+    code = "draining"

@@ -1,0 +1,105 @@
+"""One request's journey: body -> encoded images -> pixels -> answers, before its deadline, while its caller waits."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from service.decode import Decoder
+from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
+from service.metrics import Metrics
+from service.settings import Settings
+from service.types import EngineClient, Inference
+from service.uploads import Upload, parse_uploads, read_body
+
+T = TypeVar("T")
+
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+LONGEST_TIMEOUT_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one image."""
+
+    outcome: Inference | ServiceError
+    decode_s: float
+
+
+class Journey:
+    """Takes requests that carry images to their answers.
+
+    Args:
+        settings: limits on bodies and deadlines.
+        client: the engine.
+        decoder: for the images.
+        metrics: told of every image.
+    """
+
+    def __init__(self, settings: Settings, client: EngineClient, decoder: Decoder, metrics: Metrics) -> None:
+        self._settings = settings
+        self._client = client
+        self._decoder = decoder
+        self._metrics = metrics
+
+    async def answers(self, request: Request) -> Sequence[Answer]:
+        """An answer for every image of the request, in order.
+
+        Raises:
+            ServiceError: there is none for the request as a whole.
+            ClientDisconnect: the caller left; what was being done for them was dropped.
+        """
+        timeout_s = self._timeout_s(request)
+        deadline = time.monotonic() + timeout_s
+        with self._client.admit(0):  # refuse before the body is read
+            pass
+        try:
+            async with asyncio.timeout(timeout_s):
+                claimed = request.headers.get("content-length")
+                body = await read_body(request.stream(), claimed, self._settings.max_body_bytes)
+                uploads = parse_uploads(request.headers.get("content-type", ""), body)
+                with self._client.admit(len(uploads)):
+                    work = asyncio.gather(*(self._answer(upload, deadline) for upload in uploads))
+                    return await _unless_disconnected(request, work)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+
+    async def _answer(self, upload: Upload, deadline: float) -> Answer:
+        decode_s = 0.0
+        try:
+            if isinstance(upload, ServiceError):
+                raise upload
+            try:
+                pixels, decode_s = await self._decoder.decode(upload)
+            except asyncio.CancelledError:
+                self._metrics.dropped("decode", 1)
+                raise
+            self._metrics.stage("decode", decode_s)
+            return Answer(await self._client.infer(pixels, deadline), decode_s)
+        except ServiceError as error:
+            return Answer(error, decode_s)
+
+    def _timeout_s(self, request: Request) -> float:
+        text = request.headers.get(TIMEOUT_HEADER)
+        if text is None:
+            return self._settings.request_timeout_s
+        if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= LONGEST_TIMEOUT_MS):
+            raise MalformedRequest(f"{TIMEOUT_HEADER} must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}")
+        return int(text) / 1000
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """The result of work, which is cancelled as soon as the caller hangs up. The body must have been read."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())  # with the body read, the next message can only be a disconnect
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()

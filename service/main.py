@@ -1,0 +1,113 @@
+"""Builds everything and wires it together."""
+
+import logging
+import os
+import time
+from dataclasses import asdict
+from types import FrameType
+
+import uvicorn
+
+from model import Checkpoint, Prepared, load_checkpoint, prepare
+from service import log
+from service.app import create_app
+from service.batcher import Batcher
+from service.client import LocalClient
+from service.decode import Decoder
+from service.engine import Engine
+from service.metrics import Metrics
+from service.runner import TorchRunner, set_threads
+from service.schemas import LabelBody, ModelBody
+from service.settings import Settings
+from service.types import EngineClient, State
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_SIZE = {"cpu": 8, "cuda": 64}
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with a drain: after SIGTERM or SIGINT the port stays open, and refuses, until all that was accepted is
+    answered. A second signal stops at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._client = client
+        self._drain_timeout_s = drain_timeout_s
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + self._drain_timeout_s
+            self._client.begin_drain()
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._client.state is State.FAILED:
+            return True
+        if self._drain_until is not None and (not self._client.queue_depth or time.monotonic() > self._drain_until):
+            return True
+        return await super().on_tick(counter)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.force_exit or self._client.state is State.FAILED else 0
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal ends it; returns the process's exit status.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint or the device cannot be used.
+    """
+    log.configure(settings.log_level)
+    set_threads(None if settings.threads == "auto" else settings.threads)
+    checkpoint = load_checkpoint(settings.checkpoint)
+    prepared = prepare(checkpoint.net, checkpoint.preprocess, settings.device, settings.precision)
+    max_batch_size = settings.max_batch_size
+    if max_batch_size == "auto":
+        max_batch_size = MAX_BATCH_SIZE[prepared.device.type]
+    model = describe(checkpoint, prepared, max_batch_size)
+    metrics = Metrics()
+    metrics.model(name=model.name, architecture=model.architecture, device=model.device, precision=model.precision)
+    batcher = Batcher(max_batch_size, settings.max_wait_ms / 1000)
+    client = LocalClient(Engine(lambda: TorchRunner(prepared, max_batch_size), batcher, metrics), settings.max_queue)
+    decoder = Decoder(checkpoint.preprocess, settings.max_pixels, threads=os.cpu_count() or 1)
+    app = create_app(settings, client, decoder, metrics, model)
+    client.start()
+    logger.info("serving %s on %s in %s", model.name, model.device, model.precision)
+    server = Server(_uvicorn_config(app, settings), client, settings.drain_timeout_s)
+    server.run()
+    return server.exit_code
+
+
+def describe(checkpoint: Checkpoint, prepared: Prepared, max_batch_size: int) -> ModelBody:
+    """What `/v1/model` and `rednet info` say."""
+    net = checkpoint.net
+    return ModelBody(
+        name=checkpoint.name,
+        architecture=net.config.name,
+        parameters=sum(parameter.numel() for parameter in net.parameters()),
+        config=asdict(net.config),
+        labels=[LabelBody(index=i, id=label.id, label=label.name) for i, label in enumerate(checkpoint.labels)],
+        preprocess=asdict(checkpoint.preprocess),
+        provenance=dict(checkpoint.provenance),
+        device=str(prepared.device),
+        precision=prepared.precision,
+        backend=prepared.backend,
+        max_batch_size=max_batch_size,
+    )
+
+
+def _uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+    )

@@ -1,0 +1,104 @@
+"""What Prometheus sees. All times in seconds."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from service.types import EngineClient, Job, State
+
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+Stage = Literal["decode", "queue", "inference", "respond"]
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own. Also the engine's `EngineEvents`."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        self._requests = Histogram(
+            "rednet_request_duration_seconds",
+            "Time from the first byte of a request to the last of its answer.",
+            ("endpoint", "status"),
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self._stages = Histogram(
+            "rednet_stage_duration_seconds",
+            "Time of one image in one stage; respond: of one answer being encoded.",
+            ("stage",),
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self._batch_size = Histogram(
+            "rednet_batch_size", "Images in a batch that ran.", buckets=BATCH_BUCKETS, registry=registry
+        )
+        self._queue_depth = Gauge("rednet_queue_depth", "Images accepted and not yet answered.", registry=registry)
+        self._inflight = Gauge("rednet_inflight_requests", "Requests being worked on.", registry=registry)
+        self._backlog = Gauge("rednet_backlog_seconds", "Predicted time to work off the queue.", registry=registry)
+        self._images = Counter(
+            "rednet_images", "Images answered, by what came of them.", ("endpoint", "outcome"), registry=registry
+        )
+        self._refused = Counter("rednet_refused", "Requests refused before any work.", ("reason",), registry=registry)
+        self._cancelled = Counter(
+            "rednet_cancelled",
+            "Images dropped because their caller left or their deadline passed, by the stage they were in.",
+            ("stage",),
+            registry=registry,
+        )
+        self._ready = Gauge("rednet_ready", "1 while requests are taken.", registry=registry)
+        self._model = Gauge(
+            "rednet_model_info",
+            "1; the labels say what is served.",
+            ("name", "architecture", "device", "precision"),
+            registry=registry,
+        )
+
+    def watch(self, client: EngineClient) -> None:
+        """Read the gauges from the client whenever they are scraped."""
+        self._queue_depth.set_function(lambda: client.queue_depth)
+        self._backlog.set_function(lambda: client.backlog_s)
+        self._ready.set_function(lambda: client.state is State.READY)
+
+    def model(self, *, name: str, architecture: str, device: str, precision: str) -> None:
+        self._model.labels(name, architecture, device, precision).set(1)
+
+    def request_started(self) -> None:
+        self._inflight.inc()
+
+    def request_done(self, endpoint: str, status: int, duration_s: float) -> None:
+        self._inflight.dec()
+        self._requests.labels(endpoint, str(status)).observe(duration_s)
+
+    def stage(self, stage: Stage, duration_s: float) -> None:
+        self._stages.labels(stage).observe(duration_s)
+
+    def image(self, endpoint: str, outcome: str) -> None:
+        self._images.labels(endpoint, outcome).inc()
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(reason).inc()
+
+    def dropped(self, stage: Literal["decode", "queue"], count: int) -> None:
+        self._cancelled.labels(stage).inc(count)
+
+    def batch_done(self, jobs: Sequence[Job], queue_s: Sequence[float], inference_s: float) -> None:
+        self._batch_size.observe(len(jobs))
+        for waited_s in queue_s:
+            self.stage("queue", waited_s)
+            self.stage("inference", inference_s)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,141 @@
+"""The native endpoints: predictions, features, and what is served."""
+
+import io
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Header, Query, Request, Response
+
+from service.errors import ServiceError
+from service.journey import Answer
+from service.metrics import Metrics
+from service.routes.context import JourneyOf, MetricsOf, ModelOf
+from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_images
+from service.scores import top_classes
+from service.types import Floats, Inference
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "malformed_request"},
+    413: {"model": ErrorBody, "description": "payload_too_large"},
+    415: {"model": ErrorBody, "description": "unsupported_media_type"},
+    422: {"model": ErrorBody, "description": "unreadable_image"},
+    429: {"model": ErrorBody, "description": "overloaded"},
+    500: {"model": ErrorBody, "description": "internal"},
+    503: {"model": ErrorBody, "description": "not_ready or draining"},
+    504: {"model": ErrorBody, "description": "deadline_exceeded"},
+}
+NPY = "application/x-npy"
+
+router = APIRouter(prefix="/v1", tags=["v1"])
+
+
+@router.post("/predict", response_model=PredictBody, responses=ERRORS, openapi_extra=described_images())
+async def predict(
+    request: Request,
+    journey: JourneyOf,
+    model: ModelOf,
+    metrics: MetricsOf,
+    top_k: Annotated[int, Query(ge=1, description="classes per image; all of them where there are fewer")] = 5,
+) -> Response:
+    """The likeliest classes of each image.
+
+    Send the image itself as the body, a form with any number of files, or JSON with base64. An image that cannot be
+    read has its error in its place; if none can be read, the answer's status is the error's.
+    """
+    answers = await _answers(request, journey, metrics)
+    started = time.monotonic()
+    names = [label.label for label in model.labels]
+    predictions = [
+        {"classes": top_classes(answer.outcome.logits, names, top_k)}
+        if isinstance(answer.outcome, Inference)
+        else error_body(answer.outcome)
+        for answer in answers
+    ]
+    return _json({"model": model.name, "predictions": predictions}, answers, metrics, started)
+
+
+@router.post(
+    "/features",
+    response_model=FeaturesBody,
+    responses={**ERRORS, 200: {"content": {NPY: {"schema": {"type": "string", "format": "binary"}}}}},
+    openapi_extra=described_images(),
+)
+async def features(
+    request: Request,
+    journey: JourneyOf,
+    model: ModelOf,
+    metrics: MetricsOf,
+    normalize: Annotated[bool, Query(description="scale each vector to length 1")] = False,
+    accept: Annotated[str, Header(description=f"{NPY} for a float32 array [N, D] instead of JSON")] = "*/*",
+) -> Response:
+    """The feature vector of each image: the last stage, averaged over all positions.
+
+    As an array the answer has no place for errors: there, one image that cannot be read fails the request.
+    """
+    answers = await _answers(request, journey, metrics)
+    started = time.monotonic()
+    rows = [_features(answer, normalize) for answer in answers]
+    if NPY in accept:
+        if failed := next((row for row in rows if isinstance(row, ServiceError)), None):
+            raise failed
+        content = io.BytesIO()
+        np.save(content, np.stack([row for row in rows if isinstance(row, np.ndarray)]))
+        return _respond(content.getvalue(), NPY, answers, metrics, started)
+    vectors = [error_body(row) if isinstance(row, ServiceError) else row for row in rows]
+    dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
+    return _json({"model": model.name, "dimension": dimension, "features": vectors}, answers, metrics, started)
+
+
+@router.get("/model")
+async def model(model: ModelOf) -> ModelBody:
+    """What is served: name, architecture, labels, preprocessing, device."""
+    return model
+
+
+def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
+    """An error as it stands in every answer."""
+    return {"error": {"code": error.code, "message": error.message}}
+
+
+async def _answers(request: Request, journey: JourneyOf, metrics: Metrics) -> Sequence[Answer]:
+    """The answers for a request's images, counted; raises the first error where not one image has an answer."""
+    answers = await journey.answers(request)
+    endpoint = request.url.path
+    for answer in answers:
+        outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
+        metrics.image(endpoint, outcome)
+    errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
+    if len(errors) == len(answers):
+        raise errors[0]
+    return answers
+
+
+def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
+    if isinstance(answer.outcome, ServiceError):
+        return answer.outcome
+    vector = answer.outcome.features
+    return vector / max(float(np.linalg.norm(vector)), 1e-12) if normalize else vector
+
+
+def _json(content: dict[str, Any], answers: Sequence[Answer], metrics: Metrics, started: float) -> Response:
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return _respond(body, "application/json", answers, metrics, started)
+
+
+def _respond(body: bytes, media_type: str, answers: Sequence[Answer], metrics: Metrics, started: float) -> Response:
+    metrics.stage("respond", time.monotonic() - started)
+    return Response(body, media_type=media_type, headers={"Server-Timing": _server_timing(answers)})
+
+
+def _server_timing(answers: Sequence[Answer]) -> str:
+    """The slowest image's times, in milliseconds, and the largest batch."""
+    inferences = [answer.outcome for answer in answers if isinstance(answer.outcome, Inference)]
+    decode_s = max(answer.decode_s for answer in answers)
+    queue_s = max(inference.queue_s for inference in inferences)
+    inference_s = max(inference.inference_s for inference in inferences)
+    batch = max(inference.batch_size for inference in inferences)
+    times = {"decode": decode_s, "queue": queue_s, "inference": inference_s}
+    return ", ".join(f"{stage};dur={1000 * time_s:.1f}" for stage, time_s in times.items()) + f', batch;desc="{batch}"'

@@ -1,0 +1,83 @@
+"""Every option of `rednet serve`, once: as a flag, as a `REDNET_*` variable and as a field of one frozen value."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PREFIX = "REDNET_"
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class SettingsError(ValueError):
+    """An option cannot be used; the message names it."""
+
+
+class Settings(BaseModel):
+    """Options of the server. A field `max_queue` is the flag `--max-queue` and the variable `REDNET_MAX_QUEUE`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: Path | None = Field(
+        None, description="checkpoint file (.safetensors or official .pth); default: the embedded one"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="arithmetic of the network")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    threads: Literal["auto"] | Count = Field("auto", description="cores that one batch may use on the CPU")
+    max_batch_size: Literal["auto"] | Count = Field(
+        "auto", description="images in one batch; auto: 8 on a CPU, 64 on a GPU"
+    )
+    max_wait_ms: float = Field(
+        0.0, ge=0, le=10_000, description="how long a batch may wait to fill; 0: no longer than the device is busy"
+    )
+    max_queue: Count = Field(256, description="images accepted and not yet answered; more are refused with 429")
+    request_timeout_s: float = Field(30.0, gt=0, description="deadline of a request that names none")
+    drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long accepted requests may still take")
+    max_body_mb: float = Field(32.0, gt=0, description="size of a request body, in MB of 1,000,000 bytes")
+    max_pixels: Count = Field(50_000_000, description="pixels of one image, width times height, known from its header")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the log tells")
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 1_000_000)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting. Flags that are not given leave no trace, so that the environment can speak."""
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else f" (default: {field.default})"
+        help_text = f"{field.description}{default}".replace("%", "%%")
+        parser.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, metavar=_metavar(name), help=help_text)
+
+
+def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+    """The settings: flags before environment before defaults.
+
+    Raises:
+        SettingsError: a value is out of range, or a `REDNET_*` variable names no option (it is probably misspelt).
+    """
+    variables = {key: value for key, value in environment.items() if key.startswith(PREFIX)}
+    known = {PREFIX + name.upper(): name for name in Settings.model_fields}
+    if unknown := sorted(variables.keys() - known.keys()):
+        raise SettingsError(f"{unknown[0]} is no option; there are {', '.join(known)}")
+    values: dict[str, Any] = {known[key]: value for key, value in variables.items()} | dict(flags)
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        source = _flag(name) if name in flags else PREFIX + name.upper()
+        raise SettingsError(f"{source} cannot be {values[name]!r}: {first['msg']}") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _metavar(name: str) -> str:
+    return name.rsplit("_", 1)[-1].upper()

@@ -1,0 +1,111 @@
+"""The values that travel through the server, and the seams along the way."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import ServiceError
+
+Pixels = NDArray[np.uint8]  # [3, H, W], RGB
+Floats = NDArray[np.float32]
+
+
+class RunnerOutput(NamedTuple):
+    """One forward pass over B images."""
+
+    logits: Floats  # [B, num_classes]
+    features: Floats  # [B, feature_channels]
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """The network's answer for one image, and what it took."""
+
+    logits: Floats  # [num_classes]
+    features: Floats  # [feature_channels]
+    queue_s: float
+    inference_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image on its way to the device. Times are those of the engine's clock, in seconds."""
+
+    id: int
+    pixels: Pixels
+    enqueued: float
+    deadline: float
+    reply: Callable[[Inference | ServiceError], None]  # called exactly once, from the engine's thread; must not raise
+
+
+class State(StrEnum):
+    """Where a server is in its life; only `ready` takes work."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class ModelRunner(Protocol):
+    """The device. Used from one thread only."""
+
+    def warm_up(self) -> None:
+        """Do everything that makes a first call slower than later ones."""
+
+    def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
+        """One forward pass over images of one size."""
+
+
+class EngineEvents(Protocol):
+    """What the engine tells those who watch it. Called on the engine's thread; must be quick and must not raise."""
+
+    def batch_done(self, jobs: Sequence[Job], queue_s: Sequence[float], inference_s: float) -> None: ...
+
+    def dropped(self, stage: Literal["queue"], count: int) -> None: ...
+
+
+class EngineClient(Protocol):
+    """The engine as the routes see it, wherever it runs."""
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def queue_depth(self) -> int:
+        """Images accepted and not yet answered."""
+
+    @property
+    def backlog_s(self) -> float:
+        """Predicted time to answer all of them."""
+
+    def admit(self, images: int) -> AbstractContextManager[None]:
+        """Hold places for images while they are decoded and inferred; with 0, only ask whether any would be free.
+
+        Raises:
+            Refused: there is no room, or the server takes no work at all.
+            PayloadTooLarge: there would never be room for so many.
+        """
+
+    async def infer(self, pixels: Pixels, deadline: float) -> Inference:
+        """The answer for one image. Cancelling it takes the image out of the queue.
+
+        Args:
+            pixels: the image.
+            deadline: by `time.monotonic()`; no device time is spent on the image after it.
+
+        Raises:
+            DeadlineExceeded, Draining, Internal: there is no answer.
+        """
+
+    def begin_drain(self) -> None:
+        """Take no more work; what was accepted is still answered."""
+
+    async def close(self) -> None:
+        """Stop; what is still unanswered is answered with an error."""

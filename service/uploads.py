@@ -1,0 +1,96 @@
+"""A request body to the encoded images in it: the three ways to send them."""
+
+import base64
+import binascii
+import io
+from collections.abc import AsyncIterator, Sequence
+
+from pydantic import ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import File, FormParser, parse_options_header
+
+from service.errors import MalformedRequest, PayloadTooLarge
+from service.schemas import ImagesBody
+
+Upload = bytes | MalformedRequest  # an image, or why this one of several cannot be read
+
+
+async def read_body(chunks: AsyncIterator[bytes], claimed_bytes: str | None, max_bytes: int) -> bytes:
+    """The whole body, or an error as soon as it is known to be too large, whatever its Content-Length claims.
+
+    Raises:
+        PayloadTooLarge: it has, or claims, more than max_bytes.
+    """
+    too_large = PayloadTooLarge(f"the body is larger than {max_bytes} bytes")
+    if claimed_bytes is not None and claimed_bytes.isdecimal() and int(claimed_bytes) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+def parse_uploads(content_type: str, body: bytes) -> Sequence[Upload]:
+    """The images of a body, at least one, in order. What is neither a form nor JSON is taken as the image itself.
+
+    Raises:
+        MalformedRequest: there are none, or the body is not what its Content-Type says.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind == b"multipart/form-data":
+        images: Sequence[Upload] = _parse_form(options.get(b"boundary"), body)
+    elif kind == b"application/json":
+        images = _parse_json(body)
+    else:
+        images = [body] if body else []
+    if not images:
+        raise MalformedRequest("the request holds no image")
+    return images
+
+
+def _parse_json(body: bytes) -> list[Upload]:
+    try:
+        encoded = ImagesBody.model_validate_json(body).images
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "body"
+        raise MalformedRequest(f'JSON must be {{"images": ["<base64>", ...]}}: {place}: {first["msg"]}') from None
+    return [_decode_base64(text) for text in encoded]
+
+
+def _decode_base64(text: str) -> Upload:
+    if text.startswith("data:"):  # a data URL, as browsers make them
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return MalformedRequest("not base64")
+
+
+def _parse_form(boundary: bytes | None, body: bytes) -> list[Upload]:
+    """The file parts of a form, whatever their names; parts without a file name are passed over."""
+    files: list[Upload] = []
+    complete = False
+
+    def on_file(file: File) -> None:
+        data = file.file_object
+        assert isinstance(data, io.BytesIO), "this is a bug: uploads stay in memory, where no disk is written"
+        if file.file_name or data.getbuffer().nbytes:  # browsers send an empty, nameless part for an empty input
+            files.append(data.getvalue())
+
+    def on_end() -> None:
+        nonlocal complete
+        complete = True
+
+    try:
+        config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
+        parser = FormParser("multipart/form-data", None, on_file, on_end, boundary=boundary, config=config)
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise MalformedRequest(f"the form cannot be read: {error}") from error
+    if not complete:
+        raise MalformedRequest("the form ends before its closing boundary")
+    return files

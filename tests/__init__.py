@@ -1,0 +1,1 @@
+"""Flat on purpose: a `tests/model/` would shadow the package under test."""

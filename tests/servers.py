@@ -1,0 +1,149 @@
+"""Real servers on free ports: as a process, or in a thread where a test must bring its own runner."""
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import numpy as np
+import uvicorn
+
+from model import Preprocess
+from service.app import create_app
+from service.batcher import Batcher
+from service.client import LocalClient
+from service.decode import Decoder
+from service.engine import Engine
+from service.metrics import Metrics
+from service.schemas import LabelBody, ModelBody
+from service.settings import Settings
+from service.types import ModelRunner, Pixels, RunnerOutput
+
+REDNET = Path(sys.executable).with_name("rednet")
+PATIENCE_S = 60.0
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Return as soon as the condition holds; fail when it does not within a minute."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        time.sleep(0.01)
+
+
+class ServerProcess:
+    """`rednet serve` as users run it."""
+
+    def __init__(self, *options: object, ready: bool = True) -> None:
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  (closed in __exit__)
+        command = [REDNET, "serve", "--port", "0", *options]
+        self.process = subprocess.Popen([str(part) for part in command], stderr=self._log)
+        wait_until(lambda: self._url() is not None or self.process.poll() is not None, "the port")
+        url = self._url()
+        assert url is not None, self.log
+        self.url = url
+        self.client = httpx.Client(base_url=url, timeout=PATIENCE_S)
+        if ready:
+            wait_until(lambda: self.client.get("/readyz").status_code == 200, "readiness")
+
+    @property
+    def log(self) -> str:
+        return Path(self._log.name).read_text()
+
+    def _url(self) -> str | None:
+        found = re.search(r"running on (http://\S+)", self.log)
+        return found[1] if found else None
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+    def terminate(self) -> int:
+        """Ask it to stop; returns its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_S)
+
+
+class FakeRunner:
+    """A runner whose answers tests can foresee: the logits are the means of the channels. It can wait or fail."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.warm = threading.Event()
+        self.go_on = threading.Event()  # a batch waits for it
+        self.running = threading.Event()  # a batch has begun
+        self.fail_on: Callable[[Sequence[Pixels]], bool] = lambda pixels: False
+        self.warm.set()
+        self.go_on.set()
+
+    def warm_up(self) -> None:
+        assert self.warm.wait(PATIENCE_S)
+
+    def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
+        self.running.set()
+        assert self.go_on.wait(PATIENCE_S)
+        self.batches.append(len(pixels))
+        if self.fail_on(pixels):
+            raise RuntimeError("a failure that the test asked for")
+        means = np.stack([image.mean(axis=(1, 2), dtype=np.float32) for image in pixels])
+        return RunnerOutput(means, means[:, :2])
+
+
+class ServerThread:
+    """The whole application under uvicorn in a thread, around a runner of the test's own."""
+
+    def __init__(self, runner: ModelRunner, **options: object) -> None:
+        settings = Settings.model_validate(options)
+        preprocess = Preprocess(resize=32, crop=32)
+        metrics = Metrics()
+        batch_size = 8 if settings.max_batch_size == "auto" else settings.max_batch_size
+        engine = Engine(lambda: runner, Batcher(batch_size, settings.max_wait_ms / 1000), metrics)
+        self.engine_client = LocalClient(engine, settings.max_queue)
+        labels = [LabelBody(index=index, id=name, label=name) for index, name in enumerate(("red", "green", "blue"))]
+        model = ModelBody(
+            name="fake",
+            architecture="none",
+            parameters=0,
+            config={},
+            labels=labels,
+            preprocess={},
+            provenance={},
+            device="cpu",
+            precision="fp32",
+            backend="a fake",
+            max_batch_size=batch_size,
+        )
+        decoder = Decoder(preprocess, settings.max_pixels, threads=2)
+        app = create_app(settings, self.engine_client, decoder, metrics, model)
+        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run)
+
+    def __enter__(self) -> "ServerThread":
+        self.engine_client.start()
+        self._thread.start()
+        wait_until(lambda: self._server.started, "the port")
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        self._server.should_exit = True
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive(), "the server did not stop"

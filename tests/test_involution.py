@@ -1,0 +1,144 @@
+"""The operator and its implementations, against the definition and against each other."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import Involution, involution
+from model.kernels import IMPLEMENTATIONS, operator, use
+
+
+def by_hand(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """The paper's equation 4, one multiplication at a time."""
+    batch, channels, height, width = x.shape
+    groups, taps, h, w = kernel.shape[1:]
+    k = round(taps**0.5)
+    out = torch.zeros(batch, channels, h, w, dtype=x.dtype)
+    for b, c, y, xx, u, v in itertools.product(*map(range, (batch, channels, h, w, k, k))):
+        row, column = y * stride + u - k // 2, xx * stride + v - k // 2
+        if 0 <= row < height and 0 <= column < width:
+            out[b, c, y, xx] += kernel[b, c // (channels // groups), u * k + v, y, xx] * x[b, c, row, column]
+    return out
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
+    batch, groups, width_of_group = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 16]))
+    height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    k, stride = draw(st.sampled_from([1, 3, 5, 7])), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    x = torch.randn(batch, groups * width_of_group, height, width, generator=generator, dtype=torch.float64)
+    shape = (batch, groups, k * k, -(-height // stride), -(-width // stride))
+    kernel = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if draw(st.booleans()):  # the same values, strewn over memory
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+        kernel = kernel.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x, kernel, stride
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("k", "stride"), [(3, 1), (3, 2), (7, 1)])
+def test_every_implementation_is_the_papers_equation(name: str, k: int, stride: int) -> None:
+    """Sums written out one product at a time give the same values."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(2, 4, 5, 4).double(), torch.randn(2, 2, k * k, -(-5 // stride), -(-4 // stride)).double()
+    with use(name):
+        torch.testing.assert_close(involution(x, kernel, stride), by_hand(x, kernel, stride))
+
+
+@settings(max_examples=80, deadline=None)
+@given(inputs())
+def test_implementations_agree_on_values_and_gradients(case: tuple[Tensor, Tensor, int]) -> None:
+    """Over random shapes, strides, group widths, memory layouts and empty batches, all are equal to the definition."""
+    x, kernel, stride = case
+    results = {}
+    for name in IMPLEMENTATIONS:
+        with use(name):
+            leaves = x.detach().requires_grad_(), kernel.detach().requires_grad_()
+            out = involution(*leaves, stride)
+            gradients = torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
+            results[name] = (out.detach(), *gradients)
+    for result in results.values():
+        torch.testing.assert_close(result, results["reference"])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    """Both gradients, at stride 1 and 2, on odd maps."""
+    torch.manual_seed(0)
+    for stride in (1, 2):
+        x = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+        shape = (2, 2, 9, -(-5 // stride), -(-3 // stride))
+        kernel = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        with use(name):
+            assert torch.autograd.gradcheck(lambda a, b, s=stride: involution(a, b, s), (x, kernel))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own checking code
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_operator_keeps_torchs_rules(name: str) -> None:
+    """Schema, fake tensors, autograd registration and tracing pass torch's own check."""
+    x = torch.randn(2, 32, 6, 6, requires_grad=True)
+    kernel = torch.randn(2, 2, 9, 3, 3, requires_grad=True)
+    with use(name):
+        torch.library.opcheck(operator, (x, kernel, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """The result is the exact sum, rounded once."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(1, 16, 8, 8).to(dtype), torch.randn(1, 1, 49, 8, 8).to(dtype)
+    exact = by_hand(x.double(), kernel.double(), 1)
+    result = involution(x, kernel)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "stride", "message"),
+    [
+        ((2, 16, 4), (2, 1, 9, 4, 4), 1, r"x \[B, C, H, W\]"),
+        ((2, 16, 4, 4), (2, 1, 8, 4, 4), 1, "square of an odd K"),
+        ((2, 16, 4, 4), (2, 1, 9, 4, 4), 0, "stride >= 1"),
+        ((2, 16, 4, 4), (1, 1, 9, 4, 4), 1, "batch sizes must agree"),
+        ((2, 16, 4, 4), (2, 3, 9, 4, 4), 1, "groups divide the channels"),
+        ((2, 16, 5, 5), (2, 1, 9, 2, 2), 2, "must be 3x3"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(x: Any, kernel: Any, stride: int, message: str) -> None:
+    """Nothing is computed from shapes that contradict each other; the message says what is wrong."""
+    with pytest.raises(ValueError, match=message):
+        involution(torch.zeros(x), torch.zeros(kernel), stride)
+
+
+def test_dtypes_that_differ_are_refused() -> None:
+    """Mixed precision is an error, not a silent conversion."""
+    with pytest.raises(ValueError, match="float64"):
+        involution(torch.zeros(1, 16, 4, 4), torch.zeros(1, 1, 9, 4, 4).double())
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    """The message lists those that exist."""
+    with pytest.raises(ValueError, match="reference, portable"), use("fast"):
+        pass
+
+
+def test_the_layer_defines_odd_maps_at_stride_2() -> None:
+    """At an odd border the kernel comes from the pixels that exist, so a copied border row changes nothing."""
+    torch.manual_seed(0)
+    layer = Involution(16, 7, stride=2).eval()
+    x = torch.randn(1, 16, 5, 5)
+    assert layer(x).shape == (1, 16, 3, 3)
+    torch.testing.assert_close(layer.avgpool(x)[..., 2, 2], x[..., 4, 4])
+
+
+def test_a_layer_that_cannot_be_is_refused() -> None:
+    """Channels must divide into groups."""
+    with pytest.raises(ValueError, match="group_channels"):
+        Involution(24, 7)

@@ -1,0 +1,156 @@
+"""The network, against outputs of the official code."""
+
+import importlib.util
+import json
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model import RedNetConfig, create_rednet, load_checkpoint
+from model.rednet import BLOCKS
+from tests.shared import REFERENCE, needs_shared
+
+
+def deterministic() -> ModuleType:
+    """The module that rebuilds weights and inputs from names and seeds."""
+    spec = importlib.util.spec_from_file_location("deterministic", REFERENCE / "deterministic.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def relative_error(a: Tensor, b: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(a.numpy() - b) / np.linalg.norm(b))
+
+
+@needs_shared
+@pytest.mark.parametrize("depth", [26, 50, 101])
+@torch.inference_mode()
+def test_outputs_are_those_of_the_official_code(depth: int) -> None:
+    """Logits, features and stage maps agree within 1e-4, on a square and a wide input."""
+    golden = deterministic()
+    shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
+    net = create_rednet(f"rednet{depth}").eval()
+    net.load_state_dict(golden.deterministic_state_dict(shapes))
+    expected = np.load(REFERENCE / f"rednet{depth}.npz")
+    for name, x in (
+        ("square", golden.deterministic_images(1, 2, 224, 224)),
+        ("wide", golden.deterministic_images(2, 1, 224, 288)),
+    ):
+        stages = net.stages(x)
+        features = net.features(x)
+        assert relative_error(net(x), expected[f"{name}_logits"]) < 1e-4
+        assert relative_error(features, expected[f"{name}_features"]) < 1e-4
+        for number, stage in enumerate(stages, start=1):
+            sample = stage[:, :: max(1, stage.shape[1] // 16), ::7, ::7]
+            assert relative_error(sample, expected[f"{name}_stage{number}"]) < 1e-4
+
+
+@needs_shared
+@torch.inference_mode()
+def test_an_official_checkpoint_loads_by_its_path_alone() -> None:
+    """Depth, width, classes and labels come out of the file, and the outputs are the official code's."""
+    golden = deterministic()
+    checkpoint = load_checkpoint(REFERENCE / "official_tiny.pth")
+    config = checkpoint.net.config
+    assert (config.depth, config.base_channels, config.stem_channels, config.num_classes) == (26, 16, 32, 12)
+    assert [label.name for label in checkpoint.labels] == [f"class {index}" for index in range(12)]
+    expected = np.load(REFERENCE / "official_tiny.npz")
+    x = golden.deterministic_images(1, 2, 224, 224)
+    assert relative_error(checkpoint.net(x), expected["square_logits"]) < 1e-4
+    x = golden.deterministic_images(2, 1, 224, 288)
+    assert relative_error(checkpoint.net.features(x), expected["wide_features"]) < 1e-4
+
+
+@needs_shared
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_state_dict_names_are_the_official_ones(depth: int) -> None:
+    """Every name and every shape, so that checkpoints go both ways."""
+    shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
+    with torch.device("meta"):
+        state = create_rednet(f"rednet{depth}").state_dict()
+    assert {key: list(tensor.shape) for key, tensor in state.items()} == shapes
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(26, 9.23), (38, 12.39), (50, 15.54), (101, 25.65), (152, 33.98)])
+def test_parameter_counts_are_those_of_the_papers_table(depth: int, millions: float) -> None:
+    """Table 1 of the paper, to its last digit (it cuts where it could round)."""
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in create_rednet(f"rednet{depth}").parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 300), (33, 47), (1, 1)])
+@torch.inference_mode()
+def test_every_input_size_is_defined(height: int, width: int) -> None:
+    """Sizes at which the official code fails give maps of ceil(size / stride), finite everywhere."""
+    torch.manual_seed(0)
+    net = create_rednet("rednet26", num_classes=3, base_channels=16, stem_channels=32).eval()
+    stages = net.stages(torch.randn(1, 3, height, width))
+    for stage, stride in zip(stages, (4, 8, 16, 32), strict=True):
+        assert stage.shape[2:] == (-(-height // stride), -(-width // stride))
+        assert stage.isfinite().all()
+
+
+@torch.inference_mode()
+def test_the_logits_are_the_head_of_the_features() -> None:
+    """One forward pass gives all answers."""
+    torch.manual_seed(0)
+    net = create_rednet("rednet26", num_classes=3, base_channels=16, stem_channels=32).eval()
+    x = torch.randn(2, 3, 64, 64)
+    features = net.features(x)
+    assert features.shape == (2, net.config.feature_channels) == (2, 512)
+    torch.testing.assert_close(net(x), net.head(features))
+    torch.testing.assert_close(features, net.stages(x)[-1].mean(dim=(2, 3)))
+
+
+def test_every_field_of_the_configuration_shapes_the_network() -> None:
+    """Kernel sizes, reduction, group width, strides and input channels are no constants in the code."""
+    torch.manual_seed(0)
+    net = create_rednet(
+        "rednet26",
+        num_classes=3,
+        in_channels=1,
+        stem_channels=48,
+        base_channels=24,
+        strides=(1, 2, 1, 2),
+        kernel_size=5,
+        stem_kernel_size=5,
+        reduction_ratio=2,
+        group_channels=8,
+    ).eval()
+    assert net.state_dict()["backbone.layer1.0.conv2.conv2.conv.weight"].shape == (3 * 25, 12, 1, 1)
+    assert net.state_dict()["backbone.stem.1.conv2.conv.weight"].shape == (3 * 25, 12, 1, 1)
+    with torch.inference_mode():
+        stages = net.stages(torch.randn(1, 1, 64, 64))
+    assert [stage.shape[2] for stage in stages] == [16, 8, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 34}, "depth must be one of 26, 38, 50, 101, 152"),
+        ({"base_channels": 40}, "base_channels"),
+        ({"stem_channels": 48}, "stem_channels"),
+        ({"num_classes": 0}, "at least 1"),
+        ({"strides": (1, 2, 2)}, "four stages"),
+        ({"kernel_size": 4}, "odd"),
+        ({"reduction_ratio": 0}, "reduction_ratio"),
+    ],
+)
+def test_a_configuration_that_is_no_network_is_refused(fields: dict[str, object], message: str) -> None:
+    """At once, with a message that names the field."""
+    with pytest.raises(ValueError, match=message):
+        RedNetConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_an_unknown_network_is_refused() -> None:
+    """The message lists the five there are."""
+    with pytest.raises(ValueError, match="rednet26, rednet38"):
+        create_rednet("resnet50")
