@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Pixels = NDArray[np.uint8]  # [3, H, W], RGB
@@ -62,7 +62,7 @@ class Preprocess:
         return self.square(upright_rgb(image))
 
     def square(self, image: Image.Image) -> Pixels:
-        """The middle of an upright RGB photo, resized and cropped in one step, so that only pixels that stay are made."""
+        """The middle of an upright RGB photo, resized and cropped in one step: only pixels that stay are made."""
         side = min(image.size) * self.crop / self.resize
         left, top = (image.width - side) / 2, (image.height - side) / 2
         return scaled_box(image, (left, top, left + side, top + side), self.crop, self.interpolation)
@@ -95,11 +95,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         return _eight_bits(np.asarray(image)).convert("RGB")
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return _not_none(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # from La there is no direct way
         paper = Image.new("RGB", image.size, "white")
         paper.paste(image, mask=image.getchannel("A"))
         return paper
@@ -116,8 +113,3 @@ def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
         scales = [1.0, 255.0, 65535.0] if values.dtype.kind == "f" else [255.0, 65535.0]
     full_scale = next((scale for scale in scales if largest <= scale), largest)
     return Image.fromarray((grey * (255 / full_scale)).round().astype(np.uint8))
-
-
-def _not_none(image: Image.Image | None) -> Image.Image:
-    assert image is not None, "this is a bug: profileToProfile returns an image unless asked to work in place"
-    return image

@@ -83,7 +83,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The fields of `model.train.Recipe`, which is not imported here: with it comes torch, two seconds for a `--help`."""
+    """The fields of `model.train.Recipe`, not imported here because torch comes with it: two seconds for a `--help`."""
     for flag, default, description in (
         ("--depth", 26, "26, 38, 50, 101 or 152"),
         ("--base-channels", 64, "width of the network; 64 is the paper's"),

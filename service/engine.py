@@ -70,6 +70,7 @@ class Engine:
             runner = self._load()
             runner.warm_up()
             self.state = State.READY
+            log.info("ready")
             while not self._stopping:
                 self._step(runner)
         except BaseException:

@@ -84,7 +84,7 @@ class FakeRunner:
         self.warm = threading.Event()
         self.go_on = threading.Event()  # a batch waits for it
         self.running = threading.Event()  # a batch has begun
-        self.fail_on: Callable[[Sequence[Pixels]], bool] = lambda pixels: False
+        self.fail_on: Callable[[Sequence[Pixels]], bool] = lambda _: False
         self.warm.set()
         self.go_on.set()
 

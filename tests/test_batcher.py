@@ -1,0 +1,136 @@
+"""The queue as pure state."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from service.batcher import Batcher
+from service.errors import DeadlineExceeded, Internal, ServiceError
+from service.types import Inference, Job
+
+PIXELS = np.zeros((3, 1, 1), np.uint8)
+ANSWER = Inference(np.zeros(1, np.float32), np.zeros(1, np.float32), 0.0, 0.0, 1)
+
+
+def job(id_: int, enqueued: float = 0.0, deadline: float = 100.0, reply: Callable[..., None] = lambda _: None) -> Job:
+    return Job(id_, PIXELS, enqueued, deadline, reply)
+
+
+def test_a_batch_is_cut_at_once_and_in_order() -> None:
+    """Without a window a lone job does not wait; a full batch takes the oldest."""
+    batcher = Batcher(max_batch_size=2)
+    for id_ in (7, 3, 5):
+        batcher.add(job(id_))
+    assert [job.id for job in batcher.next_batch(0.0)] == [7, 3]
+    assert [job.id for job in batcher.next_batch(0.0)] == [5]
+    assert batcher.next_batch(0.0) == []
+
+
+def test_a_window_counts_from_the_oldest_job() -> None:
+    """A batch that is not full waits until its oldest job has waited long enough, a full one not at all."""
+    batcher = Batcher(max_batch_size=3, max_wait_s=5.0)
+    batcher.add(job(1, enqueued=10.0))
+    batcher.add(job(2, enqueued=14.0))
+    assert batcher.next_batch(14.9) == []
+    assert batcher.wake_at() == 15.0
+    assert len(batcher.next_batch(15.0)) == 2
+    for id_ in (3, 4, 5):
+        batcher.add(job(id_, enqueued=20.0))
+    assert len(batcher.next_batch(20.0)) == 3
+
+
+def test_it_wakes_for_the_first_deadline() -> None:
+    """With a window open, a deadline before its end still wakes the engine; an empty queue never does."""
+    batcher = Batcher(max_batch_size=8, max_wait_s=50.0)
+    assert batcher.wake_at() is None
+    batcher.add(job(1, deadline=90.0))
+    batcher.add(job(2, deadline=20.0))
+    assert batcher.wake_at() == 20.0
+    assert [job.id for job in batcher.expire(20.0)] == [2]
+    assert batcher.wake_at() == 50.0
+
+
+@pytest.mark.parametrize(("size", "wait_s"), [(0, 0.0), (1, -1.0)])
+def test_limits_that_make_no_sense_are_refused(size: int, wait_s: float) -> None:
+    """At construction, not when the first job comes."""
+    with pytest.raises(ValueError, match="max_batch_size"):
+        Batcher(size, wait_s)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Add, cancel, expire, batch and failure in any order: everyone who waits is answered, exactly once.
+
+    Jobs are answered the way the engine does it; what is asserted is what callers rely on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.batcher = Batcher(max_batch_size=3, max_wait_s=2.0)
+        self.jobs: dict[int, Job] = {}
+        self.answers: dict[int, list[Inference | ServiceError]] = {}
+        self.left: set[int] = set()  # cancelled while they were queued
+        self.queued: list[int] = []
+
+    @rule(patience=st.integers(0, 10))
+    def add(self, patience: int) -> None:
+        id_ = len(self.jobs)
+        answers = self.answers[id_] = []
+        self.jobs[id_] = job(id_, self.now, self.now + patience, answers.append)
+        self.batcher.add(self.jobs[id_])
+        self.queued.append(id_)
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        id_ = data.draw(st.sampled_from(sorted(self.jobs)))
+        cancelled = self.batcher.cancel(id_)
+        assert (cancelled is not None) == (id_ in self.queued)
+        if cancelled:
+            self.queued.remove(id_)
+            self.left.add(id_)
+
+    @rule(passed=st.integers(0, 4))
+    def time_passes(self, passed: int) -> None:
+        self.now += passed
+
+    @rule()
+    def expire(self) -> None:
+        late = self.batcher.expire(self.now)
+        assert {job.id for job in late} == {id_ for id_ in self.queued if self.jobs[id_].deadline <= self.now}
+        for each in late:
+            self.queued.remove(each.id)
+            each.reply(DeadlineExceeded("late"))
+
+    @rule(fails=st.booleans())
+    def run_batch(self, fails: bool) -> None:
+        self.expire()
+        batch = self.batcher.next_batch(self.now)
+        due = len(self.queued) >= 3 or (bool(self.queued) and self.jobs[self.queued[0]].enqueued + 2.0 <= self.now)
+        assert [job.id for job in batch] == (self.queued[:3] if due else [])
+        self.queued = self.queued[len(batch) :]
+        for each in batch:
+            assert each.deadline > self.now
+            assert each.id not in self.left
+            each.reply(Internal() if fails else ANSWER)
+
+    @invariant()
+    def everyone_is_queued_gone_or_answered_once(self) -> None:
+        assert len(self.batcher) == len(self.queued)
+        for id_, answers in self.answers.items():
+            assert len(answers) == (0 if id_ in self.queued or id_ in self.left else 1)
+
+    def teardown(self) -> None:
+        for each in self.batcher.clear():
+            self.queued.remove(each.id)
+            each.reply(Internal())
+        self.everyone_is_queued_gone_or_answered_once()
+        assert not self.queued
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -1,0 +1,92 @@
+"""Bytes to pixels, hostile ones included."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model import Preprocess
+from service.decode import decode_image
+from service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
+from tests.conftest import encoded, photo
+
+PREPROCESS = Preprocess(resize=40, crop=32)
+MAX_PIXELS = 1_000_000
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_every_served_format_is_decoded(file_format: str) -> None:
+    """To nearly the pixels that the picture was made from."""
+    pixels = decode_image(encoded(photo(), file_format), PREPROCESS, MAX_PIXELS)
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.dtype == np.uint8
+    difference = np.abs(pixels.astype(int) - PREPROCESS.pixels(photo()).astype(int))
+    assert difference.mean() < 8
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_file_cut_anywhere_is_an_error_or_an_image(file_format: str) -> None:
+    """Whatever is missing, nothing but the two errors for damaged images comes out, and mostly they do."""
+    data = encoded(photo(), file_format)
+    errors = 0
+    for length in range(16, len(data), max(1, len(data) // 60)):
+        try:
+            decode_image(data[:length], PREPROCESS, MAX_PIXELS)
+        except UnreadableImage:
+            errors += 1
+    assert errors > 20
+
+
+def test_only_served_formats_reach_a_decoder() -> None:
+    """A format that Pillow knows but the server does not serve is refused like text is."""
+    for data in (encoded(photo(), "PPM"), encoded(photo(), "ICO"), b"hello", b"\x00" * 100, b"%!PS-Adobe-3.0 EPSF-3.0"):
+        with pytest.raises(UnsupportedMediaType):
+            decode_image(data, PREPROCESS, MAX_PIXELS)
+
+
+def test_too_many_pixels_are_refused_from_the_header() -> None:
+    """A file of a few bytes that claims a billion pixels costs nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    with pytest.raises(PayloadTooLarge, match="40000x40000"):
+        decode_image(bomb, PREPROCESS, 50_000_000)
+    assert decode_image(encoded(photo(width=100, height=100)), PREPROCESS, 10_000).shape == (3, 32, 32)
+    with pytest.raises(PayloadTooLarge):
+        decode_image(encoded(photo(width=100, height=101)), PREPROCESS, 10_000)
+
+
+def test_a_text_bomb_is_an_error() -> None:
+    """A compressed PNG text chunk that unpacks to many megabytes is refused, not kept."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("comment", "a" * 30_000_000, zip=True)
+    with pytest.raises(UnreadableImage):
+        decode_image(encoded(photo(), "PNG", pnginfo=info), PREPROCESS, MAX_PIXELS)
+
+
+def test_the_first_frame_of_an_animation_counts() -> None:
+    """GIF and WebP."""
+    for file_format in ("GIF", "WEBP"):
+        content = io.BytesIO()
+        photo(1).save(content, file_format, save_all=True, append_images=[photo(2), photo(3)])
+        pixels = decode_image(content.getvalue(), PREPROCESS, MAX_PIXELS)
+        assert np.abs(pixels.astype(int) - PREPROCESS.pixels(photo(1)).astype(int)).mean() < 10
+
+
+def test_damage_does_not_reveal_where_the_code_lies() -> None:
+    """Messages speak of the image."""
+    data = bytearray(encoded(photo()))
+    data[60:] = bytes(len(data) - 60)
+    with pytest.raises(UnreadableImage) as caught:
+        decode_image(bytes(data), PREPROCESS, MAX_PIXELS)
+    assert "/" not in caught.value.message
+    assert Image.MAX_IMAGE_PIXELS is None

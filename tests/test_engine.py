@@ -1,0 +1,197 @@
+"""The engine thread, with a runner that waits or fails when it is told to."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from service.batcher import Batcher
+from service.engine import Engine
+from service.errors import DeadlineExceeded, Draining, Internal, ServiceError
+from service.types import Inference, Job, Pixels, RunnerOutput, State
+from tests.servers import FakeRunner, wait_until
+
+FAR = 1e9
+
+
+class Events:
+    """Remembers what the engine told."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.dropped_images = 0
+
+    def batch_done(self, jobs: Sequence[Job], queue_s: Sequence[float], inference_s: float) -> None:
+        assert len(queue_s) == len(jobs)
+        assert min(queue_s) >= 0
+        self.batches.append(len(jobs))
+
+    def dropped(self, stage: str, count: int) -> None:
+        assert stage == "queue"
+        self.dropped_images += count
+
+
+class Caller:
+    """Submits images and collects the answers."""
+
+    def __init__(self, engine: Engine, events: Events) -> None:
+        self.engine, self.events = engine, events
+        self.answers: dict[int, list[Inference | ServiceError]] = {}
+
+    def submit(self, value: int, deadline: float = FAR) -> int:
+        answers: list[Inference | ServiceError] = []
+        job_id = self.engine.submit(np.full((3, 2, 2), value, np.uint8), deadline, answers.append)
+        self.answers[job_id] = answers
+        return job_id
+
+    def outcome(self, job_id: int) -> Inference | ServiceError:
+        wait_until(lambda: bool(self.answers[job_id]), "an answer")
+        assert len(self.answers[job_id]) == 1
+        return self.answers[job_id][0]
+
+
+@contextmanager
+def running(runner: FakeRunner, max_wait_s: float = 0.0) -> Iterator[Caller]:
+    events = Events()
+    engine = Engine(lambda: runner, Batcher(8, max_wait_s), events)
+    engine.start()
+    try:
+        yield Caller(engine, events)
+    finally:
+        runner.warm.set()
+        runner.go_on.set()
+        engine.stop(10)
+
+
+def busy_then(runner: FakeRunner, caller: Caller, values: Sequence[int], deadline: float = FAR) -> list[int]:
+    """Queue images while the device is held by another one."""
+    runner.go_on.clear()
+    runner.running.clear()
+    caller.submit(0)
+    assert runner.running.wait(10)
+    return [caller.submit(value, deadline) for value in values]
+
+
+def test_a_batch_grows_while_the_device_is_busy() -> None:
+    """One image runs alone at once; those that came meanwhile run together, each with its own answer."""
+    runner = FakeRunner()
+    with running(runner) as caller:
+        ids = busy_then(runner, caller, [10, 20, 30])
+        runner.go_on.set()
+        outcomes = [caller.outcome(id_) for id_ in ids]
+        assert runner.batches == [1, 3]
+        for value, outcome in zip((10, 20, 30), outcomes, strict=True):
+            assert isinstance(outcome, Inference)
+            assert outcome.logits.tolist() == [value] * 3
+            assert outcome.batch_size == 3
+        wait_until(lambda: caller.events.batches == [1, 3], "the events")
+        assert caller.engine.seconds_per_image > 0
+
+
+def test_a_failing_image_fails_alone() -> None:
+    """Of a batch of eight with one image that the network cannot stand, seven are answered."""
+    runner = FakeRunner()
+    runner.fail_on = lambda pixels: any(image[0, 0, 0] == 66 for image in pixels)
+    with running(runner) as caller:
+        ids = busy_then(runner, caller, [1, 2, 3, 66, 5, 6, 7, 8])
+        runner.go_on.set()
+        outcomes = [caller.outcome(id_) for id_ in ids]
+        assert [isinstance(outcome, Inference) for outcome in outcomes] == [True] * 3 + [False] + [True] * 4
+        assert isinstance(outcomes[3], Internal)
+        assert isinstance(caller.outcome(caller.submit(9)), Inference)
+
+
+@pytest.mark.parametrize("output", ["too few", "not finite"])
+def test_answers_that_cannot_be_right_are_errors(output: str) -> None:
+    """A runner that returns too few rows, or NaNs, never has them passed on as answers."""
+
+    class Wrong(FakeRunner):
+        def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
+            logits = np.full((len(pixels), 3), np.nan if output == "not finite" else 0.0, np.float32)
+            return RunnerOutput(logits[output == "too few" :], logits)
+
+    with running(Wrong()) as caller:
+        assert isinstance(caller.outcome(caller.submit(1)), Internal)
+
+
+def test_no_device_time_is_spent_after_a_deadline() -> None:
+    """An image whose deadline passes in the queue is answered so and never runs."""
+    runner = FakeRunner()
+    with running(runner) as caller:
+        (late,) = busy_then(runner, caller, [1], deadline=time.monotonic() + 0.05)
+        time.sleep(0.1)
+        runner.go_on.set()
+        assert isinstance(caller.outcome(late), DeadlineExceeded)
+        assert runner.batches == [1]
+        assert caller.events.dropped_images == 1
+
+
+def test_a_cancelled_image_never_runs() -> None:
+    """Nobody is told, and its neighbours run without it."""
+    runner = FakeRunner()
+    with running(runner) as caller:
+        first, second = busy_then(runner, caller, [1, 2])
+        caller.engine.cancel(first)
+        runner.go_on.set()
+        assert isinstance(caller.outcome(second), Inference)
+        assert runner.batches == [1, 1]
+        assert caller.answers[first] == []
+        wait_until(lambda: caller.events.dropped_images == 1, "the event")
+
+
+def test_a_lone_image_does_not_wait_for_company() -> None:
+    """No timer by default; with a window, a batch that is not full waits for just that long."""
+    with running(FakeRunner()) as caller:
+        outcome = caller.outcome(caller.submit(1))
+        assert isinstance(outcome, Inference)
+        at_once_s = outcome.queue_s
+    with running(FakeRunner(), max_wait_s=0.3) as caller:
+        outcome = caller.outcome(caller.submit(1))
+        assert isinstance(outcome, Inference)
+        assert at_once_s < 0.3 <= outcome.queue_s
+
+
+def test_stopping_answers_everyone() -> None:
+    """What runs is finished, what waits is told that the server stops, what comes later as well."""
+    runner = FakeRunner()
+    with running(runner) as caller:
+        waiting = busy_then(runner, caller, [1, 2])
+        stopper = threading.Thread(target=caller.engine.stop)
+        stopper.start()
+        runner.go_on.set()
+        stopper.join(10)
+        for id_ in waiting:
+            assert isinstance(caller.outcome(id_), Inference | Draining)
+        assert isinstance(caller.outcome(caller.submit(3)), Draining)
+
+
+def test_a_model_that_cannot_be_loaded_fails_loudly() -> None:
+    """The state says so, and callers get an error instead of waiting for ever."""
+
+    def load() -> FakeRunner:
+        raise RuntimeError("no such weights")
+
+    engine = Engine(load, Batcher(8), Events())
+    caller = Caller(engine, Events())
+    early = caller.submit(1)
+    engine.start()
+    wait_until(lambda: engine.state is State.FAILED, "the failure")
+    assert isinstance(caller.outcome(early), Internal)
+    assert isinstance(caller.outcome(caller.submit(2)), Internal)
+
+
+def test_it_is_ready_only_when_it_is_warm() -> None:
+    """Images that come earlier wait."""
+    runner = FakeRunner()
+    runner.warm.clear()
+    with running(runner) as caller:
+        early = caller.submit(1)
+        time.sleep(0.05)
+        assert caller.engine.state is State.STARTING
+        assert not caller.answers[early]
+        runner.warm.set()
+        assert isinstance(caller.outcome(early), Inference)
+        wait_until(lambda: caller.engine.state is State.READY, "readiness")
