@@ -211,6 +211,11 @@ def _network(path: Path, config: RedNetConfig, tensors: Mapping[str, Tensor]) ->
         for key in wanted.keys() & tensors.keys()
         if tensors[key].shape != wanted[key].shape
     ]
+    problems += [
+        f"{key} holds {tensor.dtype} instead of floating point"
+        for key, tensor in tensors.items()
+        if key not in counters and not tensor.is_floating_point()
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} does not fit {config.name}: {'; '.join(sorted(problems)[:3])}{more}")

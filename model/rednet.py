@@ -16,6 +16,7 @@ BLOCKS: Mapping[int, tuple[int, int, int, int]] = {  # depth -> bottleneck block
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+LARGEST, LARGEST_KERNEL = 1 << 16, 63  # far beyond any use; a hostile checkpoint must not overflow a product
 EXPANSION = 4  # a bottleneck's output has this many times the channels of its middle
 
 
@@ -44,8 +45,8 @@ class RedNetConfig:
         if len(self.strides) != len(BLOCKS[self.depth]):
             raise ValueError(f"strides must name one stride for each of the four stages, got {self.strides}")
         sizes = (self.num_classes, self.in_channels, self.stem_channels, self.base_channels, *self.strides)
-        if min(sizes, default=0) < 1:
-            raise ValueError(f"every size and stride must be at least 1, got {self}")
+        if min(sizes) < 1 or max(sizes) > LARGEST:
+            raise ValueError(f"every size and stride must be at least 1 and at most {LARGEST}, got {self}")
         unit = self.group_channels
         if unit < 1 or self.base_channels % unit or self.stem_channels % (2 * unit):
             raise ValueError(
@@ -55,8 +56,8 @@ class RedNetConfig:
         if self.reduction_ratio < 1 or self.base_channels % self.reduction_ratio:
             raise ValueError(f"reduction_ratio must divide base_channels, got {self.reduction_ratio}")
         for size in (self.kernel_size, self.stem_kernel_size):
-            if size < 1 or size % 2 == 0:
-                raise ValueError(f"kernel sizes must be odd, got {size}")
+            if not 1 <= size <= LARGEST_KERNEL or size % 2 == 0:
+                raise ValueError(f"kernel sizes must be odd and at most {LARGEST_KERNEL}, got {size}")
 
     @property
     def name(self) -> str:

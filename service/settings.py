@@ -36,9 +36,11 @@ class Settings(BaseModel):
         0.0, ge=0, le=10_000, description="how long a batch may wait to fill; 0: no longer than the device is busy"
     )
     max_queue: Count = Field(256, description="images accepted and not yet answered; more are refused with 429")
-    request_timeout_s: float = Field(30.0, gt=0, description="deadline of a request that names none")
-    drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long accepted requests may still take")
-    max_body_mb: float = Field(32.0, gt=0, description="size of a request body, in MB of 1,000,000 bytes")
+    request_timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, le=3600, description="after SIGTERM, how long accepted requests may still take"
+    )
+    max_body_mb: float = Field(32.0, gt=0, le=10_000, description="size of a request body, in MB of 1,000,000 bytes")
     max_pixels: Count = Field(50_000_000, description="pixels of one image, width times height, known from its header")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the log tells")
 

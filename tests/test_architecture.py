@@ -1,0 +1,98 @@
+"""Who may import whom. The picture of the structure that the code is held to; arrows not listed here do not exist."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SERVICE = {
+    "errors": set(),
+    "types": {"errors"},
+    "settings": set(),
+    "batcher": {"types"},
+    "engine": {"batcher", "errors", "types"},
+    "client": {"engine", "errors", "types"},
+    "scores": {"types"},
+    "decode": {"errors", "types", "model.preprocess"},
+    "runner": {"types", "model.prepare", "torch"},
+    "metrics": {"types"},
+    "log": set(),
+    "schemas": set(),
+    "uploads": {"errors", "schemas"},
+    "journey": {"decode", "errors", "metrics", "settings", "types", "uploads"},
+    "routes.context": {"journey", "metrics", "schemas", "types"},
+    "routes.health": {"routes.context", "schemas", "types"},
+    "routes.v1": {"errors", "journey", "metrics", "routes.context", "schemas", "scores", "types"},
+    "app": {
+        "decode",
+        "errors",
+        "journey",
+        "log",
+        "metrics",
+        "routes.health",
+        "routes.v1",
+        "schemas",
+        "settings",
+        "types",
+    },
+}
+ANYTHING = {"main", "cli"}  # the only places that build things and wire them together
+
+MODEL = {
+    "kernels.reference": set(),
+    "kernels.portable": set(),
+    "kernels": {"kernels"},
+    "involution": {"kernels"},
+    "rednet": {"involution"},
+    "preprocess": set(),
+    "labels": set(),
+    "progress": set(),
+    "checkpoint": {"labels", "preprocess", "rednet"},
+    "prepare": {"involution", "kernels", "preprocess", "rednet"},
+    "photos": {"preprocess"},
+    "evaluate": {"photos", "preprocess", "progress"},
+    "train": {"checkpoint", "evaluate", "labels", "photos", "preprocess", "progress", "rednet"},
+}
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Every module of a package, by its dotted name without the package's; packages that only gather are left out."""
+    folder = ROOT / package
+    found = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    for gathering in ("__init__", "routes.__init__"):
+        found.pop(gathering, None)
+    return {name.removesuffix(".__init__"): path for name, path in found.items()}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a module imports from torch or from us, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=names):
+                found = [name.name for name in names]
+            case ast.ImportFrom(module="service" | "service.routes" as module, names=names):
+                found = [f"{module}.{name.name}" for name in names]
+            case ast.ImportFrom(module=str(module)):
+                found = [module]
+            case _:
+                continue
+        yield from (name for name in found if name.split(".")[0] in ("torch", "model", "service"))
+
+
+@pytest.mark.parametrize("name", modules("service"))
+def test_the_service_imports_what_it_may(name: str) -> None:
+    """`service` depends on `model`, never the other way; within it, arrows point one way; only the runner sees torch."""
+    if name in ANYTHING:
+        return
+    found = {each.removeprefix("service.") for each in imports(modules("service")[name])}
+    assert found <= SERVICE[name]
+
+
+@pytest.mark.parametrize("name", modules("model"))
+def test_the_model_knows_nothing_of_requests(name: str) -> None:
+    """It works alone."""
+    found = {each for each in imports(modules("model")[name]) if not each.startswith("torch")}
+    assert found <= {f"model.{each}" for each in MODEL[name]}

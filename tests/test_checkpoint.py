@@ -1,0 +1,237 @@
+"""Checkpoints: ours, the official ones, and files that only look like either."""
+
+import json
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import Checkpoint, CheckpointError, create_rednet, load_checkpoint, save_checkpoint
+from model.checkpoint import METADATA_KEY, infer_config
+from model.labels import imagenet_labels
+
+
+@pytest.fixture
+def tiny(tiny_path: Path) -> Checkpoint:
+    return load_checkpoint(tiny_path)
+
+
+def official(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The layout that mmcls writes."""
+    return {"meta": {"epoch": 1}, "state_dict": dict(checkpoint.net.state_dict()), "optimizer": {"state": {}}}
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    length = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    description: dict[str, Any] = json.loads(header["__metadata__"][METADATA_KEY])
+    return description
+
+
+def test_what_is_saved_comes_back(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Weights bit for bit, architecture, labels, preprocessing, name and provenance."""
+    written = replace(tiny, provenance={"data": "none", "seed": 3})
+    save_checkpoint(tmp_path / "x.safetensors", written)
+    read = load_checkpoint(str(tmp_path / "x.safetensors"))
+    assert (read.labels, read.preprocess, read.name, read.provenance) == (
+        written.labels,
+        written.preprocess,
+        written.name,
+        written.provenance,
+    )
+    assert read.net.config == written.net.config
+    assert not read.net.training
+    for key, tensor in written.net.state_dict().items():
+        assert torch.equal(read.net.state_dict()[key], tensor), key
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_half_precision_halves_the_file_and_keeps_the_answer(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Matrices as float16, the rest exact; loaded, all is float32 again."""
+    save_checkpoint(tmp_path / "full.safetensors", tiny)
+    save_checkpoint(tmp_path / "half.safetensors", tiny, half=True)
+    full, half = (os.path.getsize(tmp_path / f"{name}.safetensors") for name in ("full", "half"))
+    assert half < 0.6 * full
+    stored = load_file(tmp_path / "half.safetensors")
+    assert stored["head.fc.weight"].dtype == torch.float16
+    assert stored["backbone.layer1.0.bn1.running_var"].dtype == torch.float32
+    net = load_checkpoint(tmp_path / "half.safetensors").net
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(x), tiny.net(x), rtol=0.02, atol=0.02 * float(tiny.net(x).abs().max()))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_official_layout_is_read(tiny: Checkpoint, tmp_path: Path, bare: bool) -> None:
+    """With and without what surrounds the state dict; classes nobody named get numbers."""
+    content = official(tiny)
+    torch.save(content["state_dict"] if bare else content, tmp_path / "x.pth")
+    read = load_checkpoint(tmp_path / "x.pth")
+    assert read.net.config == tiny.net.config
+    assert read.name == "x"
+    assert [label.name for label in read.labels] == [f"class {index}" for index in range(5)]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(read.net(x), tiny.net(x))
+
+
+def test_a_thousand_classes_without_labels_are_imagenets(tmp_path: Path) -> None:
+    """In the order of the official checkpoints."""
+    net = create_rednet("rednet26", base_channels=16, stem_channels=32)
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    labels = load_checkpoint(tmp_path / "x.pth").labels
+    assert labels == imagenet_labels()
+    assert (len(labels), labels[0], labels[999].id) == (1000, ("n01440764", "tench"), "n15075141")
+
+
+class Attack:
+    """Pickles into a command."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.witness}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickled_command_is_refused_and_never_run(tmp_path: Path, zipped: bool) -> None:
+    """In both layouts that torch has had; the message names what the file wanted to run."""
+    witness = tmp_path / "witness"
+    torch.save({"state_dict": {"x": Attack(witness)}}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"more than tensors.*system.*not loaded"):
+        load_checkpoint(tmp_path / "x.pth")
+    assert not witness.exists()
+    torch.load(tmp_path / "x.pth", weights_only=False)  # the attack is real
+    assert witness.exists()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.5, 0.999])
+def test_a_cut_file_is_one_clear_error(tiny: Checkpoint, tmp_path: Path, suffix: str, share: float) -> None:
+    """Wherever it ends."""
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "pth":
+        torch.save(official(tiny), path)
+    else:
+        save_checkpoint(path, tiny)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(CheckpointError, match=rf"x\.{suffix} "):
+        load_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    """Text, nothing, a folder."""
+    (tmp_path / "text").write_text("hello, hello")
+    for path, message in (
+        (tmp_path / "text", "neither a safetensors file nor a torch checkpoint"),
+        (tmp_path / "nothing", "cannot be read: No such file"),
+        (tmp_path, "cannot be read: Is a directory"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path)
+
+
+def changed_state(tiny: Checkpoint, change: str) -> dict[str, Any]:
+    state: dict[str, Any] = dict(tiny.net.state_dict())
+    key = "backbone.layer2.0.conv3.weight"
+    match change:
+        case "missing":
+            del state[key]
+        case "extra":
+            state["backbone.layer2.0.conv4.weight"] = torch.zeros(1)
+        case "misshapen":
+            state[key] = state[key][:7]
+        case "NaN":
+            state[key] = torch.full_like(state[key], torch.nan)
+        case "number":
+            state[key] = 3
+        case "integers":
+            state[key] = state[key].to(torch.int64)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", "backbone.layer2.0.conv3.weight is missing"),
+        ("extra", "backbone.layer2.0.conv4.weight is unknown"),
+        ("misshapen", r"backbone.layer2.0.conv3.weight is \[7, 32, 1, 1\] instead of \[128, 32, 1, 1\]"),
+        ("NaN", "NaNs in backbone.layer2.0.conv3.weight"),
+        ("number", "no state dict"),
+        ("integers", "backbone.layer2.0.conv3.weight holds torch.int64"),
+    ],
+)
+def test_a_wrong_tensor_is_named(tiny: Checkpoint, tmp_path: Path, change: str, message: str) -> None:
+    """Missing, extra, misshapen, not finite, no tensor at all."""
+    torch.save({"state_dict": changed_state(tiny, change)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    """Somebody else's tensors are no RedNet."""
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="not a RedNet"):
+        load_checkpoint(tmp_path / "x.pth")
+    torch.save([torch.zeros(1)], tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="no state dict"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"config": {"depth": 34}}, "makes no sense.*depth"),
+        ({"config": {"depth": 26, "colour": "red"}}, "makes no sense"),
+        ({"config": {"depth": 26, "base_channels": "wide"}}, "makes no sense"),
+        ({"config": {"depth": 26, "base_channels": 1 << 40}}, "makes no sense.*at most"),
+        ({"preprocess": {"crop": 0}}, "makes no sense.*crop"),
+        ({"preprocess": {"crop": "64"}}, "makes no sense"),
+        ({"labels": [["a", "b"]]}, "names 1 classes for a network of 5"),
+        ({"labels": 3}, "makes no sense"),
+        ({"name": None, "provenance": 3}, "makes no sense"),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_refused(
+    tiny_path: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """Whatever stands in the metadata, it is one clear error, and nothing large is allocated."""
+    description = metadata(tiny_path) | change
+    save_file(load_file(tiny_path), tmp_path / "x.safetensors", {METADATA_KEY: json.dumps(description)})
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_bare_safetensors_are_read_like_an_official_checkpoint(tiny_path: Path, tmp_path: Path) -> None:
+    """The tensors alone say enough."""
+    save_file(load_file(tiny_path), tmp_path / "x.safetensors")
+    assert load_checkpoint(tmp_path / "x.safetensors").net.config.base_channels == 16
+
+
+def test_the_architecture_is_read_off_the_shapes() -> None:
+    """Depth, widths, classes, input channels and reduction of any RedNet with 16 channels per group."""
+    for depth, fields in (
+        (38, {"num_classes": 7, "base_channels": 32}),
+        (152, {"stem_channels": 96, "reduction_ratio": 2, "kernel_size": 5, "in_channels": 1}),
+    ):
+        with torch.device("meta"):
+            net = create_rednet(f"rednet{depth}", **fields)
+        shapes = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
+        assert infer_config(shapes) == net.config
+
+
+def test_counters_may_be_left_out(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Evaluation does not read them, and converters drop them."""
+    state: dict[str, Tensor] = {
+        key: value for key, value in tiny.net.state_dict().items() if not key.endswith("num_batches_tracked")
+    }
+    torch.save(state, tmp_path / "x.pth")
+    assert load_checkpoint(tmp_path / "x.pth").net.config == tiny.net.config

@@ -1,0 +1,114 @@
+"""The command line, as users type it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from model import load_checkpoint
+from model.train import Recipe
+from service.cli import _parser, main
+from tests.conftest import encoded, photo
+from tests.servers import REDNET, ServerProcess
+from tests.shared import PHOTOS, REFERENCE, needs_shared
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[str]:
+    for seed in range(3):
+        (tmp_path / f"{seed}.jpg").write_bytes(encoded(photo(seed), "JPEG"))
+    return [str(tmp_path / f"{seed}.jpg") for seed in range(3)]
+
+
+def test_predict_gives_what_the_server_gives(
+    server: ServerProcess, tiny_path: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same classes with the same probabilities, in the same JSON."""
+    assert main(["predict", *photos, "--checkpoint", str(tiny_path), "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    files = [("f", (name, Path(name).read_bytes())) for name in photos]
+    theirs = server.client.post("/v1/predict", files=files).json()
+    assert ours["model"] == theirs["model"]
+    assert len(ours["predictions"]) == len(theirs["predictions"]) == 3
+    for our_photo, their_photo in zip(ours["predictions"], theirs["predictions"], strict=True):
+        for our_class, their_class in zip(our_photo["classes"], their_photo["classes"], strict=True):
+            assert our_class["label"] == their_class["label"]
+            assert our_class["probability"] == pytest.approx(their_class["probability"], abs=1e-4)
+
+
+@needs_shared
+def test_predict_and_server_agree_on_a_real_photo(
+    server: ServerProcess, tiny_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A JPEG of everyday size, large enough for the decoder to take its short cut."""
+    zebra = PHOTOS / "n02391049_zebra.JPEG"
+    assert main(["predict", str(zebra), "--checkpoint", str(tiny_path), "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)["predictions"][0]["classes"]
+    theirs = httpx.post(server.url + "/v1/predict", content=zebra.read_bytes()).json()["predictions"][0]["classes"]
+    assert [entry["label"] for entry in ours] == [entry["label"] for entry in theirs]
+
+
+def test_predict_tells_people_and_goes_on_after_a_bad_photo(
+    tiny_path: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Percentages, the error in its place, status 1."""
+    (tmp_path / "bad.jpg").write_text("no photo")
+    assert main(["predict", photos[0], str(tmp_path / "bad.jpg"), photos[1], "--checkpoint", str(tiny_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == photos[0]
+    assert "%  thing " in lines[1]
+    assert lines[7].strip().startswith("not an image")
+    assert "%  thing " in lines[9]
+
+
+def test_a_photo_that_is_not_there_is_one_line(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 2, no trace."""
+    assert main(["predict", "nowhere.jpg", "--checkpoint", str(tiny_path)]) == 2
+    assert capsys.readouterr().err == "rednet: [Errno 2] No such file or directory: 'nowhere.jpg'\n"
+
+
+def test_info_tells_what_would_run(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For people and for programs."""
+    assert main(["info", "--checkpoint", str(tiny_path), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert (info["name"], info["architecture"], info["versions"]["torch"]) == ("tiny", "rednet26", torch.__version__)
+    assert "involution" in info["backend"]
+    assert main(["info", "--checkpoint", str(tiny_path)]) == 0
+    assert "architecture: rednet26" in capsys.readouterr().out
+
+
+@needs_shared
+def test_convert_makes_an_official_checkpoint_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the names that the user gives; a wrong depth or a wrong number of names is an error."""
+    source, output = str(REFERENCE / "official_tiny.pth"), tmp_path / "ours.safetensors"
+    (tmp_path / "names").write_text("\n".join(f"name {index}" for index in range(12)))
+    (tmp_path / "few").write_text("a\nb")
+    assert main(["convert", source, str(output), "--depth", "26", "--labels", str(tmp_path / "names")]) == 0
+    converted, original = load_checkpoint(output), load_checkpoint(source)
+    assert converted.labels[11].name == "name 11"
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(converted.net(x), original.net(x))
+    assert main(["convert", source, str(output), "--depth", "50"]) == 2
+    assert main(["convert", source, str(output), "--labels", str(tmp_path / "few")]) == 2
+    assert "names 2 classes; the network has 12" in capsys.readouterr().err
+
+
+def test_the_flags_of_train_are_the_recipe() -> None:
+    """Each field has one, with the same default."""
+    options = vars(_parser().parse_args(["train", "data", "--output", "x"]))
+    recipe = Recipe()
+    assert {name: options[name] for name in Recipe.__dataclass_fields__} == recipe.__dict__
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Nothing heavy is imported before a command needs it."""
+    script = "import sys, service.cli; service.cli._parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    shown = subprocess.run([REDNET, "--help"], capture_output=True, text=True, check=True).stdout
+    for command in ("serve", "predict", "info", "convert", "train", "evaluate"):
+        assert command in shown

@@ -1,0 +1,70 @@
+"""Options: flags before environment before defaults."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, SettingsError, add_flags, read_settings
+
+
+def test_flags_win_over_the_environment_and_that_over_defaults() -> None:
+    """All three at once."""
+    settings = read_settings({"port": "9001"}, {"REDNET_PORT": "9000", "REDNET_MAX_QUEUE": "7", "HOME": "/"})
+    assert (settings.port, settings.max_queue, settings.host) == (9001, 7, "127.0.0.1")
+
+
+def test_every_option_is_a_flag_and_a_variable() -> None:
+    """And each flag carries its help and its default."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    for name in Settings.model_fields:
+        flag, variable = "--" + name.replace("_", "-"), "REDNET_" + name.upper()
+        assert vars(parser.parse_args([flag, "3"])) == {name: "3"}
+        assert flag in parser.format_help()
+        message = ""
+        try:
+            read_settings({}, {variable: "3"})
+        except SettingsError as error:  # of those whose value cannot be 3
+            message = str(error)
+        assert "is no option" not in message
+
+
+def test_a_misspelt_variable_is_an_error() -> None:
+    """It would otherwise be ignored in silence, which is the worst a server can do with an option."""
+    with pytest.raises(SettingsError, match=r"REDNET_PROT is no option.*REDNET_PORT"):
+        read_settings({}, {"REDNET_PROT": "80"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "65536"),
+        ("port", "http"),
+        ("max_batch_size", "0"),
+        ("max_batch_size", "many"),
+        ("threads", "-1"),
+        ("precision", "int7"),
+        ("max_wait_ms", "-1"),
+        ("request_timeout_s", "0"),
+        ("request_timeout_s", "nan"),
+        ("max_body_mb", "inf"),
+        ("log_level", "loud"),
+    ],
+)
+def test_a_value_out_of_range_is_named_by_its_source(name: str, value: str) -> None:
+    """As the flag where it came by flag, as the variable where it came from the environment."""
+    with pytest.raises(SettingsError, match="--" + name.replace("_", "-")):
+        read_settings({name: value}, {})
+    with pytest.raises(SettingsError, match="REDNET_" + name.upper()):
+        read_settings({}, {"REDNET_" + name.upper(): value})
+
+
+def test_settings_do_not_change() -> None:
+    """One frozen value, with the units that its users expect."""
+    settings = read_settings({"max_body_mb": "1.5", "checkpoint": "x.pth", "threads": "2"}, {})
+    assert settings.max_body_bytes == 1_500_000
+    assert settings.checkpoint == Path("x.pth")
+    assert (settings.threads, settings.max_batch_size) == (2, "auto")
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]

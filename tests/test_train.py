@@ -1,0 +1,190 @@
+"""Training and evaluation, on photos that a test can make: plain colours with noise, one colour a class."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import load_checkpoint
+from model.photos import PhotoError, batches, find_photos
+from model.preprocess import Pixels
+from model.train import Recipe, augmented, learning_rate, train
+from service.cli import main
+from tests.conftest import photo
+from tests.servers import REDNET, wait_until
+
+RECIPE = Recipe(base_channels=16, epochs=2, size=32, batch_size=8, learning_rate=0.05, seed=5)
+FLAGS = ["--base-channels", "16", "--epochs", "2", "--size", "32", "--batch-size", "8", "--learning-rate", "0.05"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 24 training and 8 validation photos."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for name, colour in (("blue", (0, 0, 255)), ("green", (0, 255, 0)), ("red", (255, 0, 0))):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = np.clip(rng.normal(np.array(colour) * 0.6 + 50, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path).net.state_dict()
+
+
+def test_it_learns_and_leaves_a_checkpoint_that_can_be_served(data: Path, tmp_path: Path) -> None:
+    """Colours are told apart after a few epochs; the file says where it comes from; `evaluate` agrees."""
+    recipe = Recipe(base_channels=16, epochs=8, size=32, batch_size=8, learning_rate=0.05)
+    train(data, tmp_path / "colours.safetensors", recipe, device=CPU)
+    checkpoint = load_checkpoint(tmp_path / "colours.safetensors")
+    assert [label.name for label in checkpoint.labels] == ["blue", "green", "red"]
+    assert checkpoint.preprocess.crop == 64
+    assert checkpoint.name == "colours"
+    history = checkpoint.provenance["history"]
+    assert len(history) == 8
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[-1]["top1"] > 0.9
+    assert [path.name for path in tmp_path.iterdir()] == ["colours.safetensors"]
+
+
+def test_a_seed_determines_everything(data: Path, tmp_path: Path) -> None:
+    """Two runs end with the same weights, whatever the number of reading threads; another seed ends elsewhere."""
+    for name, recipe, workers in (
+        ("a", RECIPE, 1),
+        ("b", RECIPE, 3),
+        ("c", Recipe(base_channels=16, epochs=2, size=32, batch_size=8, learning_rate=0.05, seed=6), 1),
+    ):
+        train(data, tmp_path / name, recipe, device=CPU, workers=workers)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["head.fc.weight"], c["head.fc.weight"])
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real process, killed for good in the middle of an epoch, resumed by the same command: the same weights."""
+    train(data, tmp_path / "unbroken", RECIPE, device=CPU)
+    broken = tmp_path / "broken"
+    # The process saves after every batch, so that a kill in the middle of an epoch finds something to go on from.
+    script = (
+        "import sys, model.train; model.train.SAVE_EVERY_S = 0.0; "
+        "from service.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [str(REDNET.with_name("python")), "-c", script]
+    command += ["train", str(data), "--output", str(broken), *FLAGS, "--seed", "5"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    resume_file = tmp_path / "broken.training"
+    wait_until(lambda: resume_file.exists() and torch.load(resume_file, weights_only=True)["step"] >= 2, "two batches")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not broken.exists()
+    subprocess.run([str(REDNET), *command[3:]], check=True, capture_output=True)
+    expected, resumed = weights(tmp_path / "unbroken"), weights(broken)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert load_checkpoint(broken).provenance["history"] == load_checkpoint(tmp_path / "unbroken").provenance["history"]
+    assert not resume_file.exists()
+
+
+def test_an_unfinished_run_of_another_recipe_is_not_touched(data: Path, tmp_path: Path) -> None:
+    """Nor one that is damaged; the message says what to do."""
+    unfinished = tmp_path / "x.training"
+    torch.save({"recipe": {"depth": 50}}, unfinished)
+    with pytest.raises(ValueError, match="other options"):
+        train(data, tmp_path / "x", RECIPE, device=CPU)
+    unfinished.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="damaged; remove it"):
+        train(data, tmp_path / "x", RECIPE, device=CPU)
+
+
+def test_progress_is_told_line_by_line_without_a_terminal(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far, how fast, how long still; and the result of every epoch."""
+    monkeypatch.setattr("model.progress.LINE_EVERY_S", 0.0)
+    assert main(["train", str(data), "--output", str(tmp_path / "x"), *FLAGS]) == 0
+    told = capsys.readouterr().err
+    assert "epoch 1/2: 1/9 (11%)" in told
+    assert "left" in told
+    assert "epoch 2: loss" in told
+
+
+def test_evaluate_prints_json_that_counts_every_photo(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last line is for programs; the figures are those of the last epoch."""
+    train(data, tmp_path / "x", RECIPE, device=CPU)
+    capsys.readouterr()
+    assert main(["evaluate", str(data), "--checkpoint", str(tmp_path / "x"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["images"] == 24
+    assert result["top5"] == 1.0
+    last = load_checkpoint(tmp_path / "x").provenance["history"][-1]["top1"]
+    assert result["top1"] == pytest.approx(last, abs=0.05)  # the weights were rounded to half precision
+
+
+def test_classes_are_matched_by_folder_name(data: Path, tmp_path: Path) -> None:
+    """A class without photos keeps its place; a folder that is no class is an error."""
+    _, photos = find_photos(data / "val", ["alpha", "blue", "green", "red"])
+    assert {photo.target for photo in photos} == {1, 2, 3}
+    with pytest.raises(PhotoError, match="'red' that is no class"):
+        find_photos(data / "val", ["blue", "green"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PhotoError, match="holds no photos"):
+        find_photos(tmp_path / "empty")
+    with pytest.raises(PhotoError, match="not a folder"):
+        find_photos(tmp_path / "nowhere")
+
+
+def test_a_damaged_photo_is_named(data: Path, tmp_path: Path) -> None:
+    """Training stops with its path, instead of learning from something else."""
+    for split in ("train", "val"):
+        (tmp_path / split / "red").mkdir(parents=True)
+        (tmp_path / split / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff and then nothing")
+    with pytest.raises(PhotoError, match=r"broken\.jpg is not a readable photo"):
+        train(tmp_path, tmp_path / "x", RECIPE, device=CPU)
+
+
+def test_photos_are_read_ahead_but_not_all_at_once() -> None:
+    """In order, a bounded number of batches ahead of the one in use."""
+    begun: list[int] = []
+
+    def read(item: int) -> tuple[Pixels, int]:
+        begun.append(item)
+        return np.full((3, 1, 1), item, np.uint8), item
+
+    stream = batches(list(range(40)), read, batch_size=4, workers=2)
+    assert next(stream).targets.tolist() == [0, 1, 2, 3]
+    time.sleep(0.1)
+    assert len(begun) <= 12
+    assert [target for batch in stream for target in batch.targets.tolist()] == list(range(4, 40))
+
+
+def test_random_crops_are_of_the_photo() -> None:
+    """Of the asked size, from the generator alone, half of them mirrored; thin photos included."""
+    image = photo(width=90, height=20)
+    crops = [augmented(image, 16, np.random.default_rng(seed)) for seed in range(20)]
+    assert {crop.shape for crop in crops} == {(3, 16, 16)}
+    assert np.array_equal(crops[3], augmented(image, 16, np.random.default_rng(3)))
+    assert not np.array_equal(crops[3], crops[4])
+
+
+def test_the_learning_rate_rises_then_falls_to_zero() -> None:
+    """Linear warm-up, half a cosine."""
+    recipe = Recipe(epochs=20, learning_rate=0.2, warmup_epochs=2.0)
+    rates = [learning_rate(recipe, epoch / 10) for epoch in range(201)]
+    assert max(rates) == rates[20] == 0.2
+    assert rates[:21] == sorted(rates[:21])
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[200] == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,69 @@
+"""Request bodies to images."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import MalformedRequest, PayloadTooLarge
+from service.uploads import parse_uploads, read_body
+
+FORM = "multipart/form-data; boundary=frontier"
+
+
+def part(content: bytes, disposition: str) -> bytes:
+    return b"--frontier\r\nContent-Disposition: form-data; " + disposition.encode() + b"\r\n\r\n" + content + b"\r\n"
+
+
+def test_every_file_of_a_form_is_an_image() -> None:
+    """In order, whatever their names; fields without a file and inputs left empty are passed over."""
+    body = b"".join(
+        (
+            part(b"one", 'name="a"; filename="1.jpg"'),
+            part(b"words", 'name="comment"'),
+            part(b"", 'name="b"; filename=""'),
+            part(b"two\r\n--frontie", 'name="c"; filename="2.jpg"'),
+            b"--frontier--\r\n",
+        )
+    )
+    assert parse_uploads(FORM, body) == [b"one", b"two\r\n--frontie"]
+
+
+def test_large_files_stay_in_memory() -> None:
+    """No temporary file: the server's file system may be read-only."""
+    content = bytes(range(256)) * 20_000
+    assert parse_uploads(FORM, part(content, 'name="a"; filename="a"') + b"--frontier--") == [content]
+
+
+@given(st.sampled_from([FORM, "application/json", "multipart/form-data", ""]), st.binary(max_size=300))
+def test_no_body_breaks_the_parser(content_type: str, body: bytes) -> None:
+    """Arbitrary bytes are images or a clear error."""
+    with suppress(MalformedRequest):
+        assert parse_uploads(content_type, body)
+
+
+@given(st.binary(max_size=120), st.integers(0, 200))
+def test_no_damaged_form_breaks_the_parser(noise: bytes, position: int) -> None:
+    """Noise in the middle of a good form, its headers included."""
+    body = part(b"one", 'name="a"; filename="1.jpg"') + b"--frontier--\r\n"
+    with suppress(MalformedRequest):
+        assert parse_uploads(FORM, body[:position] + noise + body[position:])
+
+
+@pytest.mark.parametrize(("claimed", "chunks"), [("11", []), (None, [b"123456", b"78901"]), ("5", [b"123456789012"])])
+def test_a_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str | None, chunks: list[bytes]) -> None:
+    """By what it claims or by what has arrived, whichever tells first; what comes after is not read."""
+    arrived = 0
+
+    async def stream() -> AsyncIterator[bytes]:
+        nonlocal arrived
+        for chunk in [*chunks, b"more", b"more"]:
+            arrived += 1
+            yield chunk
+
+    with pytest.raises(PayloadTooLarge):
+        asyncio.run(read_body(stream(), claimed, max_bytes=10))
+    assert arrived == len(chunks)
