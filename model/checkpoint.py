@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
+from itertools import chain
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,10 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
     try:
         with path.open("rb") as file:
             start = file.read(9)
+        if start[8:] == b"{":  # eight bytes of length, which may be any, then JSON: safetensors
+            return _load_own(path)
         if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip archive, as torch writes it, or a bare pickle
             return _load_official(path)
-        if start[8:] == b"{":  # eight bytes of length, then JSON: safetensors
-            return _load_own(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
@@ -121,8 +122,10 @@ def infer_config(shapes: Mapping[str, Sequence[int]]) -> RedNetConfig:
         bottleneck = shapes["backbone.layer1.0.conv2.conv1.conv.weight"][0]
         kernel = shapes["backbone.layer1.0.conv2.conv2.conv.weight"][0]
         stem_kernel = shapes["backbone.stem.1.conv2.conv.weight"][0]
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"its tensor {error} is missing or misshapen") from error
+    except KeyError as error:
+        raise ValueError(f"its tensor {error} is missing") from error
+    except (IndexError, ValueError) as error:
+        raise ValueError("the tensors that tell its width have too few dimensions") from error
     return RedNetConfig(
         depth=depth,
         num_classes=num_classes,
@@ -149,14 +152,16 @@ def _load_own(path: Path) -> Checkpoint:
         if description["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {description['format']}; this version reads {FORMAT}")
         config = RedNetConfig(**_with_tuples(description["config"]))
+        net = _without_memory(config)
         preprocess = Preprocess(**_with_tuples(description["preprocess"]))
         labels = [Label(str(id_), str(name)) for id_, name in description["labels"]]
         name, provenance = str(description["name"]), dict(description["provenance"])
+        "".join((name, *chain(*labels))).encode()  # JSON can hold halves of characters, which no answer can
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a description that makes no sense: {error!r}") from error
-    net = _network(path, config, tensors)
+    _fill(path, net, tensors)
     if len(labels) != config.num_classes:
         raise CheckpointError(f"{path} names {len(labels)} classes for a network of {config.num_classes}")
     return Checkpoint(net=net, labels=labels, preprocess=preprocess, name=name, provenance=provenance)
@@ -176,8 +181,8 @@ def _load_official(path: Path) -> Checkpoint:
         tensors, meta = content["state_dict"], content.get("meta")
     else:
         tensors, meta = content, None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path} holds no state dict")
+    if not isinstance(tensors, dict) or not all(_is_entry(key, value) for key, value in tensors.items()):
+        raise CheckpointError(f"{path} holds no state dict of plain tensors")
     return _describe_tensors(path, tensors, meta if isinstance(meta, dict) else {})
 
 
@@ -185,22 +190,32 @@ def _describe_tensors(path: Path, tensors: dict[str, Tensor], meta: Mapping[str,
     """A checkpoint from bare tensors: what they do not say is inferred or ImageNet's."""
     try:
         config = infer_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        net = _without_memory(config)
     except ValueError as error:
         raise CheckpointError(f"{path} is not a RedNet: {error}") from error
+    _fill(path, net, tensors)
     classes = meta.get("CLASSES")
     if isinstance(classes, list | tuple) and len(classes) == config.num_classes:
         labels = [Label(str(name), str(name)) for name in classes]
     else:
         labels = imagenet_labels() if config.num_classes == 1000 else numbered_labels(config.num_classes)
-    return Checkpoint(
-        net=_network(path, config, tensors), labels=labels, name=path.stem, provenance={"converted from": path.name}
-    )
+    return Checkpoint(net=net, labels=labels, name=path.stem, provenance={"converted from": path.name})
 
 
-def _network(path: Path, config: RedNetConfig, tensors: Mapping[str, Tensor]) -> RedNet:
-    # Built without memory first: a file that claims a huge network costs nothing, and nothing is initialised in vain.
+def _is_entry(key: object, value: object) -> bool:
+    if not (isinstance(key, str) and isinstance(value, Tensor)):
+        return False
+    return value.layout is torch.strided and not value.is_nested and not value.is_meta
+
+
+def _without_memory(config: RedNetConfig) -> RedNet:
+    """The network's shapes alone: a file that claims a huge one costs nothing, and nothing is initialised in vain."""
     with torch.device("meta"):
-        net = RedNet(config)
+        return RedNet(config).eval()
+
+
+def _fill(path: Path, net: RedNet, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors into a network without memory, after checking every one of them."""
     wanted = net.state_dict()
     counters = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}
     tensors = counters | dict(tensors)  # some converters leave the counters out; evaluation does not read them
@@ -218,13 +233,12 @@ def _network(path: Path, config: RedNetConfig, tensors: Mapping[str, Tensor]) ->
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path} does not fit {config.name}: {'; '.join(sorted(problems)[:3])}{more}")
+        raise CheckpointError(f"{path} does not fit {net.config.name}: {'; '.join(sorted(problems)[:3])}{more}")
     floats = {key: tensor if key in counters else tensor.float() for key, tensor in tensors.items()}
-    broken = [key for key, tensor in floats.items() if not tensor.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{path} holds infinities or NaNs in {broken[0]}")
+    for key, tensor in floats.items():
+        if not tensor.isfinite().all() or (key.endswith("running_var") and (tensor < 0).any()):
+            raise CheckpointError(f"{path} holds infinities, NaNs or negative variances in {key}")
     net.load_state_dict(floats, assign=True)
-    return net.eval()
 
 
 def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def read_labels(path: Path) -> list[Label]:
         OSError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         entries = json.loads(text) if text.lstrip()[:1] in ("{", "[") else text.split("\n")
-    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
         raise ValueError(f"{path} is neither JSON nor text: {error}") from error
     if isinstance(entries, dict):
         entries = list(entries.items())

@@ -33,14 +33,14 @@ class Batch(NamedTuple):
 
 
 def find_photos(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Photo]]:
-    """The classes, sorted by folder name or as given, and the photos of `folder/<class>/`, sorted.
+    """The classes, sorted by folder name or as given, and the photos of `folder/<class>/`, sorted; nothing hidden.
 
     Raises:
         PhotoError: the folder is missing, holds a class that was not given, or holds no photo.
     """
     if not folder.is_dir():
         raise PhotoError(f"{folder} is not a folder")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     classes = found if classes is None else list(classes)
     if unknown := set(found) - set(classes):
         raise PhotoError(f"{folder} has a folder {min(unknown)!r} that is no class of the network")
@@ -48,7 +48,7 @@ def find_photos(folder: Path, classes: Sequence[str] | None = None) -> tuple[lis
         Photo(path, target)
         for target, name in enumerate(classes)
         for path in sorted((folder / name).glob("*"))
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     ]
     if not photos:
         raise PhotoError(f"{folder} holds no photos; expected {folder}/<class>/*.jpg")

@@ -56,8 +56,10 @@ def prepare(
         precision: auto, fp32, bf16 or fp16.
 
     Raises:
-        ValueError: there is no such device or precision here.
+        ValueError: there is no such device or precision here, or the network is not for RGB.
     """
+    if net.config.in_channels != 3:
+        raise ValueError(f"only networks for RGB can be prepared, this one has {net.config.in_channels} input channels")
     device = resolve_device(device)
     precision = "fp32" if precision == "auto" else precision
     if precision not in DTYPES:

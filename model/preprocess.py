@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ Pixels = NDArray[np.uint8]  # [3, H, W], RGB
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST = 4096  # pixels of a side; a checkpoint that asks for more would take the machine's memory
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -41,12 +43,16 @@ class Preprocess:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if not 1 <= self.crop <= self.resize:
-            raise ValueError(f"crop must lie between 1 and resize, got crop {self.crop} and resize {self.resize}")
+        if not (isinstance(self.crop, int) and isinstance(self.resize, int)):
+            raise ValueError(f"crop and resize must be whole pixels, got {self.crop} and {self.resize}")
+        if not 1 <= self.crop <= self.resize <= LARGEST:
+            raise ValueError(f"1 <= crop <= resize <= {LARGEST} must hold, got crop {self.crop}, resize {self.resize}")
         if self.interpolation not in FILTERS:
             raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}, got {self.interpolation!r}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0.0) <= 0:
-            raise ValueError(f"mean and std must hold three values, std above 0, got {self.mean} and {self.std}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(isfinite, (*self.mean, *self.std))):
+            raise ValueError(f"mean and std must hold three numbers, got {self.mean} and {self.std}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
 
     def pixels(self, image: Image.Image) -> Pixels:
         """The photo upright, scaled and cropped, [3, crop, crop]. Reads the pixels of a lazily opened file.
@@ -105,11 +111,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
     """Grey of 16 or 32 bits or floats. Their full scale is the smallest usual one that holds the largest value."""
-    grey = np.nan_to_num(values.astype(np.float32), posinf=0.0).clip(min=0)
-    largest = float(grey.max(initial=0))
+    largest = float(np.max(values, where=np.isfinite(values), initial=0))
     if values.dtype.itemsize == 2:
         scales = [65535.0]
     else:
         scales = [1.0, 255.0, 65535.0] if values.dtype.kind == "f" else [255.0, 65535.0]
-    full_scale = next((scale for scale in scales if largest <= scale), largest)
-    return Image.fromarray((grey * (255 / full_scale)).round().astype(np.uint8))
+    factor = 255 / next((scale for scale in scales if largest <= scale), largest)
+    grey = np.empty(values.shape, np.uint8)
+    for row, line in enumerate(values):  # line by line: floats of a whole large photo would take hundreds of megabytes
+        finite = np.nan_to_num(line.astype(np.float32), posinf=largest, neginf=0.0)
+        grey[row] = (finite * factor).round().clip(0, 255)
+    return Image.fromarray(grey)

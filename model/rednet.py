@@ -44,6 +44,9 @@ class RedNetConfig:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {self.depth}")
         if len(self.strides) != len(BLOCKS[self.depth]):
             raise ValueError(f"strides must name one stride for each of the four stages, got {self.strides}")
+        numbers = [value for name, value in vars(self).items() if name != "strides"]
+        if not all(isinstance(number, int) for number in (*numbers, *self.strides)):
+            raise ValueError(f"every field must be a whole number, got {self}")
         sizes = (self.num_classes, self.in_channels, self.stem_channels, self.base_channels, *self.strides)
         if min(sizes) < 1 or max(sizes) > LARGEST:
             raise ValueError(f"every size and stride must be at least 1 and at most {LARGEST}, got {self}")
@@ -53,8 +56,9 @@ class RedNetConfig:
                 f"base_channels must be a multiple of group_channels ({unit}) and stem_channels of twice that, "
                 f"got {self.base_channels} and {self.stem_channels}"
             )
-        if self.reduction_ratio < 1 or self.base_channels % self.reduction_ratio:
-            raise ValueError(f"reduction_ratio must divide base_channels, got {self.reduction_ratio}")
+        ratio = self.reduction_ratio
+        if ratio < 1 or self.base_channels % ratio or self.stem_channels // 2 % ratio:
+            raise ValueError(f"reduction_ratio must divide base_channels and half of stem_channels, got {ratio}")
         for size in (self.kernel_size, self.stem_kernel_size):
             if not 1 <= size <= LARGEST_KERNEL or size % 2 == 0:
                 raise ValueError(f"kernel sizes must be odd and at most {LARGEST_KERNEL}, got {size}")

@@ -5,12 +5,12 @@ random resized crops and flips. The order of photos and every crop follow from (
 that was killed and resumed, or read by another number of threads, sees exactly what an unbroken one sees.
 """
 
+import hashlib
 import io
 import math
-import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,11 @@ SAVE_EVERY_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that a training run follows from. Two runs of one recipe on one machine end with the same weights."""
+    """Everything that a training run follows from. Two runs of one recipe on one machine end with the same weights.
+
+    Raises:
+        ValueError: it cannot be followed.
+    """
 
     depth: int = 26
     base_channels: int = 64
@@ -47,6 +51,12 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.size) < 1 or self.batch_size < 2:  # batch norm needs two
+            raise ValueError(f"epochs and size must be at least 1 and batch_size 2, got {self}")
+        if not 0 < self.learning_rate < math.inf or self.seed < 0:
+            raise ValueError(f"learning_rate must be above 0 and seed not below, got {self}")
 
     @property
     def preprocess(self) -> Preprocess:
@@ -73,8 +83,11 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
 
     Raises:
         PhotoError: a folder or photo cannot be used.
-        ValueError: the recipe is no network, or an unfinished run beside `output` follows another recipe.
+        ValueError: the recipe is no network, or an unfinished run beside `output` follows another recipe or other data.
+        OSError: `output` cannot be written.
     """
+    if output.is_dir() or not output.parent.is_dir():
+        raise NotADirectoryError(f"{output} must be a file in a folder that exists")
     classes, photos = find_photos(data / "train")
     _, watched = find_photos(data / "val", classes)
     torch.manual_seed(recipe.seed)
@@ -89,14 +102,14 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
         return logits
 
     state = State(net, _optimizer(net, recipe))
-    resume_file = output.with_name(output.name + ".training")
-    _resume(resume_file, state, recipe)
+    resume = ResumeFile(output.with_name(output.name + ".training"), recipe, photos)
+    resume.load(state)
     while state.epoch < recipe.epochs:
-        _train_epoch(state, photos, recipe, device, workers, resume_file)
+        _train_epoch(state, photos, recipe, device, workers, resume)
         net.eval()
         result = evaluate(logits_of, recipe.preprocess, watched, workers=workers, describe="  validation")
-        _finish_epoch(state, result["top1"], math.ceil(len(photos) / recipe.batch_size))
-        _save(resume_file, state, recipe)
+        _finish_epoch(state, result["top1"], _steps(photos, recipe))
+        resume.save(state)
     checkpoint = Checkpoint(
         net=net.cpu().eval(),
         labels=named(classes),
@@ -105,15 +118,15 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
         provenance=_provenance(data, recipe, state),
     )
     save_checkpoint(output, checkpoint, half=True)
-    resume_file.unlink(missing_ok=True)
+    resume.path.unlink(missing_ok=True)
     return checkpoint
 
 
 def _train_epoch(
-    state: State, photos: list[Photo], recipe: Recipe, device: torch.device, workers: int, resume_file: Path
+    state: State, photos: list[Photo], recipe: Recipe, device: torch.device, workers: int, resume: "ResumeFile"
 ) -> None:
     state.net.train()
-    steps = math.ceil(len(photos) / recipe.batch_size)
+    steps = _steps(photos, recipe)
     saved_at = time.monotonic()
     label = f"epoch {state.epoch + 1}/{recipe.epochs}"
     for batch in progress(_epoch(photos, state, recipe, workers), total=steps, done=state.step, describe=label):
@@ -122,7 +135,7 @@ def _train_epoch(
         state.loss_sum += _step(state, recipe, batch, device)
         state.step += 1
         if time.monotonic() - saved_at > SAVE_EVERY_S:
-            _save(resume_file, state, recipe)
+            resume.save(state)
             saved_at = time.monotonic()
 
 
@@ -158,8 +171,15 @@ def _epoch(photos: list[Photo], state: State, recipe: Recipe, workers: int) -> I
         pixels = read_photo(photos[index].path, lambda image: augmented(upright_rgb(image), recipe.size, rng))
         return pixels, photos[index].target
 
-    rest = [int(index) for index in order[state.step * recipe.batch_size :]]
+    end = _steps(photos, recipe) * recipe.batch_size
+    rest = [int(index) for index in order[state.step * recipe.batch_size : end]]
     return batches(rest, read, recipe.batch_size, workers)
+
+
+def _steps(photos: Sequence[Photo], recipe: Recipe) -> int:
+    """Batches in an epoch. A last one of a single photo is left out: batch norm could learn nothing from it."""
+    full, rest = divmod(len(photos), recipe.batch_size)
+    return full + (rest > 1)
 
 
 def augmented(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
@@ -186,37 +206,53 @@ def _finish_epoch(state: State, top1: float, steps: int) -> None:
     print(f"epoch {state.epoch}: loss {state.history[-1]['loss']:.4f}, validation top-1 {top1:.4f}", file=sys.stderr)
 
 
-def _save(resume_file: Path, state: State, recipe: Recipe) -> None:
-    content = io.BytesIO()
-    torch.save(
-        {
-            "recipe": asdict(recipe),
-            "net": state.net.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-            "epoch": state.epoch,
-            "step": state.step,
-            "loss_sum": state.loss_sum,
-            "history": state.history,
-        },
-        content,
-    )
-    write_atomically(resume_file, content.getvalue())
+class ResumeFile:
+    """All that a killed run needs to go on, beside the file it was going to write.
 
+    Args:
+        path: the file.
+        recipe, photos: what the run follows; a run that followed others is not taken up.
+    """
 
-def _resume(resume_file: Path, state: State, recipe: Recipe) -> None:
-    if not resume_file.exists():
-        return
-    try:
-        saved = torch.load(resume_file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"{resume_file} is damaged; remove it to start anew") from error
-    if saved["recipe"] != asdict(recipe):
-        raise ValueError(f"{resume_file} is an unfinished run with other options; finish it with those or remove it")
-    state.net.load_state_dict(saved["net"])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.epoch, state.step, state.loss_sum = saved["epoch"], saved["step"], saved["loss_sum"]
-    state.history = saved["history"]
-    print(f"resuming in epoch {state.epoch + 1}, after {state.step} batches", file=sys.stderr)
+    def __init__(self, path: Path, recipe: Recipe, photos: Sequence[Photo]) -> None:
+        self.path = path
+        data = "\n".join(f"{photo.target} {photo.path.parent.name}/{photo.path.name}" for photo in photos)
+        self._follows = {"recipe": asdict(recipe), "photos": hashlib.sha256(data.encode()).hexdigest()}
+
+    def save(self, state: State) -> None:
+        content = io.BytesIO()
+        torch.save(
+            {
+                **self._follows,
+                "net": state.net.state_dict(),
+                "optimizer": state.optimizer.state_dict(),
+                "epoch": state.epoch,
+                "step": state.step,
+                "loss_sum": state.loss_sum,
+                "history": state.history,
+            },
+            content,
+        )
+        write_atomically(self.path, content.getvalue())
+
+    def load(self, state: State) -> None:
+        """Take up an unfinished run, if there is one."""
+        if not self.path.exists():
+            return
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            follows = {key: saved[key] for key in self._follows}
+            if follows == self._follows:
+                state.net.load_state_dict(saved["net"])
+                state.optimizer.load_state_dict(saved["optimizer"])
+                state.epoch, state.step = saved["epoch"], saved["step"]
+                state.loss_sum, state.history = saved["loss_sum"], saved["history"]
+        except Exception as error:  # a damaged zip archive or pickle raises nearly anything
+            raise ValueError(f"{self.path} is damaged; remove it to start anew") from error
+        if follows != self._follows:
+            what = "options" if follows["recipe"] != self._follows["recipe"] else "photos"
+            raise ValueError(f"{self.path} is an unfinished run with other {what}; finish that one or remove it")
+        print(f"resuming in epoch {state.epoch + 1}, after {state.step} batches", file=sys.stderr)
 
 
 def _provenance(data: Path, recipe: Recipe, state: State) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The web application: routes, the one table from errors to HTTP statuses, and what surrounds every request."""
 
+import asyncio
 import logging
 import math
 import re
@@ -137,6 +138,9 @@ class Surroundings:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             status = CLIENT_LEFT
+        except asyncio.CancelledError:  # uvicorn ends what is left when the drain is over: an upload, most likely
+            if not status:
+                await _error_response(errors.Draining("the server is stopping", 5.0))(scope, receive, send_with_id)
         except Exception:
             logger.exception("a defect")
             if not status:
@@ -144,7 +148,7 @@ class Surroundings:
         finally:
             duration_s = time.monotonic() - started
             endpoint = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.request_done(endpoint, status or CLIENT_LEFT, duration_s)
+            self._metrics.request_done(endpoint, status, duration_s)
             if endpoint.startswith("/v"):
                 logger.info("%s %s %d in %.1f ms", scope["method"], endpoint, status, 1000 * duration_s)
 

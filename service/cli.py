@@ -16,7 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        return run(options)
+        status = run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `rednet predict ... | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:  # what users can mend; anything else is a defect and shows its trace
         print(f"rednet: {error}", file=sys.stderr)
         return 2
@@ -102,10 +107,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text!r}")
+    return int(text)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -117,25 +121,27 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    import torch
-
     from model import load_checkpoint, prepare
     from service.decode import decode_image
-    from service.errors import ServiceError
+    from service.errors import MalformedRequest, ServiceError
     from service.routes.v1 import error_body
+    from service.runner import TorchRunner
     from service.scores import top_classes
     from service.settings import Settings
 
     checkpoint = load_checkpoint(options.checkpoint)
-    run = prepare(checkpoint.net, checkpoint.preprocess)
+    runner = TorchRunner(prepare(checkpoint.net, checkpoint.preprocess), max_batch_size=1)
     names = [label.name for label in checkpoint.labels]
     predictions: list[Any] = []
     failed = False
     for photo in options.photos:
         try:
             pixels = decode_image(photo.read_bytes(), checkpoint.preprocess, Settings().max_pixels)
-            logits = run(torch.from_numpy(pixels)[None]).logits[0].cpu().numpy()
+            logits = runner.run([pixels]).logits[0]
             predictions.append({"classes": top_classes(logits, names, options.top_k)})
+        except OSError as error:
+            failed = True
+            predictions.append(error_body(MalformedRequest(f"{error.strerror}")))
         except ServiceError as error:
             failed = True
             predictions.append(error_body(error))

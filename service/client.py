@@ -1,7 +1,7 @@
 """The engine as asyncio sees it."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from service.engine import Engine
@@ -10,6 +10,7 @@ from service.types import Inference, Pixels, State
 
 STARTING_RETRY_S = 2.0
 DRAINING_RETRY_S = 5.0
+LAST_BATCH_S = 1.0  # how long closing waits for the batch that is running, whose callers have been told already
 
 
 class LocalClient:
@@ -18,15 +19,14 @@ class LocalClient:
     Args:
         engine: started by `start`, stopped by `close`.
         max_queue: how many images may be accepted and unanswered at once.
-        shutdown_s: how long `close` waits for the batch that is running.
     """
 
-    def __init__(self, engine: Engine, max_queue: int, shutdown_s: float = 5.0) -> None:
+    def __init__(self, engine: Engine, max_queue: int) -> None:
         self._engine = engine
         self._max_queue = max_queue
-        self._shutdown_s = shutdown_s
         self._draining = False
         self._admitted = 0
+        self._waiting: set[asyncio.Future[Inference]] = set()
 
     def start(self) -> None:
         self._engine.start()
@@ -38,6 +38,10 @@ class LocalClient:
         return self._engine.state
 
     @property
+    def max_images(self) -> int:
+        return self._max_queue
+
+    @property
     def queue_depth(self) -> int:
         return self._admitted
 
@@ -46,21 +50,29 @@ class LocalClient:
         return self._admitted * self._engine.seconds_per_image
 
     @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
+    def admit(self) -> Iterator[Callable[[int], None]]:
         self._refuse_unless_ready()
-        if images > self._max_queue:
-            raise PayloadTooLarge(f"{images} images in one request; at most {self._max_queue} fit into the queue")
-        if self._admitted + max(1, images) > self._max_queue:
-            raise Overloaded(f"{self._admitted} images are waiting; try again later", max(1.0, self.backlog_s))
-        self._admitted += images
+        held = 0
+
+        def hold(images: int) -> None:
+            nonlocal held
+            if images > self._max_queue:
+                raise PayloadTooLarge(f"more than {self._max_queue} images in one request")
+            if self._admitted - held + images > self._max_queue:
+                raise Overloaded(f"{self._admitted} images are waiting; try again later", max(1.0, self.backlog_s))
+            self._admitted += images - held
+            held = images
+
+        hold(1)
         try:
-            yield
+            yield hold
         finally:
-            self._admitted -= images
+            self._admitted -= held
 
     async def infer(self, pixels: Pixels, deadline: float) -> Inference:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Inference] = loop.create_future()
+        self._waiting.add(future)
 
         def reply(outcome: Inference | ServiceError) -> None:
             with suppress(RuntimeError):  # the loop is closed: the process ends and nobody waits for this answer
@@ -72,13 +84,17 @@ class LocalClient:
         except asyncio.CancelledError:
             self._engine.cancel(job_id)
             raise
+        finally:
+            self._waiting.discard(future)
 
     def begin_drain(self) -> None:
         self._draining = True
 
     async def close(self) -> None:
         self.begin_drain()
-        await asyncio.to_thread(self._engine.stop, self._shutdown_s)
+        for future in self._waiting:  # not left to the engine, which may hang
+            _settle(future, Draining("the server is stopping", DRAINING_RETRY_S))
+        await asyncio.to_thread(self._engine.stop, LAST_BATCH_S)
 
     def _refuse_unless_ready(self) -> None:
         match self.state:
@@ -91,7 +107,7 @@ class LocalClient:
 
 
 def _settle(future: "asyncio.Future[Inference]", outcome: Inference | ServiceError) -> None:
-    if future.done():  # cancelled in the meantime
+    if future.done():  # cancelled, or told that the server is stopping
         return
     if isinstance(outcome, ServiceError):
         future.set_exception(outcome)

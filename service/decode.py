@@ -6,8 +6,9 @@ What a file claims of itself is checked from its header; pixels are decoded only
 import asyncio
 import io
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -16,10 +17,14 @@ from service.errors import PayloadTooLarge, ServiceError, UnreadableImage, Unsup
 from service.types import Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Our own limit, checked on every image before its pixels are decoded, takes the place of Pillow's, which only warns.
 Image.MAX_IMAGE_PIXELS = None
+
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 
 class Decoded(NamedTuple):
@@ -45,13 +50,20 @@ def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels
     except ServiceError:
         raise
     except UnidentifiedImageError:
-        if data.startswith(SIGNATURES):
+        if _claims_a_format(data):
             raise UnreadableImage("the image's header is damaged") from None
         raise UnsupportedMediaType(f"not an image; {', '.join(FORMATS)} are served") from None
     except MemoryError:
         raise PayloadTooLarge("the image needs more memory than there is") from None
     except Exception as error:  # Pillow's decoders raise nearly anything for damaged data
         raise UnreadableImage(f"the image is damaged: {str(error)[:100]}") from error
+
+
+def _claims_a_format(data: bytes) -> bool:
+    """Whether data that no decoder took begins like a served format; two letters and RIFF alone are too little."""
+    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    is_bmp = data[:2] == b"BM" and data[6:10] == bytes(4)  # reserved, zero
+    return data.startswith(SIGNATURES) or is_webp or is_bmp
 
 
 class Decoder:
@@ -70,7 +82,11 @@ class Decoder:
 
     async def decode(self, data: bytes) -> Decoded:
         """Decode one image; raises what `decode_image` does. Cancelled before a thread took it up, it never runs."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, data)
+        return await self.run(self._timed, data)
+
+    async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Run other work on a request's bytes in the same threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -44,7 +44,7 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Answer what is still queued with `Draining` and end the thread, after the batch that is running."""
+        """End the thread after the batch that is running; what is still queued is answered with `Draining`."""
         self._send(None)
         self._thread.join(timeout_s)
 
@@ -81,6 +81,8 @@ class Engine:
 
     def _step(self, runner: ModelRunner) -> None:
         self._receive()
+        if self._stopping:
+            return
         late = self._batcher.expire(time.monotonic())
         for job in late:
             job.reply(DeadlineExceeded("the deadline passed while the image waited in the queue"))

@@ -2,13 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from service.decode import Decoder
+from service.decode import Decoded, Decoder
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
@@ -53,34 +53,47 @@ class Journey:
             ClientDisconnect: the caller left; what was being done for them was dropped.
         """
         timeout_s = self._timeout_s(request)
+        ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
-        with self._client.admit(0):  # refuse before the body is read
-            pass
-        try:
-            async with asyncio.timeout(timeout_s):
-                claimed = request.headers.get("content-length")
-                body = await read_body(request.stream(), claimed, self._settings.max_body_bytes)
-                uploads = parse_uploads(request.headers.get("content-type", ""), body)
-                with self._client.admit(len(uploads)):
-                    work = asyncio.gather(*(self._answer(upload, deadline) for upload in uploads))
-                    return await _unless_disconnected(request, work)
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+        with self._client.admit() as hold:  # refuse before the body is read
+            try:
+                async with asyncio.timeout_at(ends):
+                    uploads = await self._uploads(request)
+            except TimeoutError:
+                raise DeadlineExceeded("the request did not arrive before its deadline") from None
+            hold(len(uploads))
+            return await _unless_disconnected(request, self._answer_all(uploads, ends, deadline))
 
-    async def _answer(self, upload: Upload, deadline: float) -> Answer:
+    async def _uploads(self, request: Request) -> Sequence[Upload]:
+        claimed = request.headers.get("content-length")
+        body = await read_body(request.stream(), claimed, self._settings.max_body_bytes)
+        content_type = request.headers.get("content-type", "")
+        return await self._decoder.run(parse_uploads, content_type, body, self._client.max_images)
+
+    async def _answer_all(self, uploads: Sequence[Upload], ends: float, deadline: float) -> Sequence[Answer]:
+        return await asyncio.gather(*(self._answer(upload, ends, deadline) for upload in uploads))
+
+    async def _answer(self, upload: Upload, ends: float, deadline: float) -> Answer:
         decode_s = 0.0
         try:
             if isinstance(upload, ServiceError):
                 raise upload
-            try:
-                pixels, decode_s = await self._decoder.decode(upload)
-            except asyncio.CancelledError:
-                self._metrics.dropped("decode", 1)
-                raise
-            self._metrics.stage("decode", decode_s)
-            return Answer(await self._client.infer(pixels, deadline), decode_s)
+            async with asyncio.timeout_at(ends):
+                pixels, decode_s = await self._decode(upload)
+                return Answer(await self._client.infer(pixels, deadline), decode_s)
+        except TimeoutError:
+            return Answer(DeadlineExceeded("no answer before the deadline"), decode_s)
         except ServiceError as error:
             return Answer(error, decode_s)
+
+    async def _decode(self, data: bytes) -> Decoded:
+        try:
+            decoded = await self._decoder.decode(data)
+        except asyncio.CancelledError:
+            self._metrics.dropped("decode", 1)
+            raise
+        self._metrics.stage("decode", decoded.decode_s)
+        return decoded
 
     def _timeout_s(self, request: Request) -> float:
         text = request.headers.get(TIMEOUT_HEADER)
@@ -91,9 +104,9 @@ class Journey:
         return int(text) / 1000
 
 
-async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+async def _unless_disconnected(request: Request, work: Coroutine[None, None, T]) -> T:
     """The result of work, which is cancelled as soon as the caller hangs up. The body must have been read."""
-    working = asyncio.ensure_future(work)
+    working = asyncio.create_task(work)
     leaving = asyncio.ensure_future(request.receive())  # with the body read, the next message can only be a disconnect
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -101,5 +114,6 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
             return working.result()
         raise ClientDisconnect
     finally:
-        working.cancel()
         leaving.cancel()
+        working.cancel()
+        await asyncio.wait((working,))  # it gives up its places in the queue only when it has ended

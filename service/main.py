@@ -7,6 +7,7 @@ from dataclasses import asdict
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from model import Checkpoint, Prepared, load_checkpoint, prepare
 from service import log
@@ -48,6 +49,7 @@ class Server(uvicorn.Server):
         if self._client.state is State.FAILED:
             return True
         if self._drain_until is not None and (not self._client.queue_depth or time.monotonic() > self._drain_until):
+            await self._client.close()  # whoever still waits is told now
             return True
         return await super().on_tick(counter)
 
@@ -101,13 +103,13 @@ def describe(checkpoint: Checkpoint, prepared: Prepared, max_batch_size: int) ->
     )
 
 
-def _uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        timeout_graceful_shutdown=1,  # for the last bytes: by then the drain is over
     )

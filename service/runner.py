@@ -1,4 +1,4 @@
-"""The device. The only module of the server that imports torch."""
+"""The device. The only module on a request's way that knows torch."""
 
 from collections.abc import Sequence
 

@@ -85,11 +85,18 @@ class EngineClient(Protocol):
     def backlog_s(self) -> float:
         """Predicted time to answer all of them."""
 
-    def admit(self, images: int) -> AbstractContextManager[None]:
-        """Hold places for images while they are decoded and inferred; with 0, only ask whether any would be free.
+    @property
+    def max_images(self) -> int:
+        """How many images one request may hold."""
+
+    def admit(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Hold a place in the queue for a request, before anything is done for it.
+
+        The function that comes with it sets how many places are held, once the request's images have been counted.
+        What was admitted is answered even when a drain begins.
 
         Raises:
-            Refused: there is no room, or the server takes no work at all.
+            Refused: there is no room (now, or for so many), or the server takes no work at all.
             PayloadTooLarge: there would never be room for so many.
         """
 
@@ -108,4 +115,4 @@ class EngineClient(Protocol):
         """Take no more work; what was accepted is still answered."""
 
     async def close(self) -> None:
-        """Stop; what is still unanswered is answered with an error."""
+        """Stop; whoever still waits is told so. May be called again."""

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 
 from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import File, FormParser, parse_options_header
+from python_multipart.multipart import Field, File, FormParser, parse_options_header
 
 from service.errors import MalformedRequest, PayloadTooLarge
 from service.schemas import ImagesBody
+
+MAX_FIELDS = 100  # parts of a form that are no images
 
 Upload = bytes | MalformedRequest  # an image, or why this one of several cannot be read
 
@@ -32,17 +34,18 @@ async def read_body(chunks: AsyncIterator[bytes], claimed_bytes: str | None, max
     return bytes(body)
 
 
-def parse_uploads(content_type: str, body: bytes) -> Sequence[Upload]:
+def parse_uploads(content_type: str, body: bytes, max_images: int) -> Sequence[Upload]:
     """The images of a body, at least one, in order. What is neither a form nor JSON is taken as the image itself.
 
     Raises:
         MalformedRequest: there are none, or the body is not what its Content-Type says.
+        PayloadTooLarge: there are more than max_images.
     """
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
-        images: Sequence[Upload] = _parse_form(options.get(b"boundary"), body)
+        images: Sequence[Upload] = _parse_form(options.get(b"boundary"), body, max_images)
     elif kind == b"application/json":
-        images = _parse_json(body)
+        images = _parse_json(body, max_images)
     else:
         images = [body] if body else []
     if not images:
@@ -50,13 +53,15 @@ def parse_uploads(content_type: str, body: bytes) -> Sequence[Upload]:
     return images
 
 
-def _parse_json(body: bytes) -> list[Upload]:
+def _parse_json(body: bytes, max_images: int) -> list[Upload]:
     try:
         encoded = ImagesBody.model_validate_json(body).images
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "body"
         raise MalformedRequest(f'JSON must be {{"images": ["<base64>", ...]}}: {place}: {first["msg"]}') from None
+    if len(encoded) > max_images:
+        raise _too_many(max_images)
     return [_decode_base64(text) for text in encoded]
 
 
@@ -69,12 +74,23 @@ def _decode_base64(text: str) -> Upload:
         return MalformedRequest("not base64")
 
 
-def _parse_form(boundary: bytes | None, body: bytes) -> list[Upload]:
+def _parse_form(boundary: bytes | None, body: bytes, max_images: int) -> list[Upload]:
     """The file parts of a form, whatever their names; parts without a file name are passed over."""
     files: list[Upload] = []
+    parts = 0
     complete = False
 
+    def on_part() -> None:
+        nonlocal parts
+        parts += 1
+        if parts > max_images + MAX_FIELDS:  # here, not at the end: thousands of empty parts take seconds to parse
+            raise _too_many(max_images)
+
+    def on_field(field: Field) -> None:
+        on_part()
+
     def on_file(file: File) -> None:
+        on_part()
         data = file.file_object
         assert isinstance(data, io.BytesIO), "this is a bug: uploads stay in memory, where no disk is written"
         if file.file_name or data.getbuffer().nbytes:  # browsers send an empty, nameless part for an empty input
@@ -86,11 +102,17 @@ def _parse_form(boundary: bytes | None, body: bytes) -> list[Upload]:
 
     try:
         config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
-        parser = FormParser("multipart/form-data", None, on_file, on_end, boundary=boundary, config=config)
+        parser = FormParser("multipart/form-data", on_field, on_file, on_end, boundary=boundary, config=config)
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise MalformedRequest(f"the form cannot be read: {error}") from error
     if not complete:
         raise MalformedRequest("the form ends before its closing boundary")
+    if len(files) > max_images:
+        raise _too_many(max_images)
     return files
+
+
+def _too_many(max_images: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"more than {max_images} images in one request")

@@ -21,6 +21,7 @@ from service.batcher import Batcher
 from service.client import LocalClient
 from service.decode import Decoder
 from service.engine import Engine
+from service.main import Server
 from service.metrics import Metrics
 from service.schemas import LabelBody, ModelBody
 from service.settings import Settings
@@ -127,8 +128,8 @@ class ServerThread:
         )
         decoder = Decoder(preprocess, settings.max_pixels, threads=2)
         app = create_app(settings, self.engine_client, decoder, metrics, model)
-        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
-        self._server = uvicorn.Server(config)
+        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
+        self._server = Server(config, self.engine_client, settings.drain_timeout_s)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self) -> "ServerThread":
@@ -145,5 +146,16 @@ class ServerThread:
     ) -> None:
         self.client.close()
         self._server.should_exit = True
+        self.wait_for_end()
+
+    def terminate(self) -> None:
+        """What a SIGTERM would do; only a main thread gets real ones."""
+        self._server.handle_exit(signal.SIGTERM, None)
+
+    @property
+    def exit_code(self) -> int:
+        return self._server.exit_code
+
+    def wait_for_end(self) -> None:
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the server did not stop"

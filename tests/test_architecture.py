@@ -84,7 +84,7 @@ def imports(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", modules("service"))
 def test_the_service_imports_what_it_may(name: str) -> None:
-    """`service` depends on `model`, never the other way; within it, arrows point one way; only the runner sees torch."""
+    """It depends on `model`, never the other way; within it arrows point one way; only the runner sees torch."""
     if name in ANYTHING:
         return
     found = {each.removeprefix("service.") for each in imports(modules("service")[name])}

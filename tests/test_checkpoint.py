@@ -52,6 +52,13 @@ def test_what_is_saved_comes_back(tiny: Checkpoint, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
+def test_no_length_of_description_makes_it_something_else(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Our files begin with the length of their header; for some lengths that looks like the start of a pickle."""
+    for padding in range(0, 256, 4):
+        save_checkpoint(tmp_path / "x.safetensors", replace(tiny, provenance={"padding": "x" * padding}))
+        assert load_checkpoint(tmp_path / "x.safetensors").labels == tiny.labels
+
+
 def test_half_precision_halves_the_file_and_keeps_the_answer(tiny: Checkpoint, tmp_path: Path) -> None:
     """Matrices as float16, the rest exact; loaded, all is float32 again."""
     save_checkpoint(tmp_path / "full.safetensors", tiny)
@@ -138,8 +145,8 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
-def changed_state(tiny: Checkpoint, change: str) -> dict[str, Any]:
-    state: dict[str, Any] = dict(tiny.net.state_dict())
+def changed_state(tiny: Checkpoint, change: str) -> dict[Any, Any]:
+    state: dict[Any, Any] = dict(tiny.net.state_dict())
     key = "backbone.layer2.0.conv3.weight"
     match change:
         case "missing":
@@ -152,6 +159,12 @@ def changed_state(tiny: Checkpoint, change: str) -> dict[str, Any]:
             state[key] = torch.full_like(state[key], torch.nan)
         case "number":
             state[key] = 3
+        case "negative":
+            state["backbone.layer2.0.bn3.running_var"] = -torch.ones(128)
+        case "sparse":
+            state[key] = state[key].to_sparse()
+        case "unnamed":
+            state = {3: state[key]}
         case "integers":
             state[key] = state[key].to(torch.int64)
     return state
@@ -163,8 +176,11 @@ def changed_state(tiny: Checkpoint, change: str) -> dict[str, Any]:
         ("missing", "backbone.layer2.0.conv3.weight is missing"),
         ("extra", "backbone.layer2.0.conv4.weight is unknown"),
         ("misshapen", r"backbone.layer2.0.conv3.weight is \[7, 32, 1, 1\] instead of \[128, 32, 1, 1\]"),
-        ("NaN", "NaNs in backbone.layer2.0.conv3.weight"),
+        ("NaN", "NaNs or negative variances in backbone.layer2.0.conv3.weight"),
         ("number", "no state dict"),
+        ("negative", "negative variances in backbone.layer2.0.bn3.running_var"),
+        ("sparse", "no state dict of plain tensors"),
+        ("unnamed", "no state dict of plain tensors"),
         ("integers", "backbone.layer2.0.conv3.weight holds torch.int64"),
     ],
 )
@@ -197,6 +213,10 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         ({"preprocess": {"crop": "64"}}, "makes no sense"),
         ({"labels": [["a", "b"]]}, "names 1 classes for a network of 5"),
         ({"labels": 3}, "makes no sense"),
+        ({"labels": [["a", "\ud800"]] * 5}, "makes no sense"),
+        ({"config": None}, "makes no sense"),
+        ({"config": [[]]}, "makes no sense"),
+        ({"preprocess": {"mean": [None] * 3}}, "makes no sense"),
         ({"name": None, "provenance": 3}, "makes no sense"),
     ],
 )

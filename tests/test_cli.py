@@ -57,18 +57,36 @@ def test_predict_tells_people_and_goes_on_after_a_bad_photo(
 ) -> None:
     """Percentages, the error in its place, status 1."""
     (tmp_path / "bad.jpg").write_text("no photo")
-    assert main(["predict", photos[0], str(tmp_path / "bad.jpg"), photos[1], "--checkpoint", str(tiny_path)]) == 1
+    bad, missing = str(tmp_path / "bad.jpg"), str(tmp_path / "nowhere.jpg")
+    assert main(["predict", photos[0], bad, missing, photos[1], "--checkpoint", str(tiny_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == photos[0]
     assert "%  thing " in lines[1]
     assert lines[7].strip().startswith("not an image")
-    assert "%  thing " in lines[9]
+    assert lines[9].strip() == "No such file or directory"
+    assert "%  thing " in lines[11]
 
 
-def test_a_photo_that_is_not_there_is_one_line(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_that_is_not_there_is_one_line(photos: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Status 2, no trace."""
-    assert main(["predict", "nowhere.jpg", "--checkpoint", str(tiny_path)]) == 2
-    assert capsys.readouterr().err == "rednet: [Errno 2] No such file or directory: 'nowhere.jpg'\n"
+    assert main(["predict", *photos, "--checkpoint", "nowhere.pth"]) == 2
+    assert capsys.readouterr().err == "rednet: nowhere.pth cannot be read: No such file or directory\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(tiny_path: Path, photos: list[str]) -> None:
+    """As in `rednet predict ... | head -1`."""
+    command = [str(REDNET), "predict", *photos, "--checkpoint", str(tiny_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert (process.communicate()[1], process.returncode) == (b"", 0)
+
+
+def test_top_k_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a sentence."""
+    with pytest.raises(SystemExit):
+        main(["predict", "x.jpg", "--top-k", "0"])
+    assert "must be at least 1, not '0'" in capsys.readouterr().err
 
 
 def test_info_tells_what_would_run(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

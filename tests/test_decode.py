@@ -15,6 +15,7 @@ from tests.conftest import encoded, photo
 
 PREPROCESS = Preprocess(resize=40, crop=32)
 MAX_PIXELS = 1_000_000
+WAV = b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0"
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
 
@@ -43,7 +44,15 @@ def test_a_file_cut_anywhere_is_an_error_or_an_image(file_format: str) -> None:
 
 def test_only_served_formats_reach_a_decoder() -> None:
     """A format that Pillow knows but the server does not serve is refused like text is."""
-    for data in (encoded(photo(), "PPM"), encoded(photo(), "ICO"), b"hello", b"\x00" * 100, b"%!PS-Adobe-3.0 EPSF-3.0"):
+    for data in (
+        encoded(photo(), "PPM"),
+        encoded(photo(), "ICO"),
+        b"hello",
+        b"\x00" * 100,
+        b"%!PS-Adobe-3.0 EPSF-3.0",
+        WAV,
+        b"BMW is a car",
+    ):
         with pytest.raises(UnsupportedMediaType):
             decode_image(data, PREPROCESS, MAX_PIXELS)
 

@@ -13,7 +13,7 @@ from model.labels import Label, named, read_labels
         ('{"n1": "cat", "n2": "dog"}', [Label("n1", "cat"), Label("n2", "dog")]),
         ('[["n1", "cat"], ["n2", "dog"]]', [Label("n1", "cat"), Label("n2", "dog")]),
         ('["cat", "dog"]', [Label("cat", "cat"), Label("dog", "dog")]),
-        ("cat\ndog\n\n", [Label("cat", "cat"), Label("dog", "dog")]),
+        ("\ufeffcat\ndog\n\n", [Label("cat", "cat"), Label("dog", "dog")]),
     ],
 )
 def test_labels_are_read_from_the_usual_files(tmp_path: Path, text: str, expected: list[Label]) -> None:

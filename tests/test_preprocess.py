@@ -121,7 +121,17 @@ def test_normalisation_is_by_mean_and_deviation() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"crop": 300}, {"crop": 0}, {"interpolation": "nearest"}, {"std": (1.0, 0.0, 1.0)}, {"mean": (0.0,)}]
+    "fields",
+    [
+        {"crop": 63.5},
+        {"resize": 10**9},
+        {"std": (1.0, float("inf"), 1.0)},
+        {"crop": 300},
+        {"crop": 0},
+        {"interpolation": "nearest"},
+        {"std": (1.0, 0.0, 1.0)},
+        {"mean": (0.0,)},
+    ],
 )
 def test_numbers_that_are_no_preprocessing_are_refused(fields: dict[str, object]) -> None:
     """When they are read from a checkpoint, not when the first photo comes."""

@@ -142,6 +142,9 @@ def test_every_field_of_the_configuration_shapes_the_network() -> None:
         ({"strides": (1, 2, 2)}, "four stages"),
         ({"kernel_size": 4}, "odd"),
         ({"reduction_ratio": 0}, "reduction_ratio"),
+        ({"base_channels": 48, "stem_channels": 32, "reduction_ratio": 3}, "half of stem_channels"),
+        ({"kernel_size": 7.0}, "whole number"),
+        ({"num_classes": 10**9}, "at most"),
     ],
 )
 def test_a_configuration_that_is_no_network_is_refused(fields: dict[str, object], message: str) -> None:

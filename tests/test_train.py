@@ -4,7 +4,9 @@ import json
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,8 +102,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 def test_an_unfinished_run_of_another_recipe_is_not_touched(data: Path, tmp_path: Path) -> None:
     """Nor one that is damaged; the message says what to do."""
     unfinished = tmp_path / "x.training"
-    torch.save({"recipe": {"depth": 50}}, unfinished)
+    torch.save({"recipe": {"depth": 50}, "photos": ""}, unfinished)
     with pytest.raises(ValueError, match="other options"):
+        train(data, tmp_path / "x", RECIPE, device=CPU)
+    train_of_other_data = {"recipe": asdict(RECIPE), "photos": "of others"}
+    torch.save(train_of_other_data, unfinished)
+    with pytest.raises(ValueError, match="other photos"):
         train(data, tmp_path / "x", RECIPE, device=CPU)
     unfinished.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="damaged; remove it"):
@@ -143,8 +149,33 @@ def test_classes_are_matched_by_folder_name(data: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(PhotoError, match="holds no photos"):
         find_photos(tmp_path / "empty")
+    (tmp_path / "empty" / ".hidden").mkdir()
+    (tmp_path / "empty" / ".hidden" / "x.jpg").touch()
+    with pytest.raises(PhotoError, match="holds no photos"):
+        find_photos(tmp_path / "empty")
     with pytest.raises(PhotoError, match="not a folder"):
         find_photos(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("fields", [{"epochs": 0}, {"batch_size": 1}, {"size": 0}, {"learning_rate": -1.0}])
+def test_a_recipe_that_cannot_be_followed_is_refused(fields: dict[str, Any]) -> None:
+    """Before anything is read."""
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Recipe(**fields)
+
+
+def test_an_output_that_cannot_be_written_is_noticed_first(data: Path, tmp_path: Path) -> None:
+    """Not after an hour."""
+    for output in (tmp_path, tmp_path / "nowhere" / "x.safetensors"):
+        with pytest.raises(NotADirectoryError, match="must be a file in a folder that exists"):
+            train(data, output, RECIPE, device=CPU)
+
+
+def test_a_last_photo_alone_is_left_out(data: Path, tmp_path: Path) -> None:
+    """72 photos in batches of 71: batch norm could learn nothing from the one that remains."""
+    recipe = Recipe(base_channels=16, epochs=1, size=32, batch_size=71)
+    train(data, tmp_path / "x", recipe, device=CPU)
+    assert len(load_checkpoint(tmp_path / "x").provenance["history"]) == 1
 
 
 def test_a_damaged_photo_is_named(data: Path, tmp_path: Path) -> None:

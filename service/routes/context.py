@@ -1,4 +1,7 @@
-"""What handlers may ask for; `create_app` puts it into the application's state."""
+"""What handlers may ask for; `create_app` puts it into the application's state.
+
+They are coroutines because FastAPI would send plain functions through its thread pool.
+"""
 
 from typing import Annotated
 
@@ -10,22 +13,22 @@ from service.schemas import ModelBody
 from service.types import EngineClient
 
 
-def _client(request: Request) -> EngineClient:
+async def _client(request: Request) -> EngineClient:
     client: EngineClient = request.app.state.client
     return client
 
 
-def _journey(request: Request) -> Journey:
+async def _journey(request: Request) -> Journey:
     journey: Journey = request.app.state.journey
     return journey
 
 
-def _metrics(request: Request) -> Metrics:
+async def _metrics(request: Request) -> Metrics:
     metrics: Metrics = request.app.state.metrics
     return metrics
 
 
-def _model(request: Request) -> ModelBody:
+async def _model(request: Request) -> ModelBody:
     model: ModelBody = request.app.state.model
     return model
 

@@ -1,0 +1,35 @@
+"""How tests ask a server, and what they look for in its answers."""
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.conftest import encoded, photo
+
+PREDICT = "/v1/predict"
+PNG = {"Content-Type": "image/png"}
+TEXT = b"certainly no image"
+CUT = encoded(photo())[:500]
+
+
+def predict(client: httpx.Client, data: bytes, **headers: str) -> httpx.Response:
+    return client.post(PREDICT, content=data, headers=PNG | headers)
+
+
+def sample(client: httpx.Client, series: str, **labels: str) -> float:
+    """The value of one series of `/metrics`, 0 where there is none."""
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for each in family.samples:
+            if each.name == series and labels.items() <= each.labels.items():
+                return float(each.value)
+    return 0.0
+
+
+def assert_error(response: httpx.Response, status: int, code: str) -> None:
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code), response.text
+    assert response.json()["error"]["message"]
+    assert response.headers["x-request-id"]
+
+
+def classes(response: httpx.Response, index: int = 0) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = response.json()["predictions"][index]["classes"]
+    return found

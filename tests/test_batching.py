@@ -1,0 +1,47 @@
+"""Requests that share batches."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.asking import classes, predict, sample
+from tests.conftest import encoded, photo
+from tests.servers import FakeRunner, ServerProcess, ServerThread
+
+
+def test_concurrent_clients_share_batches_and_get_their_own_answers(server: ServerProcess) -> None:
+    """32 clients at once: batches above 1, every answer the one that its photo gets alone."""
+    photos = [encoded(photo(seed)) for seed in range(32)]
+    alone = [classes(predict(server.client, data)) for data in photos]
+    batches_before, images_before = batches(server.client)
+    with ThreadPoolExecutor(32) as pool, httpx.Client(base_url=server.url, timeout=60) as client:
+        together = [classes(answer) for answer in pool.map(lambda data: predict(client, data), photos * 4)]
+    for ours, theirs in zip(together, alone * 4, strict=True):
+        by_label = {entry["label"]: entry["probability"] for entry in theirs}
+        for entry in ours:
+            assert entry["probability"] == pytest.approx(by_label[entry["label"]], abs=1e-4)
+    batches_after, images_after = batches(server.client)
+    assert images_after - images_before == 128
+    assert batches_after - batches_before < 128
+
+
+def batches(client: httpx.Client) -> tuple[float, float]:
+    return sample(client, "rednet_batch_size_count"), sample(client, "rednet_batch_size_sum")
+
+
+def test_a_window_gathers_a_batch_and_its_size_is_limited() -> None:
+    """--max-wait-ms makes requests that arrive one by one share a batch; --max-batch-size bounds it."""
+    runner = FakeRunner()
+    with ServerThread(runner, max_wait_ms=2000, max_batch_size=4) as running, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda seed: predict(running.client, encoded(photo(seed))), range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert runner.batches == [4, 4]
+
+
+def test_a_lone_request_is_not_delayed() -> None:
+    """No window by default: an image waits for nothing but the device."""
+    with ServerThread(FakeRunner()) as running:
+        timing = predict(running.client, encoded(photo())).headers["server-timing"]
+        queued_ms = float(timing.split("queue;dur=")[1].split(",")[0])
+        assert queued_ms < 100

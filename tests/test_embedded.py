@@ -1,0 +1,45 @@
+"""The checkpoint that ships with the package: what a new user meets first."""
+
+import json
+import tarfile
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from model import load_checkpoint
+from model.checkpoint import EMBEDDED
+from service.cli import main
+from tests.servers import ServerProcess
+from tests.shared import PHOTOS, SHARED, needs_shared
+
+
+def test_it_says_what_it_is() -> None:
+    """Ten named classes, preprocessing, and where the weights come from; small enough to ship."""
+    checkpoint = load_checkpoint()
+    assert checkpoint.name == "rednet26-imagenette"
+    assert checkpoint.labels[0] == ("n01440764", "tench")
+    assert len(checkpoint.labels) == 10
+    assert {"data", "recipe", "torch", "history"} <= checkpoint.provenance.keys()
+    assert (resources.files("model") / EMBEDDED).read_bytes().__len__() < 16 << 20
+
+
+@needs_shared
+def test_it_is_right_on_most_photos_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At least 70 % of the 1,966 validation photos of Imagenette, by the command that users have."""
+    with tarfile.open(SHARED / "data" / "imagenette-val.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["images"] == 1966
+    assert result["top1"] >= 0.70
+    assert result["top5"] >= 0.95
+
+
+@needs_shared
+def test_a_new_users_first_photo_is_recognised() -> None:
+    """`rednet serve` without a single option beside the port, and a photo of everyday size."""
+    with ServerProcess() as running:
+        photo = (PHOTOS / "n01440764_tench.JPEG").read_bytes()
+        best = running.client.post("/v1/predict", content=photo).json()["predictions"][0]["classes"][0]
+        assert best["label"] == "tench"

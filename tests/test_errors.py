@@ -1,0 +1,181 @@
+"""Every row of the contract's error table, provoked on a real server; after each it still answers."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.asking import CUT, PREDICT, TEXT, assert_error, predict, sample
+from tests.conftest import encoded, photo
+from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "status", "code"),
+    [
+        (b"", "image/png", 400, "malformed_request"),
+        (b"{", "application/json", 400, "malformed_request"),
+        (b'{"images": []}', "application/json", 400, "malformed_request"),
+        (b'{"images": "text"}', "application/json", 400, "malformed_request"),
+        (b'{"pictures": [""]}', "application/json", 400, "malformed_request"),
+        (b'{"images": ["%%%"]}', "application/json", 400, "malformed_request"),
+        (b"[" * 100_000, "application/json", 400, "malformed_request"),
+        (b"--x\r\n", "multipart/form-data", 400, "malformed_request"),
+        (b"--x--\r\n", "multipart/form-data; boundary=x", 400, "malformed_request"),
+        (b"nothing of the kind", "multipart/form-data; boundary=x", 400, "malformed_request"),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\ncut',
+            "multipart/form-data; boundary=x",
+            400,
+            "malformed_request",
+        ),
+        (TEXT, "image/png", 415, "unsupported_media_type"),
+        (TEXT, "text/plain", 415, "unsupported_media_type"),
+        (CUT, "image/png", 422, "unreadable_image"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "image/png", 422, "unreadable_image"),
+    ],
+)
+def test_a_bad_body_is_a_clear_error(
+    server: ServerProcess, content: bytes, content_type: str, status: int, code: str
+) -> None:
+    """Status and code as in the contract, and the next good request is answered."""
+    response = server.client.post(PREDICT, content=content, headers={"Content-Type": content_type})
+    assert_error(response, status, code)
+    assert predict(server.client, encoded(photo())).status_code == 200
+
+
+@pytest.mark.parametrize("parameters", [{"top_k": "0"}, {"top_k": "x"}])
+def test_a_bad_parameter_is_a_clear_error(server: ServerProcess, parameters: dict[str, str]) -> None:
+    """400, not the framework's own answer."""
+    response = server.client.post(PREDICT, content=encoded(photo()), params=parameters)
+    assert_error(response, 400, "malformed_request")
+
+
+@pytest.mark.parametrize("timeout", ["0", "-5", "soon", "1e3", "99999999999"])
+def test_a_bad_timeout_is_a_clear_error(server: ServerProcess, timeout: str) -> None:
+    """400 names the header."""
+    response = predict(server.client, encoded(photo()), **{"X-Request-Timeout-Ms": timeout})
+    assert_error(response, 400, "malformed_request")
+
+
+def test_other_paths_and_methods_have_errors_of_the_same_shape(server: ServerProcess) -> None:
+    """404 and 405."""
+    assert_error(server.client.get("/v1/nothing"), 404, "not_found")
+    assert_error(server.client.get(PREDICT), 405, "method_not_allowed")
+
+
+def test_too_large_is_413_whatever_the_length_claims(tiny_path: Path) -> None:
+    """Too many bytes, announced or streamed, and too many pixels; the server goes on."""
+    with ServerProcess("--checkpoint", tiny_path, "--max-body-mb", "0.05", "--max-pixels", "10000") as running:
+        assert_error(predict(running.client, bytes(60_000)), 413, "payload_too_large")
+        chunks = (bytes(10_000) for _ in range(6))
+        assert_error(running.client.post(PREDICT, content=chunks), 413, "payload_too_large")
+        assert_error(predict(running.client, encoded(photo(width=101, height=100), "GIF")), 413, "payload_too_large")
+        assert predict(running.client, encoded(photo(width=100, height=100), "GIF")).status_code == 200
+
+
+def test_a_full_queue_is_429_with_a_time_to_retry() -> None:
+    """The device is held, the queue is full: the next request is refused at once; later all is well."""
+    runner = FakeRunner()
+    with ServerThread(runner, max_queue=2) as running, ThreadPoolExecutor(2) as pool:
+        runner.go_on.clear()
+        held = [pool.submit(predict, running.client, encoded(photo())) for _ in range(2)]
+        wait_until(lambda: running.engine_client.queue_depth == 2, "a full queue")
+        response = predict(running.client, encoded(photo()))
+        assert_error(response, 429, "overloaded")
+        assert int(response.headers["retry-after"]) >= 1
+        assert sample(running.client, "rednet_refused_total", reason="overloaded") == 1
+        runner.go_on.set()
+        assert [future.result().status_code for future in held] == [200, 200]
+        assert predict(running.client, encoded(photo())).status_code == 200
+        files = [("f", ("f.png", encoded(photo())))] * 3
+        assert_error(running.client.post(PREDICT, files=files), 413, "payload_too_large")
+        assert sample(running.client, "rednet_queue_depth") == 0
+
+
+def test_before_warm_up_ends_it_is_503_not_ready() -> None:
+    """Alive, but neither ready nor taking work; then it is."""
+    runner = FakeRunner()
+    runner.warm.clear()
+    with ServerThread(runner) as running:
+        assert running.client.get("/livez").status_code == 200
+        assert running.client.get("/readyz").status_code == 503
+        response = predict(running.client, encoded(photo()))
+        assert_error(response, 503, "not_ready")
+        assert int(response.headers["retry-after"]) >= 1
+        runner.warm.set()
+        wait_until(lambda: running.client.get("/readyz").status_code == 200, "readiness")
+        assert predict(running.client, encoded(photo())).status_code == 200
+
+
+def test_a_passed_deadline_is_504_and_costs_no_device_time(caplog: pytest.LogCaptureFixture) -> None:
+    """A caller with little patience is answered in time, and the image never runs."""
+    runner = FakeRunner()
+    with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
+        runner.go_on.clear()
+        held = pool.submit(predict, running.client, encoded(photo()))
+        assert runner.running.wait(10)
+        started = time.monotonic()
+        response = predict(running.client, encoded(photo()), **{"X-Request-Timeout-Ms": "200"})
+        assert_error(response, 504, "deadline_exceeded")
+        assert 0.2 <= time.monotonic() - started < 5
+        runner.go_on.set()
+        assert held.result().status_code == 200
+        assert predict(running.client, encoded(photo())).status_code == 200
+        assert runner.batches == [1, 1]
+        assert sample(running.client, "rednet_cancelled_total", stage="queue") == 1
+        assert sample(running.client, "rednet_images_total", outcome="deadline_exceeded") == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_defect_is_500_and_stays_inside() -> None:
+    """The answer says nothing of the cause; the next request is answered."""
+    runner = FakeRunner()
+    runner.fail_on = lambda pixels: bool((pixels[0] == 255).all())
+    with ServerThread(runner) as running:
+        response = predict(running.client, encoded(photo().point(lambda _: 255)))
+        assert_error(response, 500, "internal")
+        assert "asked for" not in response.text
+        assert predict(running.client, encoded(photo())).status_code == 200
+
+
+def test_a_caller_who_leaves_frees_the_queue(caplog: pytest.LogCaptureFixture) -> None:
+    """The image of a closed connection never runs, and no gauge keeps it."""
+    runner = FakeRunner()
+    with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
+        runner.go_on.clear()
+        held = pool.submit(predict, running.client, encoded(photo()))
+        assert runner.running.wait(10)
+        host, port = running.url.removeprefix("http://").split(":")
+        data = encoded(photo())
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            decoded = {"series": "rednet_stage_duration_seconds_count", "stage": "decode"}
+            wait_until(lambda: sample(running.client, **decoded) == 2, "the second image")
+        wait_until(lambda: running.engine_client.queue_depth == 1, "its departure")
+        runner.go_on.set()
+        assert held.result().status_code == 200
+        assert predict(running.client, encoded(photo())).status_code == 200
+        assert runner.batches == [1, 1]
+        assert sample(running.client, "rednet_inflight_requests") == 1  # this one
+        assert sample(running.client, "rednet_cancelled_total", stage="queue") == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_an_engine_that_fails_is_seen() -> None:
+    """The process ends with status 1, so that its supervisor can start another, instead of staying up for nothing."""
+
+    class Broken(FakeRunner):
+        def warm_up(self) -> None:
+            super().warm_up()
+            raise RuntimeError("no such device")
+
+    runner = Broken()
+    runner.warm.clear()
+    with ServerThread(runner) as running:
+        assert running.client.get("/livez").status_code == 200
+        runner.warm.set()
+        running.wait_for_end()
+        assert running.exit_code == 1

@@ -1,0 +1,160 @@
+"""The endpoints as their callers see them, on a real server."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+
+from tests.asking import CUT, PREDICT, TEXT, assert_error, classes, predict, sample
+from tests.conftest import encoded, photo
+from tests.servers import ServerProcess, wait_until
+
+
+def test_three_ways_to_send_a_photo_give_one_answer(server: ServerProcess) -> None:
+    """As the body, in a form, as base64 in JSON."""
+    data = encoded(photo())
+    url = {"image": base64.b64encode(data).decode()}
+    answers = [
+        predict(server.client, data),
+        server.client.post(PREDICT, content=data),  # without a Content-Type
+        server.client.post(PREDICT, content=data, headers={"Content-Type": "application/octet-stream"}),
+        server.client.post(PREDICT, files={"any-name": ("photo.png", data)}),
+        server.client.post(PREDICT, json={"images": [url["image"]]}),
+        server.client.post(PREDICT, json={"images": ["data:image/png;base64," + url["image"]]}),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 6
+    expected = answers[0].json()
+    assert expected["model"] == "tiny"
+    for answer in answers[1:]:
+        for ours, theirs in zip(classes(answer), classes(answers[0]), strict=True):
+            assert ours["label"] == theirs["label"]
+            assert ours["probability"] == pytest.approx(theirs["probability"], rel=1e-4)
+
+
+def test_top_k_counts_classes_and_is_clamped(server: ServerProcess) -> None:
+    """More than there are means all of them; probabilities fall and add up to one."""
+    data = encoded(photo())
+    few = server.client.post(PREDICT, content=data, params={"top_k": 2})
+    every = server.client.post(PREDICT, content=data, params={"top_k": 1000})
+    assert len(classes(few)) == 2
+    probabilities = [entry["probability"] for entry in classes(every)]
+    assert len(probabilities) == 5
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1)
+    assert {entry["index"] for entry in classes(every)} == set(range(5))
+
+
+def test_one_unreadable_image_never_touches_its_neighbours(server: ServerProcess) -> None:
+    """Every image of a request has its own answer or its own error, in order."""
+    data = encoded(photo())
+    files = [("f", ("a.png", data)), ("f", ("b.png", TEXT)), ("f", ("c.png", CUT)), ("f", ("d.png", data))]
+    response = server.client.post(PREDICT, files=files)
+    assert response.status_code == 200
+    first, second, third, fourth = response.json()["predictions"]
+    assert second["error"]["code"] == "unsupported_media_type"
+    assert third["error"]["code"] == "unreadable_image"
+    alone = predict(server.client, data).json()["predictions"][0]["classes"][0]
+    for entry in (first, fourth):
+        assert entry["classes"][0]["probability"] == pytest.approx(alone["probability"], rel=1e-4)
+    response = server.client.post(PREDICT, json={"images": ["%%%", base64.b64encode(data).decode()]})
+    assert response.json()["predictions"][0]["error"]["code"] == "malformed_request"
+    assert "classes" in response.json()["predictions"][1]
+
+
+def test_features_as_json_and_as_an_array(server: ServerProcess) -> None:
+    """The same numbers in both; normalised ones have length 1."""
+    files = [("f", ("a.png", encoded(photo(1)))), ("f", ("b.png", encoded(photo(2))))]
+    answer = server.client.post("/v1/features", files=files).json()
+    assert (answer["model"], answer["dimension"]) == ("tiny", 512)
+    response = server.client.post("/v1/features", files=files, headers={"Accept": "application/x-npy"})
+    array = np.load(io.BytesIO(response.content))
+    assert (array.shape, array.dtype) == ((2, 512), np.float32)
+    assert response.headers["content-type"] == "application/x-npy"
+    np.testing.assert_allclose(array, answer["features"], rtol=1e-3, atol=1e-5)
+    normal = server.client.post("/v1/features", files=files, params={"normalize": "true"}).json()["features"]
+    np.testing.assert_allclose(np.linalg.norm(normal, axis=1), 1, rtol=1e-5)
+    files[0] = ("f", ("a.png", TEXT))
+    mixed = server.client.post("/v1/features", files=files).json()["features"]
+    assert mixed[0]["error"]["code"] == "unsupported_media_type"
+    assert len(mixed[1]) == 512
+    response = server.client.post("/v1/features", files=files, headers={"Accept": "application/x-npy"})
+    assert_error(response, 415, "unsupported_media_type")
+
+
+def test_the_model_describes_itself(server: ServerProcess) -> None:
+    """Name, architecture, labels, preprocessing, precision and device."""
+    model = server.client.get("/v1/model").json()
+    assert (model["name"], model["architecture"], model["precision"], model["device"]) == (
+        "tiny",
+        "rednet26",
+        "fp32",
+        "cpu",
+    )
+    assert model["labels"][3] == {"index": 3, "id": "n3", "label": "thing 3"}
+    assert model["preprocess"]["crop"] == 64
+
+
+def test_health_and_documentation_answer(server: ServerProcess) -> None:
+    """And the document knows every endpoint."""
+    assert server.client.get("/livez").json() == server.client.get("/readyz").json() == {"status": "ready"}
+    assert server.client.get("/docs").status_code == 200
+    assert server.client.get("/", follow_redirects=True).url.path == "/docs"
+    paths = server.client.get("/openapi.json").json()["paths"]
+    assert {PREDICT, "/v1/features", "/v1/model", "/livez", "/readyz", "/metrics"} <= paths.keys()
+    assert "multipart/form-data" in paths[PREDICT]["post"]["requestBody"]["content"]
+
+
+def test_answers_carry_their_id_and_their_times(server: ServerProcess) -> None:
+    """A caller's id comes back, unless it is unfit for a header; then, and without one, the server makes one."""
+    data = encoded(photo())
+    assert predict(server.client, data, **{"X-Request-Id": "order-66"}).headers["x-request-id"] == "order-66"
+    made = predict(server.client, data, **{"X-Request-Id": "a b"}).headers["x-request-id"]
+    assert len(made) == 32
+    timing = predict(server.client, data).headers["server-timing"]
+    stages = dict(part.strip().split(";", 1) for part in timing.split(","))
+    assert stages.keys() == {"decode", "queue", "inference", "batch"}
+    assert stages["batch"] == 'desc="1"'
+    assert float(stages["inference"].removeprefix("dur=")) > 0
+
+
+def test_metrics_count_what_happened(server: ServerProcess) -> None:
+    """Requests, stages, batches and images, good and bad; and nothing stays in flight."""
+    client = server.client
+
+    def counts() -> list[float]:
+        return [
+            sample(client, "rednet_request_duration_seconds_count", endpoint=PREDICT, status="200"),
+            sample(client, "rednet_request_duration_seconds_count", endpoint=PREDICT, status="415"),
+            sample(client, "rednet_images_total", endpoint=PREDICT, outcome="ok"),
+            sample(client, "rednet_images_total", endpoint=PREDICT, outcome="unsupported_media_type"),
+            *(
+                sample(client, "rednet_stage_duration_seconds_count", stage=stage)
+                for stage in ("decode", "queue", "inference", "respond")
+            ),
+            sample(client, "rednet_batch_size_sum"),
+        ]
+
+    before = counts()
+    predict(client, encoded(photo()))
+    predict(client, TEXT)
+    wait_until(lambda: [b - a for a, b in zip(before, counts(), strict=True)] == [1] * 9, "the counts")
+    assert sample(client, "rednet_ready") == 1
+    assert sample(client, "rednet_queue_depth") == 0
+    assert sample(client, "rednet_backlog_seconds") == 0
+    assert sample(client, "rednet_inflight_requests") == 1  # this one
+    assert (
+        sample(client, "rednet_model_info", name="tiny", architecture="rednet26", device="cpu", precision="fp32") == 1
+    )
+    assert sample(client, "process_resident_memory_bytes") > 0
+
+
+def test_json_answers_are_plain_json(server: ServerProcess) -> None:
+    """Readable by the strictest parser: no NaN, no infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for path in (PREDICT, "/v1/features"):
+        json.loads(server.client.post(path, content=encoded(photo())).text, parse_constant=refuse)
