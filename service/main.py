@@ -1,6 +1,7 @@
 """Builds everything and wires it together."""
 
 import logging
+import math
 import os
 import time
 from dataclasses import asdict
@@ -48,9 +49,12 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._client.state is State.FAILED:
             return True
-        if self._drain_until is not None and (not self._client.queue_depth or time.monotonic() > self._drain_until):
-            await self._client.close()  # whoever still waits is told now
-            return True
+        if self._drain_until is not None:
+            left_s = self._drain_until - time.monotonic()
+            if not self._client.queue_depth or left_s <= 0:
+                await self._client.close()  # whoever still waits is told now
+                self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for answers still being sent
+                return True
         return await super().on_tick(counter)
 
     @property
@@ -111,5 +115,4 @@ def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=1,  # for the last bytes: by then the drain is over
     )

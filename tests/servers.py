@@ -128,7 +128,7 @@ class ServerThread:
         )
         decoder = Decoder(preprocess, settings.max_pixels, threads=2)
         app = create_app(settings, self.engine_client, decoder, metrics, model)
-        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, port=0, log_config=None)
         self._server = Server(config, self.engine_client, settings.drain_timeout_s)
         self._thread = threading.Thread(target=self._server.run)
 

@@ -103,7 +103,7 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
 async def _answers(request: Request, journey: JourneyOf, metrics: Metrics) -> Sequence[Answer]:
     """The answers for a request's images, counted; raises the first error where not one image has an answer."""
     answers = await journey.answers(request)
-    endpoint = request.url.path
+    endpoint: str = request.scope["route"].path
     for answer in answers:
         outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
         metrics.image(endpoint, outcome)
