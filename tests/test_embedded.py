@@ -21,10 +21,11 @@ def test_it_says_what_it_is() -> None:
     assert checkpoint.labels[0] == ("n01440764", "tench")
     assert len(checkpoint.labels) == 10
     assert {"data", "recipe", "torch", "history"} <= checkpoint.provenance.keys()
-    assert (resources.files("model") / EMBEDDED).read_bytes().__len__() < 16 << 20
+    assert len((resources.files("model") / EMBEDDED).read_bytes()) < 16 << 20
 
 
 @needs_shared
+@pytest.mark.timeout(600)
 def test_it_is_right_on_most_photos_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At least 70 % of the 1,966 validation photos of Imagenette, by the command that users have."""
     with tarfile.open(SHARED / "data" / "imagenette-val.tar") as archive:
