@@ -1,9 +1,12 @@
 """How tests ask a server, and what they look for in its answers."""
 
+from concurrent.futures import Executor, Future
+
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import encoded, photo
+from tests.servers import PATIENCE_S, FakeRunner, ServerThread
 
 PREDICT = "/v1/predict"
 PNG = {"Content-Type": "image/png"}
@@ -33,3 +36,11 @@ def assert_error(response: httpx.Response, status: int, code: str) -> None:
 def classes(response: httpx.Response, index: int = 0) -> list[dict[str, float]]:
     found: list[dict[str, float]] = response.json()["predictions"][index]["classes"]
     return found
+
+
+def occupy(running: ServerThread, runner: FakeRunner, pool: Executor) -> Future[httpx.Response]:
+    """Send an image that the device works on until `runner.go_on` is set; what comes meanwhile has to wait."""
+    runner.go_on.clear()
+    held = pool.submit(predict, running.client, encoded(photo()))
+    assert runner.running.wait(PATIENCE_S)
+    return held

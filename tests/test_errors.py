@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.asking import CUT, PREDICT, TEXT, assert_error, predict, sample
+from tests.asking import CUT, PREDICT, TEXT, assert_error, occupy, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
 
@@ -114,9 +114,7 @@ def test_a_passed_deadline_is_504_and_costs_no_device_time(caplog: pytest.LogCap
     """A caller with little patience is answered in time, and the image never runs."""
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
-        runner.go_on.clear()
-        held = pool.submit(predict, running.client, encoded(photo()))
-        assert runner.running.wait(10)
+        held = occupy(running, runner, pool)
         started = time.monotonic()
         response = predict(running.client, encoded(photo()), **{"X-Request-Timeout-Ms": "200"})
         assert_error(response, 504, "deadline_exceeded")
@@ -145,9 +143,7 @@ def test_a_caller_who_leaves_frees_the_queue(caplog: pytest.LogCaptureFixture) -
     """The image of a closed connection never runs, and no gauge keeps it."""
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
-        runner.go_on.clear()
-        held = pool.submit(predict, running.client, encoded(photo()))
-        assert runner.running.wait(10)
+        held = occupy(running, runner, pool)
         host, port = running.url.removeprefix("http://").split(":")
         data = encoded(photo())
         with socket.create_connection((host, int(port))) as connection:

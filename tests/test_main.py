@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.asking import assert_error, predict
+from tests.asking import assert_error, occupy, predict
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, FakeRunner, ServerProcess, ServerThread, wait_until
 
@@ -65,9 +65,7 @@ def test_while_it_drains_it_is_not_ready_and_takes_nothing_new() -> None:
     """From the first moment; what was accepted is still answered."""
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
-        runner.go_on.clear()
-        held = pool.submit(predict, running.client, encoded(photo()))
-        assert runner.running.wait(10)
+        held = occupy(running, runner, pool)
         running.terminate()
         assert running.client.get("/readyz").status_code == 503
         assert running.client.get("/livez").status_code == 200
@@ -83,9 +81,7 @@ def test_when_the_drain_takes_too_long_everyone_is_told() -> None:
     """A runner that hangs and an upload that does not end: 503 for both callers, and the server ends all the same."""
     runner = FakeRunner()
     with ServerThread(runner, drain_timeout_s=0.5) as running, ThreadPoolExecutor(2) as pool:
-        runner.go_on.clear()
-        held = pool.submit(predict, running.client, encoded(photo()))
-        assert runner.running.wait(10)
+        held = occupy(running, runner, pool)
         host, port = running.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
