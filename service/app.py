@@ -83,6 +83,8 @@ def _error_response(error: errors.ServiceError) -> Response:
     headers = {}
     if isinstance(error, errors.Refused):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, errors.Draining):
+        headers["Connection"] = "close"  # so that the next request finds another server
     return JSONResponse(v1.error_body(error), STATUS[type(error)], headers)
 
 

@@ -25,6 +25,10 @@ from service.types import EngineClient, State
 
 logger = logging.getLogger(__name__)
 
+# How long a drain refuses at least, even with nothing to do: a caller who is about to send another request over an open
+# connection gets an answer that closes it, instead of a connection that breaks under the request.
+SHORTEST_DRAIN_S = 1.0
+
 MAX_BATCH_SIZE = {"cpu": 8, "cuda": 64}
 
 
@@ -37,11 +41,11 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._client = client
         self._drain_timeout_s = drain_timeout_s
-        self._drain_until: float | None = None
+        self._drain_since: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._drain_until is None:
-            self._drain_until = time.monotonic() + self._drain_timeout_s
+        if self._drain_since is None:
+            self._drain_since = time.monotonic()
             self._client.begin_drain()
         else:
             self.should_exit = self.force_exit = True
@@ -49,9 +53,10 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._client.state is State.FAILED:
             return True
-        if self._drain_until is not None:
-            left_s = self._drain_until - time.monotonic()
-            if not self._client.queue_depth or left_s <= 0:
+        if self._drain_since is not None:
+            drained_s = time.monotonic() - self._drain_since
+            left_s = self._drain_timeout_s - drained_s
+            if left_s <= 0 or (drained_s >= SHORTEST_DRAIN_S and not self._client.queue_depth):
                 await self._client.close()  # whoever still waits is told now
                 self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for answers still being sent
                 return True

@@ -71,6 +71,7 @@ def test_while_it_drains_it_is_not_ready_and_takes_nothing_new() -> None:
         assert running.client.get("/livez").status_code == 200
         response = predict(running.client, encoded(photo()))
         assert_error(response, 503, "draining")
+        assert response.headers["connection"] == "close"
         assert int(response.headers["retry-after"]) >= 1
         runner.go_on.set()
         assert held.result().status_code == 200
