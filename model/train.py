@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from model.checkpoint import Checkpoint, save_checkpoint, write_atomically
 from model.evaluate import evaluate
 from model.labels import named
-from model.photos import Batch, Photo, batches, find_photos, read_photo
+from model.photos import Batch, Photo, PhotoError, batches, find_photos, read_photo
 from model.preprocess import Pixels, Preprocess, scaled_box, upright_rgb
 from model.progress import progress
 from model.rednet import RedNet, RedNetConfig
@@ -89,6 +89,8 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
     if output.is_dir() or not output.parent.is_dir():
         raise NotADirectoryError(f"{output} must be a file in a folder that exists")
     classes, photos = find_photos(data / "train")
+    if len(photos) < 2:
+        raise PhotoError(f"{data / 'train'} holds a single photo, from which nothing can be learned")
     _, watched = find_photos(data / "val", classes)
     torch.manual_seed(recipe.seed)
     stem_channels = max(32, recipe.base_channels)  # the involution of the stem has half of them, in groups of 16
@@ -108,7 +110,7 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
         _train_epoch(state, photos, recipe, device, workers, resume)
         net.eval()
         result = evaluate(logits_of, recipe.preprocess, watched, workers=workers, describe="  validation")
-        _finish_epoch(state, result["top1"], _steps(photos, recipe))
+        _finish_epoch(state, result["top1"])
         resume.save(state)
     checkpoint = Checkpoint(
         net=net.cpu().eval(),
@@ -200,8 +202,8 @@ def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
 
 
-def _finish_epoch(state: State, top1: float, steps: int) -> None:
-    state.history.append({"loss": state.loss_sum / steps, "top1": top1})
+def _finish_epoch(state: State, top1: float) -> None:
+    state.history.append({"loss": state.loss_sum / state.step, "top1": top1})
     state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
     print(f"epoch {state.epoch}: loss {state.history[-1]['loss']:.4f}, validation top-1 {top1:.4f}", file=sys.stderr)
 

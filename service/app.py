@@ -142,7 +142,7 @@ class Surroundings:
             status = CLIENT_LEFT
         except asyncio.CancelledError:  # uvicorn ends what is left when the drain is over: an upload, most likely
             if not status:
-                await _error_response(errors.Draining("the server is stopping", 5.0))(scope, receive, send_with_id)
+                await _error_response(errors.Draining())(scope, receive, send_with_id)
         except Exception:
             logger.exception("a defect")
             if not status:

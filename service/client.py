@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from service.engine import Engine
-from service.errors import Draining, Internal, NotReady, Overloaded, PayloadTooLarge, ServiceError
+from service.errors import Draining, Internal, NotReady, Overloaded, ServiceError
 from service.types import Inference, Pixels, State
 
 STARTING_RETRY_S = 2.0
-DRAINING_RETRY_S = 5.0
 LAST_BATCH_S = 1.0  # how long closing waits for the batch that is running, whose callers have been told already
 
 
@@ -56,8 +55,6 @@ class LocalClient:
 
         def hold(images: int) -> None:
             nonlocal held
-            if images > self._max_queue:
-                raise PayloadTooLarge(f"more than {self._max_queue} images in one request")
             if self._admitted - held + images > self._max_queue:
                 raise Overloaded(f"{self._admitted} images are waiting; try again later", max(1.0, self.backlog_s))
             self._admitted += images - held
@@ -93,7 +90,7 @@ class LocalClient:
     async def close(self) -> None:
         self.begin_drain()
         for future in self._waiting:  # not left to the engine, which may hang
-            _settle(future, Draining("the server is stopping", DRAINING_RETRY_S))
+            _settle(future, Draining())
         await asyncio.to_thread(self._engine.stop, LAST_BATCH_S)
 
     def _refuse_unless_ready(self) -> None:
@@ -101,7 +98,7 @@ class LocalClient:
             case State.STARTING:
                 raise NotReady("the model is being loaded", STARTING_RETRY_S)
             case State.DRAINING:
-                raise Draining("the server is stopping", DRAINING_RETRY_S)
+                raise Draining
             case State.FAILED:
                 raise Internal
 

@@ -148,7 +148,7 @@ class Engine:
             job.reply(self._why_closed())
 
     def _why_closed(self) -> ServiceError:
-        return Internal() if self.state is State.FAILED else Draining("the server is stopping", 1.0)
+        return Internal() if self.state is State.FAILED else Draining()
 
 
 def _check(output: RunnerOutput, images: int) -> None:

@@ -80,3 +80,6 @@ class Draining(Refused):
     """The server is about to stop."""
 
     code = "draining"
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping", retry_after_s=5.0)

@@ -87,7 +87,7 @@ class EngineClient(Protocol):
 
     @property
     def max_images(self) -> int:
-        """How many images one request may hold."""
+        """How many images one request may hold: for more there would never be room."""
 
     def admit(self) -> AbstractContextManager[Callable[[int], None]]:
         """Hold a place in the queue for a request, before anything is done for it.
@@ -97,7 +97,6 @@ class EngineClient(Protocol):
 
         Raises:
             Refused: there is no room (now, or for so many), or the server takes no work at all.
-            PayloadTooLarge: there would never be room for so many.
         """
 
     async def infer(self, pixels: Pixels, deadline: float) -> Inference:

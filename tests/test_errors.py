@@ -116,9 +116,9 @@ def test_a_passed_deadline_is_504_and_costs_no_device_time(caplog: pytest.LogCap
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
         held = occupy(running, runner, pool)
         started = time.monotonic()
-        response = predict(running.client, encoded(photo()), **{"X-Request-Timeout-Ms": "200"})
+        response = predict(running.client, encoded(photo()), **{"X-Request-Timeout-Ms": "1000"})
         assert_error(response, 504, "deadline_exceeded")
-        assert 0.2 <= time.monotonic() - started < 5
+        assert 1.0 <= time.monotonic() - started < 5
         runner.go_on.set()
         assert held.result().status_code == 200
         assert predict(running.client, encoded(photo())).status_code == 200

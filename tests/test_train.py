@@ -178,11 +178,21 @@ def test_a_last_photo_alone_is_left_out(data: Path, tmp_path: Path) -> None:
     assert len(load_checkpoint(tmp_path / "x").provenance["history"]) == 1
 
 
+def test_a_single_photo_is_not_enough(tmp_path: Path) -> None:
+    """Batch norm needs two; said at once."""
+    for split in ("train", "val"):
+        (tmp_path / split / "red").mkdir(parents=True)
+        photo().save(tmp_path / split / "red" / "1.png")
+    with pytest.raises(PhotoError, match="a single photo"):
+        train(tmp_path, tmp_path / "x", RECIPE, device=CPU)
+
+
 def test_a_damaged_photo_is_named(data: Path, tmp_path: Path) -> None:
     """Training stops with its path, instead of learning from something else."""
     for split in ("train", "val"):
         (tmp_path / split / "red").mkdir(parents=True)
-        (tmp_path / split / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff and then nothing")
+        for name in ("a-broken.jpg", "b-broken.jpg"):
+            (tmp_path / split / "red" / name).write_bytes(b"\xff\xd8\xff and then nothing")
     with pytest.raises(PhotoError, match=r"broken\.jpg is not a readable photo"):
         train(tmp_path, tmp_path / "x", RECIPE, device=CPU)
 
