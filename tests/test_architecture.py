@@ -44,7 +44,9 @@ ANYTHING = {"main", "cli"}  # the only places that build things and wire them to
 MODEL = {
     "kernels.reference": set(),
     "kernels.portable": set(),
-    "kernels": {"kernels"},
+    "kernels.native": {"kernels", "native"},
+    "native": set(),
+    "kernels": {"kernels", "native"},
     "involution": {"kernels"},
     "rednet": {"involution"},
     "preprocess": set(),

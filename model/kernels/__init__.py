@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.kernels import portable, reference
+from model.kernels import native, portable, reference
+from model.native import unavailable
 
 
 class Implementation(Protocol):
@@ -22,8 +23,10 @@ class Implementation(Protocol):
     def backward(self, grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]: ...
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = {"reference": reference, "portable": portable}
-BY_DEVICE: Mapping[str, str] = {"cpu": "portable", "cuda": "portable"}  # any other device: portable, too
+IMPLEMENTATIONS: Mapping[str, Implementation] = {"reference": reference, "portable": portable} | (
+    {} if unavailable() else {"native": native}
+)
+BY_DEVICE: Mapping[str, str] = {"cpu": "portable" if unavailable() else "native"}  # any other device: portable
 
 _forced: str | None = None
 
@@ -48,22 +51,37 @@ def implementation_name(device: torch.device) -> str:
 
 @torch.library.custom_op("rednet::involution", mutates_args=())
 def operator(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    return IMPLEMENTATIONS[implementation_name(x.device)].forward(x, kernel, stride)
+    out = IMPLEMENTATIONS[implementation_name(x.device)].forward(x, kernel, stride)
+    return out.contiguous(memory_format=_memory_format(x))
 
 
 @torch.library.custom_op("rednet::involution_backward", mutates_args=())
 def operator_backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    return IMPLEMENTATIONS[implementation_name(x.device)].backward(grad, x, kernel, stride)
+    grad_x, grad_kernel = IMPLEMENTATIONS[implementation_name(x.device)].backward(grad, x, kernel, stride)
+    return _laid_out_like(x, grad_x), _laid_out_like(kernel, grad_kernel)
 
 
 @operator.register_fake
 def _(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], kernel.shape[3], kernel.shape[4])
+    shape = (x.shape[0], x.shape[1], kernel.shape[3], kernel.shape[4])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
 @operator_backward.register_fake
 def _(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), kernel.new_empty(kernel.shape)
+    return torch.empty_like(x), torch.empty_like(kernel)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Outputs lie in memory as x does, so that a network in channels-last stays so."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _laid_out_like(x: Tensor, grad: Tensor) -> Tensor:
+    """A gradient lies in memory as what it is the gradient of."""
+    like = torch.empty_like(x)
+    return grad if grad.stride() == like.stride() else like.copy_(grad)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:

@@ -1,0 +1,66 @@
+"""C on the CPU, float32 and float64, channels-last inside; 16 channels per group with the usual kernels are the fast case.
+
+Other dtypes take the portable form.
+"""
+
+import os
+from functools import lru_cache
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from model.kernels import portable
+from model.native import Operators
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
+    if x.dtype not in DTYPES:
+        return portable.forward(x, kernel, stride)
+    x, kernel = _channels_last(x), _taps_last(kernel)
+    batch, h, w = kernel.shape[:3]
+    out = x.new_empty(batch, h, w, x.shape[3])
+    _call(stride, [x, kernel, out], gradients=False)
+    return out.permute(0, 3, 1, 2)
+
+
+def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Gradients of x and kernel from grad [B, C, h, w]."""
+    if x.dtype not in DTYPES:
+        return portable.backward(grad, x, kernel, stride)
+    grad, x, kernel = _channels_last(grad), _channels_last(x), _taps_last(kernel)
+    grad_x, grad_kernel = torch.empty_like(x), torch.empty_like(kernel)
+    _call(stride, [x, kernel, grad, grad_x, grad_kernel], gradients=True)
+    return grad_x.permute(0, 3, 1, 2), grad_kernel.permute(0, 3, 4, 1, 2)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()  # [B, H, W, C]
+
+
+def _taps_last(kernel: Tensor) -> Tensor:
+    return kernel.permute(0, 3, 4, 1, 2).contiguous()  # [B, h, w, G, K*K]
+
+
+def _call(stride: int, tensors: list[Tensor], gradients: bool) -> None:
+    x, kernel = tensors[:2]
+    batch, height, width, channels = x.shape
+    groups, taps = kernel.shape[3:]
+    if 0 in x.shape:
+        for tensor in tensors[2:]:
+            tensor.zero_()
+        return
+    sizes = (batch, groups, channels // groups, height, width, isqrt(taps), stride, int(gradients))
+    pointers = [(tensor.data_ptr(), tensor.numel()) for tensor in tensors]
+    _operators(torch.get_num_threads()).involution(sizes, pointers, x.element_size())
+
+
+@lru_cache(maxsize=1)
+def _operators(threads: int) -> Operators:
+    return Operators(threads)
+
+
+os.register_at_fork(after_in_child=_operators.cache_clear)  # threads do not outlive a fork

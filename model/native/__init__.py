@@ -1,0 +1,215 @@
+"""The native library (C, beside this module) behind Python types. Nothing else touches it.
+
+It is optional. Where it could not be built, or the environment variable REDNET_NATIVE says off, `unavailable` tells why, and
+callers do without. REDNET_NATIVE may also name one of the builds: avx512, avx2 or generic.
+"""
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+VARIABLE = "REDNET_NATIVE"
+STAGES = 4
+MOST_THREADS = 64
+MOST_SIZES = 2  # image sizes whose memory is kept; a server has one
+
+
+class _Array(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("length", ctypes.c_int64))
+
+
+class Engine:
+    """A whole network in C: uint8 pixels to logits and features.
+
+    Args:
+        config: the fields of `struct config` in native/network.h.
+        arrays: table, weights and biases, in the order of `network_create` there.
+        threads: cores to use, 1 to 64.
+        build: avx512, avx2 or generic; None: the best one here.
+
+    Raises:
+        ValueError: the arrays are not those of the configuration.
+        RuntimeError: there is no native library, or no such build, here.
+    """
+
+    def __init__(self, config: Sequence[int], arrays: Sequence[Floats], threads: int, build: str | None = None) -> None:
+        self.build = build or best_build()
+        self.threads = min(threads, MOST_THREADS)
+        self._lock = threading.Lock()  # the memory below is one call's
+        self._workspaces: OrderedDict[tuple[int, int], int] = OrderedDict()
+        arrays = [np.ascontiguousarray(array, np.float32) for array in arrays]
+        error = ctypes.c_char_p()
+        create = _function(self.build, "engine_create", ctypes.c_void_p)
+        self._engine = create(
+            (ctypes.c_int32 * len(config))(*config),
+            ctypes.c_int64(len(config)),
+            _arrays(arrays),
+            ctypes.c_int64(len(arrays)),
+            self.threads,
+            ctypes.byref(error),
+        )
+        if not self._engine:
+            raise ValueError(_text(error.value))
+        self._end = weakref.finalize(self, _free, self.build, self._engine, self._workspaces)
+
+    def run(self, pixels: NDArray[np.uint8], outputs: Sequence[Floats | None]) -> None:
+        """Fill `outputs`: logits, features, four stage maps [B, h, w, C], four kernel sums [B, h, w, G]; None: not wanted.
+
+        Args:
+            pixels: [B, 3, H, W].
+            outputs: contiguous, of exactly the right sizes.
+
+        Raises:
+            ValueError: a size is wrong.
+            MemoryError: there is no memory for photos of this size.
+        """
+        batch, _, height, width = pixels.shape
+        pixels = np.ascontiguousarray(pixels)
+        with self._lock:
+            error = _function(self.build, "run", ctypes.c_char_p)(
+                ctypes.c_void_p(self._engine),
+                ctypes.c_void_p(self._workspace(height, width)),
+                pixels.ctypes.data_as(ctypes.c_void_p),
+                ctypes.c_int64(pixels.size),
+                ctypes.c_int64(batch),
+                _arrays(outputs),
+            )
+        if error:
+            raise ValueError(_text(error))
+
+    def _workspace(self, height: int, width: int) -> int:
+        size = (height, width)
+        if size not in self._workspaces:
+            while len(self._workspaces) >= MOST_SIZES:
+                _, oldest = self._workspaces.popitem(last=False)
+                _function(self.build, "workspace_free", None)(ctypes.c_void_p(oldest))
+            error = ctypes.c_char_p()
+            create = _function(self.build, "workspace_create", ctypes.c_void_p)
+            workspace = create(ctypes.c_void_p(self._engine), height, width, ctypes.byref(error))
+            if not workspace:
+                message = f"{width}x{height} pixels: {_text(error.value)}"
+                raise MemoryError(message) if error.value == b"out of memory" else ValueError(message)
+            self._workspaces[size] = workspace
+        self._workspaces.move_to_end(size)
+        return self._workspaces[size]
+
+
+class Operators:
+    """Involution and its gradients in C, with threads of their own.
+
+    Args:
+        threads: cores to use.
+        build: as for `Engine`.
+    """
+
+    def __init__(self, threads: int, build: str | None = None) -> None:
+        self.build = build or best_build()
+        self.threads = min(threads, MOST_THREADS)
+        self._lock = threading.Lock()
+        self._operators = _function(self.build, "operators_create", ctypes.c_void_p)(self.threads)
+        if not self._operators:
+            raise MemoryError
+        weakref.finalize(self, _function(self.build, "operators_free", None), ctypes.c_void_p(self._operators))
+
+    def involution(self, sizes: Sequence[int], pointers: Sequence[tuple[int, int]], element_size: int) -> None:
+        """Run `involution` of native/engine.h.
+
+        Args:
+            sizes: as there.
+            pointers: address and number of elements of each array.
+            element_size: 4 for float32, 8 for float64.
+
+        Raises:
+            ValueError: sizes and arrays do not fit together.
+            MemoryError: there is no memory for a plane of this size.
+        """
+        arrays = (_Array * 5)(*(_Array(*pointer) for pointer in pointers))
+        with self._lock:
+            error = _function(self.build, "involution", ctypes.c_char_p)(
+                ctypes.c_void_p(self._operators), (ctypes.c_int32 * 8)(*sizes), arrays, element_size
+            )
+        if error:
+            raise MemoryError if error == b"out of memory" else ValueError(_text(error))
+
+
+def unavailable() -> str | None:
+    """Why there is no native library here; None: there is."""
+    return _library()[1]
+
+
+def builds() -> list[str]:
+    """The builds that this machine can run, best first; none if there is no library."""
+    library, reason = _library()
+    if reason:
+        return []
+    return _text(ctypes.CFUNCTYPE(ctypes.c_char_p)(("rednet_builds", library))()).split()
+
+
+def best_build() -> str:
+    """The build in use: the fastest one, or that of REDNET_NATIVE.
+
+    Raises:
+        RuntimeError: there is no native library here.
+    """
+    if reason := unavailable():
+        raise RuntimeError(reason)
+    return os.environ.get(VARIABLE) or builds()[0]
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or the reason why there is none."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        return None, f"{VARIABLE} is off"
+    spec = importlib.util.find_spec(f"{__name__}.library")
+    if spec is None or spec.origin is None:
+        return None, "the native library was not built: that needs a C compiler when the package is installed"
+    try:
+        library = ctypes.CDLL(spec.origin)
+        available = _text(ctypes.CFUNCTYPE(ctypes.c_char_p)(("rednet_builds", library))()).split()
+    except (OSError, AttributeError) as error:
+        return None, f"the native library cannot be loaded: {error}"
+    if wanted and wanted not in available:
+        return None, f"{VARIABLE} is {wanted!r}, but there are off, {', '.join(available)} here"
+    return library, None
+
+
+@cache
+def _function(build: str, name: str, result: Any) -> Any:
+    library, reason = _library()
+    if library is None:
+        raise RuntimeError(reason)
+    try:
+        function = library[f"rednet_{build}_{name}"]
+    except AttributeError:
+        raise RuntimeError(f"there is no build {build!r} of the native library") from None
+    function.restype = result
+    return function
+
+
+def _arrays(arrays: Sequence[Floats | None]) -> "ctypes.Array[_Array]":
+    found = [_Array() if array is None else _Array(array.ctypes.data, array.size) for array in arrays]
+    return (_Array * len(found))(*found)
+
+
+def _free(build: str, engine: int, workspaces: Mapping[tuple[int, int], int]) -> None:
+    for workspace in workspaces.values():
+        _function(build, "workspace_free", None)(ctypes.c_void_p(workspace))
+    _function(build, "engine_free", None)(ctypes.c_void_p(engine))
+
+
+def _text(message: bytes | None) -> str:
+    return (message or b"").decode()

@@ -1,0 +1,161 @@
+/* Threads that sleep between calls, and teams of them that share one image.
+ *
+ * A barrier spins briefly, because the others are usually microseconds away, and then sleeps: on a machine that is busy
+ * with other work the one who is late may not be running at all, and spinning would keep the core from it. */
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "vector.h"
+
+#define MOST_THREADS 64
+#define SPINS 2000 /* some tens of microseconds */
+
+ALWAYS_INLINE void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+struct barrier {
+    int size;
+    atomic_int arrived, sleeping;
+    atomic_uint generation; /* how often it has opened */
+    pthread_mutex_t lock;
+    pthread_cond_t opened;
+};
+
+static void barrier_init(struct barrier *b) {
+    pthread_mutex_init(&b->lock, NULL);
+    pthread_cond_init(&b->opened, NULL);
+}
+
+static void barrier_destroy(struct barrier *b) {
+    pthread_mutex_destroy(&b->lock);
+    pthread_cond_destroy(&b->opened);
+}
+
+static void barrier_await(struct barrier *b, unsigned generation) {
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (atomic_load(&b->generation) != generation) return;
+        relax();
+    }
+    pthread_mutex_lock(&b->lock);
+    atomic_fetch_add(&b->sleeping, 1);
+    while (atomic_load(&b->generation) == generation) pthread_cond_wait(&b->opened, &b->lock);
+    atomic_fetch_sub(&b->sleeping, 1);
+    pthread_mutex_unlock(&b->lock);
+}
+
+/* Whoever goes to sleep says so before it looks at the generation a last time, and whoever opens looks for sleepers
+ * after changing it, so one of the two sees the other. */
+static void barrier_open(struct barrier *b) {
+    atomic_fetch_add(&b->generation, 1);
+    if (atomic_load(&b->sleeping)) {
+        pthread_mutex_lock(&b->lock);
+        pthread_cond_broadcast(&b->opened);
+        pthread_mutex_unlock(&b->lock);
+    }
+}
+
+/* A team works through items: each thread takes the next one until none is left, so that a slow core takes fewer. */
+struct team {
+    struct barrier barrier;
+    atomic_int taken;
+};
+
+ALWAYS_INLINE int take(struct team *team) {
+    return atomic_fetch_add(&team->taken, 1);
+}
+
+/* All have finished their items; what they wrote is seen by all, and taking starts anew. */
+static void meet(struct team *team) {
+    struct barrier *b = &team->barrier;
+    unsigned generation = atomic_load(&b->generation);
+    if (b->size == 1) {
+        team->taken = 0;
+    } else if (atomic_fetch_add(&b->arrived, 1) == b->size - 1) {
+        atomic_store(&b->arrived, 0);
+        atomic_store(&team->taken, 0);
+        barrier_open(b);
+    } else {
+        barrier_await(b, generation);
+    }
+}
+
+struct pool {
+    int threads; /* the caller's included */
+    pid_t process;
+    void (*work)(void *context, int thread);
+    void *context;
+    bool ending;
+    struct barrier start;
+    struct team all; /* meets when the work is done, and whenever the work says so */
+    pthread_t handles[MOST_THREADS];
+};
+
+struct pool_thread {
+    struct pool *pool;
+    int thread;
+};
+
+static void *pool_loop(void *argument) {
+    struct pool_thread self = *(struct pool_thread *)argument;
+    free(argument);
+    struct pool *pool = self.pool;
+    for (unsigned generation = 0;; generation++) {
+        barrier_await(&pool->start, generation);
+        if (pool->ending) return NULL;
+        pool->work(pool->context, self.thread);
+        meet(&pool->all);
+    }
+}
+
+/* A pool of up to `threads`: fewer where the system gives no more. */
+static struct pool *pool_create(int threads) {
+    struct pool *pool = calloc(1, sizeof *pool);
+    if (!pool) return NULL;
+    barrier_init(&pool->start);
+    barrier_init(&pool->all.barrier);
+    pool->process = getpid();
+    pool->threads = 1;
+    while (pool->threads < threads) {
+        struct pool_thread *self = malloc(sizeof *self);
+        if (!self) break;
+        *self = (struct pool_thread){pool, pool->threads};
+        if (pthread_create(&pool->handles[pool->threads], NULL, pool_loop, self)) {
+            free(self);
+            break;
+        }
+        pool->threads++;
+    }
+    pool->all.barrier.size = pool->threads;
+    return pool;
+}
+
+/* work(context, thread) on every thread at once; back when all are done. In a child of fork the threads do not exist:
+ * false is returned, and nothing was done. */
+static bool pool_run(struct pool *pool, void (*work)(void *, int), void *context) {
+    if (pool->process != getpid()) return false;
+    pool->work = work, pool->context = context;
+    barrier_open(&pool->start);
+    work(context, 0);
+    meet(&pool->all);
+    return true;
+}
+
+static void pool_destroy(struct pool *pool) {
+    if (pool->process == getpid()) {
+        pool->ending = true;
+        barrier_open(&pool->start);
+        for (int t = 1; t < pool->threads; t++) pthread_join(pool->handles[t], NULL);
+        barrier_destroy(&pool->start);
+        barrier_destroy(&pool->all.barrier);
+    }
+    free(pool);
+}
