@@ -1,7 +1,7 @@
 """Builds the native engine: the same C source once for each instruction set, in one library.
 
-Everything else about the package is in pyproject.toml. The engine is optional: without a C compiler the package installs,
-and runs, without it.
+Everything else about the package is in pyproject.toml. The engine is optional: without a C compiler the package
+installs, and runs, without it.
 """
 
 import platform
@@ -16,7 +16,15 @@ BUILDS = {
     "generic": (4, []),
 }
 # Sums may use fused multiply-adds; nothing here looks at errno or at floating-point exceptions.
-FLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+]
 
 
 class BuildEngine(build_ext):

@@ -1,9 +1,10 @@
 """RedNet and involution (Li et al., CVPR 2021) for PyTorch: the network, its checkpoints, its fast inference form."""
 
 from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from model.form import Output
 from model.involution import Involution, involution
 from model.labels import Label
-from model.prepare import Output, Prepared, prepare
+from model.prepare import Prepared, SelfCheckError, prepare
 from model.preprocess import Preprocess
 from model.rednet import RedNet, RedNetConfig, create_rednet
 
@@ -17,6 +18,7 @@ __all__ = [
     "Preprocess",
     "RedNet",
     "RedNetConfig",
+    "SelfCheckError",
     "create_rednet",
     "involution",
     "load_checkpoint",

@@ -1,47 +1,67 @@
-"""A trained network in its fast inference form."""
+"""A trained network in its fast inference form, checked against the network itself."""
 
-import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
-from model.involution import ConvModule
-from model.kernels import implementation_name
+from model.form import Form, Output
+from model.kernels import use
+from model.native_form import NativeForm
 from model.preprocess import Preprocess
-from model.rednet import Bottleneck, RedNet
+from model.rednet import RedNet
+from model.torch_form import TorchForm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}  # of `deviation`; rounding alone stays a decade below
+AUTO = {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}  # precisions that may win; half ones do not on a CPU
+TIMED_IMAGES = 16  # in the batch that decides between precisions
+TIMED_RUNS = 3
 
 
-class Output(NamedTuple):
-    """One forward pass, float32, on the device that ran it."""
-
-    logits: Tensor  # [B, num_classes]
-    features: Tensor  # [B, feature_channels]
+class SelfCheckError(ValueError):
+    """No form of the network answers like the network itself."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Call it with uint8 pixels [B, 3, H, W], any B; made by `prepare`."""
+    """A network in its inference form; made by `prepare`.
 
-    net: RedNet
+    Attributes:
+        backend: what runs it, for people.
+        deviation: distance of its answers from those of the plain network on the self-check's input, relative.
+        passed_over: why faster forms were not taken, if so.
+    """
+
+    form: Form
     preprocess: Preprocess
     device: torch.device
     precision: str
-
-    @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> Output:
-        x = self.preprocess.normalise(pixels.to(self.device, non_blocking=True))
-        features = self.net.features(x.to(DTYPES[self.precision]))
-        return Output(self.net.head(features).float(), features.float())
+    deviation: float
+    passed_over: tuple[str, ...] = ()
 
     @property
     def backend(self) -> str:
-        """What runs the network, for people."""
-        return f"torch, {implementation_name(self.device)} involution"
+        return self.form.backend
+
+    def __call__(self, pixels: Tensor, *, stages: bool = False, kernel_sums: bool = False) -> Output:
+        """Forward uint8 pixels [B, 3, H, W], any B, H and W.
+
+        Args:
+            pixels: of photos that went through `Preprocess.pixels`.
+            stages: make the maps of the four stages, too.
+            kernel_sums: make the summed kernels of each stage's last involution, too.
+
+        Raises:
+            ValueError: these are no such pixels.
+        """
+        if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
+            raise ValueError(f"pixels must be uint8 [B, 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
+        return self.form(pixels, stages, kernel_sums)
 
 
 def prepare(
@@ -49,23 +69,37 @@ def prepare(
 ) -> Prepared:
     """Make the inference form of a network; the network itself stays as it is.
 
+    The forms that may run it are tried, best first, on one fixed input. One that deviates from the plain network is
+    passed over. Where several precisions remain, the fastest here is taken.
+
     Args:
-        net: any RedNet.
+        net: any RedNet for RGB.
         preprocess: how pixels are normalised; None: ImageNet's mean and standard deviation.
         device: auto (the GPU if there is one), cpu, cuda or cuda:N.
         precision: auto, fp32, bf16 or fp16.
 
     Raises:
+        SelfCheckError: no form answers like the network; its weights are probably broken.
         ValueError: there is no such device or precision here, or the network is not for RGB.
     """
     if net.config.in_channels != 3:
         raise ValueError(f"only networks for RGB can be prepared, this one has {net.config.in_channels} input channels")
-    device = resolve_device(device)
-    precision = "fp32" if precision == "auto" else precision
-    if precision not in DTYPES:
+    if precision not in ("auto", *DTYPES):
         raise ValueError(f"precision must be auto, {', '.join(DTYPES)}, got {precision!r}")
-    net = _folded(net).to(device, DTYPES[precision])
-    return Prepared(net, preprocess or Preprocess(), device, precision)
+    device = resolve_device(device)
+    preprocess = preprocess or Preprocess()
+    pixels = _noise(1, preprocess.crop)
+    plain = _plain(net, preprocess, pixels)
+    passed_over: list[str] = []
+    passed: list[Prepared] = []
+    for each in AUTO[device.type] if precision == "auto" else (precision,):
+        forms = _forms(net, preprocess, device, each)
+        form, deviation = first_sound(forms, pixels, plain, TOLERANCE[each], passed_over)
+        if form:
+            passed.append(Prepared(form, preprocess, device, each, deviation, tuple(passed_over)))
+    if not passed:
+        raise SelfCheckError("the self-check failed; " + "; ".join(passed_over))
+    return passed[0] if len(passed) == 1 else min(passed, key=_seconds)
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -88,23 +122,79 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _folded(net: RedNet) -> RedNet:
-    """A copy in evaluation mode whose convolutions have taken in the batch norms that follow them."""
-    net = copy.deepcopy(net).eval().requires_grad_(False)
-    for module in net.modules():
-        if isinstance(module, ConvModule) and isinstance(module.bn, nn.BatchNorm2d):
-            _fuse(module, "conv", "bn")
-        elif isinstance(module, Bottleneck):
-            _fuse(module, "conv1", "bn1")
-            _fuse(module, "conv3", "bn3")
-            if module.downsample is not None:
-                _fuse(module.downsample, "0", "1")
-    return net
+def _forms(
+    net: RedNet, preprocess: Preprocess, device: torch.device, precision: str
+) -> Iterator[tuple[str, Callable[[], Form]]]:
+    """The forms that may run a network, best first."""
+    if device.type == "cpu" and precision == "fp32":
+        yield "native engine", lambda: NativeForm(net, preprocess)
+    yield "torch", lambda: TorchForm(net, preprocess, device, DTYPES[precision])
 
 
-def _fuse(parent: nn.Module, conv_name: str, bn_name: str) -> None:
-    conv, bn = parent.get_submodule(conv_name), parent.get_submodule(bn_name)
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(bn, nn.BatchNorm2d)
-    parent.set_submodule(conv_name, fuse_conv_bn_eval(conv, bn))
-    parent.set_submodule(bn_name, nn.Identity())
+def first_sound(
+    forms: Iterable[tuple[str, Callable[[], Form]]],
+    pixels: Tensor,
+    plain: Output,
+    tolerance: float,
+    passed_over: list[str],
+) -> tuple[Form | None, float]:
+    """The first form whose answer for the pixels is that of the plain network, and its relative deviation.
+
+    Args:
+        forms: by name, how to make them; raises ValueError where one cannot be made.
+        passed_over: gets the reason for each one before it.
+    """
+    for name, make in forms:
+        try:
+            form = make()
+        except ValueError as error:
+            passed_over.append(f"{name}: {error}")
+            continue
+        deviation = _deviation(form(pixels, False, False), plain)
+        if deviation <= tolerance:  # not so for NaN
+            return form, deviation
+        passed_over.append(f"{name}: deviates by {deviation:.1e} from the plain network")
+    return None, math.nan
+
+
+def _plain(net: RedNet, preprocess: Preprocess, pixels: Tensor) -> Output:
+    """The network's own answer, neither folded nor prepared nor from native code, wherever its weights are."""
+    with _evaluating(net), use("portable"), torch.inference_mode():
+        weight = net.head.fc.weight
+        features = net.features(preprocess.normalise(pixels.to(weight.device)).to(weight.dtype))
+        return Output(net.head(features).float().cpu(), features.float().cpu())
+
+
+@contextmanager
+def _evaluating(net: RedNet) -> Iterator[None]:
+    """Evaluation mode for a while; then each module is again in the mode it was in."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _deviation(output: Output, plain: Output) -> float:
+    pairs = ((output.logits.cpu(), plain.logits), (output.features.cpu(), plain.features))
+    return max(
+        float(torch.linalg.norm(ours - exact) / torch.linalg.norm(exact).clamp(min=1e-12)) for ours, exact in pairs
+    )
+
+
+def _seconds(prepared: Prepared) -> float:
+    """The time of a batch: the best of a few runs after a first one."""
+    pixels = _noise(TIMED_IMAGES, prepared.preprocess.crop)
+    times = []
+    for _ in range(1 + TIMED_RUNS):
+        started = time.perf_counter()
+        prepared(pixels).logits.cpu()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def _noise(images: int, side: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator)

@@ -5,12 +5,14 @@ random resized crops and flips. The order of photos and every crop follow from (
 that was killed and resumed, or read by another number of threads, sees exactly what an unbroken one sees.
 """
 
+import ctypes
 import hashlib
 import io
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,10 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
     config = RedNetConfig(
         depth=recipe.depth, num_classes=len(classes), base_channels=recipe.base_channels, stem_channels=stem_channels
     )
+    # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
     net = RedNet(config).to(device)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    _keep_freed_memory()
 
     def logits_of(pixels: Tensor) -> Tensor:
         logits: Tensor = net(recipe.preprocess.normalise(pixels.to(device)))
@@ -122,6 +127,17 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
     save_checkpoint(output, checkpoint, half=True)
     resume.path.unlink(missing_ok=True)
     return checkpoint
+
+
+def _keep_freed_memory() -> None:
+    """Ask the C library to keep the memory of freed tensors for the next step (a fifth to a third of a step's time on a
+    CPU): it would give it back to the system, and get it again page by page. Only glibc has, and needs, the request.
+    """
+    mmap_threshold, trim_threshold, most = -3, -1, 2**31 - 1
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, most)
+        libc.mallopt(trim_threshold, most)
 
 
 def _train_epoch(

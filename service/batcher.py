@@ -7,7 +7,7 @@ class Batcher:
     """Jobs in order of arrival, cut into batches.
 
     Args:
-        max_batch_size: no batch is larger.
+        max_batch_size: no batch is larger. May be set again at any time.
         max_wait_s: how long a batch that is not full may wait for more, counted from its oldest job. 0: not at all; a
             batch is cut whenever the device can take one, and grows only while the device is busy.
     """

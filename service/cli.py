@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from service.cores import usable_cores
 from service.settings import add_flags, read_settings
 
 
@@ -166,11 +167,11 @@ def _info(options: argparse.Namespace) -> int:
     import torch
 
     from model import load_checkpoint, prepare
-    from service.main import MAX_BATCH_SIZE, describe
+    from service.main import describe
 
     checkpoint = load_checkpoint(options.checkpoint)
     prepared = prepare(checkpoint.net, checkpoint.preprocess)
-    model = describe(checkpoint, prepared, MAX_BATCH_SIZE[prepared.device.type]).model_dump()
+    model = describe(checkpoint, prepared).model_dump(exclude={"max_batch_size", "cost_s"})  # a server measures those
     model["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     if options.json:
         print(json.dumps(model))
@@ -213,7 +214,7 @@ def _train(options: argparse.Namespace) -> int:
     from model.train import Recipe, train
 
     recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
-    train(options.data, options.output, recipe, device=resolve_device(options.device), workers=os.cpu_count() or 1)
+    train(options.data, options.output, recipe, device=resolve_device(options.device), workers=usable_cores())
     print(f"{options.output}: done")
     return 0
 
@@ -226,7 +227,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(options.checkpoint)
     run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision)
     _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
-    accuracy = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=os.cpu_count() or 1)
+    accuracy = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
     result = {"model": checkpoint.name, "precision": run.precision, **accuracy}
     if options.json:
         print(json.dumps(result))

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from service.cost import CostTable
 from service.engine import Engine
 from service.errors import Draining, Internal, NotReady, Overloaded, ServiceError
 from service.types import Inference, Pixels, State
@@ -46,7 +47,11 @@ class LocalClient:
 
     @property
     def backlog_s(self) -> float:
-        return self._admitted * self._engine.seconds_per_image
+        return self.costs.queue_s(self._admitted) * self._engine.slowdown
+
+    @property
+    def costs(self) -> CostTable:
+        return self._engine.costs
 
     @contextmanager
     def admit(self) -> Iterator[Callable[[int], None]]:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 import numpy as np
 
 from service.batcher import Batcher
+from service.cost import CostTable
 from service.errors import DeadlineExceeded, Draining, Internal, ServiceError
 from service.types import EngineEvents, Inference, Job, ModelRunner, Pixels, RunnerOutput, State
 
 log = logging.getLogger(__name__)
 
-SMOOTHING = 0.2  # weight of the newest batch in the running estimate of the time per image
+SMOOTHING = 0.2  # weight of the newest batch in the running estimate of the slowdown
 
 
 class Engine:
@@ -23,7 +24,8 @@ class Engine:
 
     Args:
         load: makes the runner; called, like everything of the runner's, on the engine's thread.
-        batcher: the queue; nobody else may touch it.
+        batcher: the queue; nobody else may touch it. Warm-up decides how large its batches are.
+        max_batch_size: no batch is larger; None: the size that warm-up finds best.
         events: told what happens.
     """
 
@@ -38,7 +40,8 @@ class Engine:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.state = State.STARTING
-        self.seconds_per_image = 0.0  # running estimate; 0: not known yet
+        self.costs = CostTable()  # filled when warm-up has ended
+        self.slowdown = 1.0  # running estimate of how much longer than that batches take
 
     def start(self) -> None:
         self._thread.start()
@@ -68,7 +71,8 @@ class Engine:
     def _run(self) -> None:
         try:
             runner = self._load()
-            runner.warm_up()
+            self.costs = runner.warm_up()
+            self._batcher.max_batch_size = self.costs.max_batch_size
             self.state = State.READY
             log.info("ready")
             while not self._stopping:
@@ -131,8 +135,7 @@ class Engine:
         for index, job in enumerate(batch):
             logits, features = output.logits[index], output.features[index]
             job.reply(Inference(logits, features, queue_s[index], inference_s, len(batch)))
-        newest = inference_s / len(batch)
-        self.seconds_per_image += (newest - self.seconds_per_image) * (SMOOTHING if self.seconds_per_image else 1)
+        self.slowdown += (inference_s / max(self.costs.batch_s(len(batch)), 1e-6) - self.slowdown) * SMOOTHING
         self._events.batch_done(batch, queue_s, inference_s)
 
     def _close(self) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 from dataclasses import asdict
 from types import FrameType
@@ -15,6 +14,7 @@ from service import log
 from service.app import create_app
 from service.batcher import Batcher
 from service.client import LocalClient
+from service.cores import usable_cores
 from service.decode import Decoder
 from service.engine import Engine
 from service.metrics import Metrics
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 # How long a drain refuses at least, even with nothing to do: a caller who is about to send another request over an open
 # connection gets an answer that closes it, instead of a connection that breaks under the request.
 SHORTEST_DRAIN_S = 1.0
-
-MAX_BATCH_SIZE = {"cpu": 8, "cuda": 64}
 
 
 class Server(uvicorn.Server):
@@ -74,27 +72,28 @@ def serve(settings: Settings) -> int:
         CheckpointError, ValueError: the checkpoint or the device cannot be used.
     """
     log.configure(settings.log_level)
-    set_threads(None if settings.threads == "auto" else settings.threads)
+    set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
     prepared = prepare(checkpoint.net, checkpoint.preprocess, settings.device, settings.precision)
-    max_batch_size = settings.max_batch_size
-    if max_batch_size == "auto":
-        max_batch_size = MAX_BATCH_SIZE[prepared.device.type]
-    model = describe(checkpoint, prepared, max_batch_size)
+    for reason in prepared.passed_over:
+        logger.warning("passed over: %s", reason)
+    model = describe(checkpoint, prepared)
     metrics = Metrics()
-    metrics.model(name=model.name, architecture=model.architecture, device=model.device, precision=model.precision)
-    batcher = Batcher(max_batch_size, settings.max_wait_ms / 1000)
+    metrics.model(model)
+    max_batch_size = None if settings.max_batch_size == "auto" else settings.max_batch_size
+    batcher = Batcher(max_batch_size or 1, settings.max_wait_ms / 1000)
     client = LocalClient(Engine(lambda: TorchRunner(prepared, max_batch_size), batcher, metrics), settings.max_queue)
-    decoder = Decoder(checkpoint.preprocess, settings.max_pixels, threads=os.cpu_count() or 1)
+    decoder = Decoder(checkpoint.preprocess, settings.max_pixels, threads=usable_cores())
+    del checkpoint  # the plain network's weights are not needed any more
     app = create_app(settings, client, decoder, metrics, model)
     client.start()
-    logger.info("serving %s on %s in %s", model.name, model.device, model.precision)
+    logger.info("serving %s on %s in %s by the %s", model.name, model.device, model.precision, model.backend)
     server = Server(_uvicorn_config(app, settings), client, settings.drain_timeout_s)
     server.run()
     return server.exit_code
 
 
-def describe(checkpoint: Checkpoint, prepared: Prepared, max_batch_size: int) -> ModelBody:
+def describe(checkpoint: Checkpoint, prepared: Prepared) -> ModelBody:
     """What `/v1/model` and `rednet info` say."""
     net = checkpoint.net
     return ModelBody(
@@ -108,7 +107,8 @@ def describe(checkpoint: Checkpoint, prepared: Prepared, max_batch_size: int) ->
         device=str(prepared.device),
         precision=prepared.precision,
         backend=prepared.backend,
-        max_batch_size=max_batch_size,
+        passed_over=list(prepared.passed_over),
+        deviation=prepared.deviation,
     )
 
 

@@ -14,6 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from service.schemas import ModelBody
 from service.types import EngineClient, Job, State
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -68,14 +69,21 @@ class Metrics:
             registry=registry,
         )
 
+        self._deviation = Gauge(
+            "rednet_selfcheck_deviation_ratio",
+            "Relative distance from the plain network's answers, by the check at start.",
+            registry=registry,
+        )
+
     def watch(self, client: EngineClient) -> None:
         """Read the gauges from the client whenever they are scraped."""
         self._queue_depth.set_function(lambda: client.queue_depth)
         self._backlog.set_function(lambda: client.backlog_s)
         self._ready.set_function(lambda: client.state is State.READY)
 
-    def model(self, *, name: str, architecture: str, device: str, precision: str) -> None:
-        self._model.labels(name, architecture, device, precision).set(1)
+    def model(self, model: ModelBody) -> None:
+        self._model.labels(model.name, model.architecture, model.device, model.precision).set(1)
+        self._deviation.set(model.deviation)
 
     def request_started(self) -> None:
         self._inflight.inc()

@@ -59,7 +59,10 @@ class ModelBody(BaseModel):
     device: str
     precision: str
     backend: str = Field(description="what runs the network")
-    max_batch_size: int
+    passed_over: list[str] = Field(description="why faster ways to run it were not taken, if so")
+    deviation: float = Field(description="relative distance from the plain network's answers, by the check at start")
+    max_batch_size: int = Field(1, description="decided in warm-up, unless by an option")
+    cost_s: dict[int, float] = Field({}, description="seconds of a batch by its size, measured in warm-up")
 
 
 class StatusBody(BaseModel):

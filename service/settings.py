@@ -30,7 +30,7 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     threads: Literal["auto"] | Count = Field("auto", description="cores that one batch may use on the CPU")
     max_batch_size: Literal["auto"] | Count = Field(
-        "auto", description="images in one batch; auto: 8 on a CPU, 64 on a GPU"
+        "auto", description="images in one batch; auto: what warm-up finds best"
     )
     max_wait_ms: float = Field(
         0.0, ge=0, le=10_000, description="how long a batch may wait to fill; 0: no longer than the device is busy"

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from service.cost import CostTable
 from service.errors import ServiceError
 
 Pixels = NDArray[np.uint8]  # [3, H, W], RGB
@@ -56,8 +57,8 @@ class State(StrEnum):
 class ModelRunner(Protocol):
     """The device. Used from one thread only."""
 
-    def warm_up(self) -> None:
-        """Do everything that makes a first call slower than later ones."""
+    def warm_up(self) -> CostTable:
+        """Do everything that makes a first call slower than later ones, and measure what batches cost."""
 
     def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
         """One forward pass over images of one size."""
@@ -84,6 +85,10 @@ class EngineClient(Protocol):
     @property
     def backlog_s(self) -> float:
         """Predicted time to answer all of them."""
+
+    @property
+    def costs(self) -> CostTable:
+        """The measured time of batches; empty before warm-up has ended."""
 
     @property
     def max_images(self) -> int:

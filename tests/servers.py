@@ -19,6 +19,7 @@ from model import Preprocess
 from service.app import create_app
 from service.batcher import Batcher
 from service.client import LocalClient
+from service.cost import CostTable
 from service.decode import Decoder
 from service.engine import Engine
 from service.main import Server
@@ -81,6 +82,7 @@ class FakeRunner:
     """A runner whose answers tests can foresee: the logits are the means of the channels. It can wait or fail."""
 
     def __init__(self) -> None:
+        self.max_batch_size = 8
         self.batches: list[int] = []
         self.warm = threading.Event()
         self.go_on = threading.Event()  # a batch waits for it
@@ -89,8 +91,9 @@ class FakeRunner:
         self.warm.set()
         self.go_on.set()
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> CostTable:
         assert self.warm.wait(PATIENCE_S)
+        return CostTable({1: 0.01, 8: 0.08}, self.max_batch_size)
 
     def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
         self.running.set()
@@ -109,8 +112,7 @@ class ServerThread:
         settings = Settings.model_validate(options)
         preprocess = Preprocess(resize=32, crop=32)
         metrics = Metrics()
-        batch_size = 8 if settings.max_batch_size == "auto" else settings.max_batch_size
-        engine = Engine(lambda: runner, Batcher(batch_size, settings.max_wait_ms / 1000), metrics)
+        engine = Engine(lambda: runner, Batcher(1, settings.max_wait_ms / 1000), metrics)
         self.engine_client = LocalClient(engine, settings.max_queue)
         labels = [LabelBody(index=index, id=name, label=name) for index, name in enumerate(("red", "green", "blue"))]
         model = ModelBody(
@@ -124,7 +126,8 @@ class ServerThread:
             device="cpu",
             precision="fp32",
             backend="a fake",
-            max_batch_size=batch_size,
+            passed_over=[],
+            deviation=0.0,
         )
         decoder = Decoder(preprocess, settings.max_pixels, threads=2)
         app = create_app(settings, self.engine_client, decoder, metrics, model)

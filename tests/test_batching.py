@@ -33,7 +33,8 @@ def batches(client: httpx.Client) -> tuple[float, float]:
 def test_a_window_gathers_a_batch_and_its_size_is_limited() -> None:
     """--max-wait-ms makes requests that arrive one by one share a batch; --max-batch-size bounds it."""
     runner = FakeRunner()
-    with ServerThread(runner, max_wait_ms=10_000, max_batch_size=4) as running, ThreadPoolExecutor(8) as pool:
+    runner.max_batch_size = 4
+    with ServerThread(runner, max_wait_ms=10_000) as running, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda seed: predict(running.client, encoded(photo(seed))), range(8)))
     assert [answer.status_code for answer in answers] == [200] * 8
     assert runner.batches == [4, 4]

@@ -94,7 +94,7 @@ def test_info_tells_what_would_run(tiny_path: Path, capsys: pytest.CaptureFixtur
     assert main(["info", "--checkpoint", str(tiny_path), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["name"], info["architecture"], info["versions"]["torch"]) == ("tiny", "rednet26", torch.__version__)
-    assert "involution" in info["backend"]
+    assert "native engine" in info["backend"] or info["passed_over"]
     assert main(["info", "--checkpoint", str(tiny_path)]) == 0
     assert "architecture: rednet26" in capsys.readouterr().out
 
@@ -110,7 +110,7 @@ def test_convert_makes_an_official_checkpoint_ours(tmp_path: Path, capsys: pytes
     assert converted.labels[11].name == "name 11"
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
-        assert torch.equal(converted.net(x), original.net(x))
+        torch.testing.assert_close(converted.net(x), original.net(x))
     assert main(["convert", source, str(output), "--depth", "50"]) == 2
     assert main(["convert", source, str(output), "--labels", str(tmp_path / "few")]) == 2
     assert "names 2 classes; the network has 12" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_a_batch_grows_while_the_device_is_busy() -> None:
             assert outcome.logits.tolist() == [value] * 3
             assert outcome.batch_size == 3
         wait_until(lambda: caller.events.batches == [1, 3], "the events")
-        assert caller.engine.seconds_per_image > 0
+        assert 0 < caller.engine.slowdown < 1  # these batches took no time; the table says 10 ms an image
 
 
 def test_a_failing_image_fails_alone() -> None:

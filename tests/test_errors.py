@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from service.cost import CostTable
 from tests.asking import CUT, PREDICT, TEXT, assert_error, occupy, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
@@ -164,7 +165,7 @@ def test_an_engine_that_fails_is_seen() -> None:
     """The process ends with status 1, so that its supervisor can start another, instead of staying up for nothing."""
 
     class Broken(FakeRunner):
-        def warm_up(self) -> None:
+        def warm_up(self) -> CostTable:
             super().warm_up()
             raise RuntimeError("no such device")
 

@@ -1,13 +1,20 @@
-"""The inference form of a network, against the network itself."""
+"""The inference forms of a network, against the network itself."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from model import RedNet, create_rednet, load_checkpoint, prepare
-from model.prepare import DTYPES
+from model import RedNet, SelfCheckError, create_rednet, load_checkpoint, prepare
+from model.form import Form, Output
+from model.native import unavailable
+from model.prepare import DTYPES, Prepared, first_sound
+from model.preprocess import Preprocess
+from model.torch_form import TorchForm
+from tests.shared import needs_native
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}  # relative, for a network of random weights
 CUDA = pytest.param(
@@ -20,31 +27,123 @@ def net(tiny_path: Path) -> RedNet:
     return load_checkpoint(tiny_path).net
 
 
+def photos(batch: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def assert_close(ours: Tensor, exact: Tensor, tolerance: float) -> None:
+    assert (ours.dtype, ours.shape) == (torch.float32, exact.shape)
+    assert torch.linalg.norm(ours.cpu() - exact) <= tolerance * torch.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_it_answers_like_the_plain_network(net: RedNet, device: str, precision: str) -> None:
     """With batch norms folded, in every precision, for any batch and any size of image, none at all included."""
     run = prepare(net, device=device, precision=precision)
     assert (run.device.type, run.precision) == (device, precision)
-    generator = torch.Generator().manual_seed(0)
     for batch, height, width in ((1, 64, 64), (3, 70, 50), (0, 64, 64)):
-        pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+        pixels = photos(batch, height, width)
         with torch.inference_mode():
             features = net.features(run.preprocess.normalise(pixels))
             logits = net.head(features)
         output = run(pixels)
-        for ours, exact in ((output.logits, logits), (output.features, features)):
-            assert (ours.dtype, ours.shape) == (torch.float32, exact.shape)
-            assert torch.linalg.norm(ours.cpu() - exact) <= TOLERANCE[precision] * torch.linalg.norm(exact)
+        assert_close(output.logits, logits, TOLERANCE[precision])
+        assert_close(output.features, features, TOLERANCE[precision])
+        assert output.stages is output.kernel_sums is None
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
+def test_maps_come_out_of_the_same_pass(net: RedNet, native: bool) -> None:
+    """Stage maps are the network's, and kernel sums those of each stage's last involution, by either form."""
+    run = prepare(net)
+    if not native:
+        form = TorchForm(net, Preprocess(), torch.device("cpu"), torch.float32)
+        run = Prepared(form, Preprocess(), torch.device("cpu"), "fp32", 0.0)
+    pixels = photos(3, 70, 50)
+    kernels: list[Tensor] = []
+    for stage in range(4):
+        generator = net.backbone.get_submodule(f"layer{stage + 1}")[-1].conv2.conv2  # type: ignore[index]
+        generator.register_forward_hook(lambda _, __, out: kernels.append(out))
+    with torch.inference_mode():
+        stages = net.stages(run.preprocess.normalise(pixels))
+    output = run(pixels, stages=True, kernel_sums=True)
+    assert output.stages is not None
+    assert output.kernel_sums is not None
+    for ours, exact in zip(output.stages, stages, strict=True):
+        assert_close(ours, exact, 1e-5)
+    for sums, kernel in zip(output.kernel_sums, kernels, strict=True):
+        assert_close(sums, kernel.unflatten(1, (-1, 49)).sum(dim=2), 1e-5)  # type: ignore[no-untyped-call]
 
 
 def test_the_network_itself_stays_as_it_is(net: RedNet) -> None:
-    """It can go on training; its weights are not shared with the prepared form."""
-    before = {key: value.clone() for key, value in net.state_dict().items()}
+    """It can go on training; its weights are not shared with the prepared form, nor is its mode changed."""
     run = prepare(net)
-    for parameter in run.net.parameters():
-        parameter.zero_()
-    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    expected = run(photos(1, 64, 64)).logits
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    net.train()
+    prepare(net)
+    assert all(module.training for module in net.modules())
+    net.eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(run(photos(1, 64, 64)).logits, expected, rtol=0, atol=0)
+        net.load_state_dict(before)
+
+
+@needs_native
+def test_on_a_cpu_float32_runs_natively(net: RedNet) -> None:
+    """The engine is what users get by default, after a check that it computes the same function."""
+    run = prepare(net, device="cpu")
+    assert run.backend.startswith("native engine")
+    assert run.precision == "fp32"
+    assert 0 < run.deviation < 1e-5
+    assert run.passed_over == ()
+
+
+def test_what_the_engine_is_not_made_for_runs_in_torch() -> None:
+    """With other than 16 channels in a group the answer is the same and the reason is told."""
+    net = create_rednet("rednet26", base_channels=16, stem_channels=32, group_channels=8, num_classes=3).eval()
+    run = prepare(net, Preprocess(resize=64, crop=64), device="cpu")
+    assert run.backend.startswith("torch")
+    expected = unavailable() or "16 channels a group, not 8"
+    assert expected in run.passed_over[0]
+
+
+class Deviating:
+    """A form that runs, and is wrong."""
+
+    backend = "wrong"
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+
+    def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
+        output = self._form(pixels, stages, kernel_sums)
+        return Output(output.logits * 1.01, output.features)
+
+
+def test_a_form_that_deviates_is_passed_over(net: RedNet) -> None:
+    """The next one runs, and the reason is told."""
+    sound = TorchForm(net, Preprocess(), torch.device("cpu"), torch.float32)
+    pixels = photos(1, 64, 64)
+    reasons: list[str] = []
+    forms: list[tuple[str, Callable[[], Form]]] = [("fast", lambda: Deviating(sound)), ("slow", lambda: sound)]
+    form, deviation = first_sound(forms, pixels, sound(pixels, False, False), 1e-4, reasons)
+    assert (form, deviation) == (sound, 0.0)
+    assert reasons == ["fast: deviates by 1.0e-02 from the plain network"]
+
+
+def test_a_network_with_broken_weights_is_refused(net: RedNet) -> None:
+    """If no form answers like the network, nothing is served."""
+    broken = create_rednet("rednet26", base_channels=16, stem_channels=32, num_classes=5)
+    broken.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        broken.backbone.get_submodule("layer2.0.conv1").weight[0, 0] = torch.nan  # type: ignore[operator]
+    with pytest.raises(SelfCheckError, match="deviates by nan"):
+        prepare(broken)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +165,12 @@ def test_networks_that_are_not_for_photos_are_refused() -> None:
     """Pixels have three channels."""
     with pytest.raises(ValueError, match="1 input channels"):
         prepare(create_rednet("rednet26", in_channels=1, base_channels=16, stem_channels=32))
+
+
+@pytest.mark.parametrize(
+    "pixels", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 3, 0, 8).byte()]
+)
+def test_other_than_pixels_are_refused(net: RedNet, pixels: Tensor) -> None:
+    """Floats, a single image, an image without pixels."""
+    with pytest.raises(ValueError, match="pixels must be uint8"):
+        prepare(net)(pixels)

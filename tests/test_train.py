@@ -1,4 +1,4 @@
-"""Training and evaluation, on photos that a test can make: plain colours with noise, one colour a class."""
+"""Training and evaluation, on photos that a test can make: clouds around a colour, one colour a class."""
 
 import json
 import signal
@@ -36,8 +36,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = root / split / name
             folder.mkdir(parents=True)
             for index in range(count):
-                pixels = np.clip(rng.normal(np.array(colour) * 0.6 + 50, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{index}.png")
+                coarse = np.clip(rng.normal(np.array(colour) * 0.6 + 50, 40, (5, 6, 3)), 0, 255).astype(np.uint8)
+                clouds = Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC)
+                clouds.save(folder / f"{index}.png")
     return root
 
 
@@ -47,16 +48,16 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def test_it_learns_and_leaves_a_checkpoint_that_can_be_served(data: Path, tmp_path: Path) -> None:
     """Colours are told apart after a few epochs; the file says where it comes from; `evaluate` agrees."""
-    recipe = Recipe(base_channels=16, epochs=8, size=32, batch_size=8, learning_rate=0.05)
+    recipe = Recipe(base_channels=16, epochs=8, size=64, batch_size=8, learning_rate=0.02)
     train(data, tmp_path / "colours.safetensors", recipe, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "colours.safetensors")
     assert [label.name for label in checkpoint.labels] == ["blue", "green", "red"]
-    assert checkpoint.preprocess.crop == 64
+    assert checkpoint.preprocess.crop == 96
     assert checkpoint.name == "colours"
     history = checkpoint.provenance["history"]
     assert len(history) == 8
     assert history[-1]["loss"] < history[0]["loss"]
-    assert history[-1]["top1"] > 0.9
+    assert history[-1]["top1"] > 0.8  # of 24 photos; 0.88 is the least that six other seeds came to
     assert [path.name for path in tmp_path.iterdir()] == ["colours.safetensors"]
 
 

@@ -1,4 +1,4 @@
-"""C on the CPU, float32 and float64, channels-last inside; 16 channels per group with the usual kernels are the fast case.
+"""C on the CPU, in float32 and float64, channels-last inside. The fast case: float32 and 16 channels per group.
 
 Other dtypes take the portable form.
 """

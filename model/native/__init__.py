@@ -1,7 +1,7 @@
 """The native library (C, beside this module) behind Python types. Nothing else touches it.
 
-It is optional. Where it could not be built, or the environment variable REDNET_NATIVE says off, `unavailable` tells why, and
-callers do without. REDNET_NATIVE may also name one of the builds: avx512, avx2 or generic.
+It is optional. Where it could not be built, or the environment variable REDNET_NATIVE says off, `unavailable` tells
+why, and callers do without. REDNET_NATIVE may also name one of the builds: avx512, avx2 or generic.
 """
 
 import ctypes
@@ -65,11 +65,12 @@ class Engine:
         self._end = weakref.finalize(self, _free, self.build, self._engine, self._workspaces)
 
     def run(self, pixels: NDArray[np.uint8], outputs: Sequence[Floats | None]) -> None:
-        """Fill `outputs`: logits, features, four stage maps [B, h, w, C], four kernel sums [B, h, w, G]; None: not wanted.
+        """Forward a batch into `outputs`.
 
         Args:
             pixels: [B, 3, H, W].
-            outputs: contiguous, of exactly the right sizes.
+            outputs: ten contiguous arrays of exactly the right sizes: logits [B, classes], features [B, D], four stage
+                maps [B, h, w, C], four sums of kernels [B, h, w, G]. None: a map that is not wanted.
 
         Raises:
             ValueError: a size is wrong.
@@ -151,10 +152,8 @@ def unavailable() -> str | None:
 
 def builds() -> list[str]:
     """The builds that this machine can run, best first; none if there is no library."""
-    library, reason = _library()
-    if reason:
-        return []
-    return _text(ctypes.CFUNCTYPE(ctypes.c_char_p)(("rednet_builds", library))()).split()
+    library, _ = _library()
+    return _runnable(library) if library else []
 
 
 def best_build() -> str:
@@ -179,12 +178,17 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "the native library was not built: that needs a C compiler when the package is installed"
     try:
         library = ctypes.CDLL(spec.origin)
-        available = _text(ctypes.CFUNCTYPE(ctypes.c_char_p)(("rednet_builds", library))()).split()
+        available = _runnable(library)
     except (OSError, AttributeError) as error:
         return None, f"the native library cannot be loaded: {error}"
     if wanted and wanted not in available:
         return None, f"{VARIABLE} is {wanted!r}, but there are off, {', '.join(available)} here"
     return library, None
+
+
+def _runnable(library: ctypes.CDLL) -> list[str]:
+    library.rednet_builds.restype = ctypes.c_char_p
+    return _text(library.rednet_builds()).split()
 
 
 @cache

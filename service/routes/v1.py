@@ -12,7 +12,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from service.errors import ServiceError
 from service.journey import Answer
 from service.metrics import Metrics
-from service.routes.context import JourneyOf, MetricsOf, ModelOf
+from service.routes.context import ClientOf, JourneyOf, MetricsOf, ModelOf
 from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_images
 from service.scores import top_classes
 from service.types import Floats, Inference
@@ -90,9 +90,10 @@ async def features(
 
 
 @router.get("/model")
-async def model(model: ModelOf) -> ModelBody:
-    """What is served: name, architecture, labels, preprocessing, device."""
-    return model
+async def model(model: ModelOf, client: ClientOf) -> ModelBody:
+    """What is served: name, architecture, labels, preprocessing, device, and what batches cost here."""
+    costs = client.costs
+    return model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
 
 
 def error_body(error: ServiceError) -> dict[str, dict[str, str]]:

@@ -1,0 +1,114 @@
+"""The inference form that the native engine runs: float32 on the CPU, one call into C for a batch."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.form import Maps, Output
+from model.involution import Involution
+from model.native import Engine, Floats, unavailable
+from model.preprocess import Preprocess
+from model.rednet import BLOCKS, Bottleneck, RedNet, RedNetConfig
+from model.torch_form import folded
+
+GROUP_CHANNELS = 16  # what the engine is built for: one vector register of floats
+
+
+class NativeForm:
+    """A copy of a network inside the native engine.
+
+    Raises:
+        ValueError: the engine is not made for this network, or is not here; the message says why.
+    """
+
+    def __init__(self, net: RedNet, preprocess: Preprocess) -> None:
+        config = net.config
+        if reason := unavailable():
+            raise ValueError(reason)
+        if config.group_channels != GROUP_CHANNELS:
+            raise ValueError(f"the native engine wants {GROUP_CHANNELS} channels a group, not {config.group_channels}")
+        arrays = [np.ascontiguousarray(array.numpy(), np.float32) for array in _arrays(folded(net).cpu(), preprocess)]
+        self._config = config
+        self._engine = Engine(_numbers(config), arrays, torch.get_num_threads())
+        self.backend = f"native engine, {self._engine.build}, {self._engine.threads} threads"
+
+    def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
+        config, (batch, _, height, width) = self._config, pixels.shape
+        logits = np.empty((batch, config.num_classes), np.float32)
+        features = np.empty((batch, config.feature_channels), np.float32)
+        maps: list[Floats] = []
+        sums: list[Floats] = []
+        height, width = -(-height // 4), -(-width // 4)
+        for stage, stride in enumerate(config.strides):
+            height, width = -(-height // stride), -(-width // stride)
+            channels = config.base_channels << stage
+            if stages:
+                maps.append(np.empty((batch, height, width, 4 * channels), np.float32))
+            if kernel_sums:
+                sums.append(np.empty((batch, height, width, channels // GROUP_CHANNELS), np.float32))
+        unwanted = (None,) * len(config.strides)
+        self._engine.run(pixels.cpu().numpy(), [logits, features, *(maps or unwanted), *(sums or unwanted)])
+        return Output(
+            torch.from_numpy(logits),
+            torch.from_numpy(features),
+            _channels_first(maps) if stages else None,
+            _channels_first(sums) if kernel_sums else None,
+        )
+
+
+def _channels_first(maps: list[Floats]) -> Maps:
+    return tuple(torch.from_numpy(each).permute(0, 3, 1, 2) for each in maps)
+
+
+def _numbers(config: RedNetConfig) -> list[int]:
+    """The fields of `struct config` in native/network.h."""
+    return [
+        *BLOCKS[config.depth],
+        *config.strides,
+        config.stem_channels,
+        config.base_channels,
+        config.num_classes,
+        config.kernel_size,
+        config.stem_kernel_size,
+        config.reduction_ratio,
+    ]
+
+
+def _arrays(net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
+    """A folded network as `network_create` in native/network.h takes it."""
+    values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    yield preprocess.normalise(values)  # what becomes of a pixel's value: [1, 3, 1, 256]
+    stem = net.backbone.stem
+    yield from _convolution(stem.get_submodule("0.conv"))
+    yield from _involution(stem[1], stem[2])
+    yield from _convolution(stem.get_submodule("4.conv"))
+    for block in net.modules():
+        if isinstance(block, Bottleneck):
+            yield from _convolution(block.conv1)
+            yield from _involution(block.conv2, block.bn2)
+            yield from _convolution(block.conv3)
+            if block.downsample is not None:
+                yield from _convolution(block.downsample[0])
+    yield net.head.fc.weight
+    yield net.head.fc.bias
+
+
+def _convolution(conv: nn.Module) -> Iterator[Tensor]:
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    yield conv.weight.permute(0, 2, 3, 1)  # [out, row, column, in]
+    yield conv.bias
+
+
+def _involution(layer: nn.Module, bn: nn.Module) -> Iterator[Tensor]:
+    assert isinstance(layer, Involution)
+    assert isinstance(bn, nn.BatchNorm2d)
+    yield from _convolution(layer.get_submodule("conv1.conv"))
+    yield from _convolution(layer.get_submodule("conv2.conv"))
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    yield scale
+    yield bn.bias - bn.running_mean * scale

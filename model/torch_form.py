@@ -1,0 +1,79 @@
+"""The inference form that torch runs: anywhere, in any precision."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from model.form import Output
+from model.involution import ConvModule
+from model.kernels import implementation_name
+from model.preprocess import Preprocess
+from model.rednet import BLOCKS, Bottleneck, RedNet
+
+
+class TorchForm:
+    """A copy of a network with batch norms folded, on one device, in one dtype."""
+
+    def __init__(self, net: RedNet, preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> None:
+        self.net = folded(net).to(device, dtype)
+        self._preprocess, self._device, self._dtype = preprocess, device, dtype
+        self.backend = f"torch, {implementation_name(device)} involution"
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
+        x = self._preprocess.normalise(pixels.to(self._device, non_blocking=True)).to(self._dtype)
+        with self._summed_kernels(kernel_sums) as sums:
+            maps = self.net.stages(x)
+        features = maps[-1].mean(dim=(2, 3))
+        return Output(
+            self.net.head(features).float(),
+            features.float(),
+            tuple(each.float() for each in maps) if stages else None,
+            tuple(each.float() for each in sums) if kernel_sums else None,
+        )
+
+    @contextmanager
+    def _summed_kernels(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """While it lasts, the kernels that each stage's last involution makes are summed over their taps."""
+        sums: list[Tensor] = []
+        handles = []
+        for stage in range(len(BLOCKS[self.net.config.depth]) if wanted else 0):
+            last = BLOCKS[self.net.config.depth][stage] - 1
+            generator = self.net.backbone.get_submodule(f"layer{stage + 1}.{last}.conv2.conv2")
+
+            def add_taps(_: nn.Module, __: object, kernel: Tensor) -> None:  # [B, G*K*K, h, w]
+                taps = self.net.config.kernel_size**2
+                sums.append(kernel.reshape(kernel.shape[0], -1, taps, *kernel.shape[2:]).sum(dim=2))
+
+            handles.append(generator.register_forward_hook(add_taps))
+        try:
+            yield sums
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def folded(net: RedNet) -> RedNet:
+    """A copy in evaluation mode whose convolutions have taken in the batch norms that follow them."""
+    net = copy.deepcopy(net).eval().requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, ConvModule) and isinstance(module.bn, nn.BatchNorm2d):
+            _fuse(module, "conv", "bn")
+        elif isinstance(module, Bottleneck):
+            _fuse(module, "conv1", "bn1")
+            _fuse(module, "conv3", "bn3")
+            if module.downsample is not None:
+                _fuse(module.downsample, "0", "1")
+    return net
+
+
+def _fuse(parent: nn.Module, conv_name: str, bn_name: str) -> None:
+    conv, bn = parent.get_submodule(conv_name), parent.get_submodule(bn_name)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(bn, nn.BatchNorm2d)
+    parent.set_submodule(conv_name, fuse_conv_bn_eval(conv, bn))
+    parent.set_submodule(bn_name, nn.Identity())
