@@ -24,6 +24,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-pthread",
+    "-g0",
 ]
 
 

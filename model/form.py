@@ -24,4 +24,4 @@ class Form(Protocol):
     backend: str  # what runs it, for people
 
     def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
-        """Forward uint8 pixels [B, 3, H, W]; maps are made only if asked for."""
+        """Forward pixels [B, 3, H, W], uint8 or normalised float32; maps are made only if asked for."""

@@ -19,11 +19,19 @@ GROUP_CHANNELS = 16  # what the engine is built for: one vector register of floa
 class NativeForm:
     """A copy of a network inside the native engine.
 
+    Args:
+        net: a RedNet for RGB.
+        preprocess: how pixels are normalised.
+        threads: cores to use; None: as many as torch does.
+        build: as for `Engine`.
+
     Raises:
         ValueError: the engine is not made for this network, or is not here; the message says why.
     """
 
-    def __init__(self, net: RedNet, preprocess: Preprocess) -> None:
+    def __init__(
+        self, net: RedNet, preprocess: Preprocess, threads: int | None = None, build: str | None = None
+    ) -> None:
         config = net.config
         if reason := unavailable():
             raise ValueError(reason)
@@ -31,7 +39,7 @@ class NativeForm:
             raise ValueError(f"the native engine wants {GROUP_CHANNELS} channels a group, not {config.group_channels}")
         arrays = [np.ascontiguousarray(array.numpy(), np.float32) for array in _arrays(folded(net).cpu(), preprocess)]
         self._config = config
-        self._engine = Engine(_numbers(config), arrays, torch.get_num_threads())
+        self._engine = Engine(_numbers(config), arrays, threads or torch.get_num_threads(), build)
         self.backend = f"native engine, {self._engine.build}, {self._engine.threads} threads"
 
     def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:

@@ -49,18 +49,19 @@ class Prepared:
         return self.form.backend
 
     def __call__(self, pixels: Tensor, *, stages: bool = False, kernel_sums: bool = False) -> Output:
-        """Forward uint8 pixels [B, 3, H, W], any B, H and W.
+        """Forward pixels [B, 3, H, W], any B, H and W.
 
         Args:
-            pixels: of photos that went through `Preprocess.pixels`.
+            pixels: uint8, as `Preprocess.pixels` makes them; or float32, normalised already.
             stages: make the maps of the four stages, too.
             kernel_sums: make the summed kernels of each stage's last involution, too.
 
         Raises:
             ValueError: these are no such pixels.
         """
-        if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
-            raise ValueError(f"pixels must be uint8 [B, 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
+        wanted = pixels.dtype in (torch.uint8, torch.float32) and pixels.dim() == 4 and pixels.shape[1] == 3
+        if not wanted or 0 in pixels.shape[2:]:
+            raise ValueError(f"pixels must be uint8 or float32 [B, 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
         return self.form(pixels, stages, kernel_sums)
 
 

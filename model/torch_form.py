@@ -25,7 +25,8 @@ class TorchForm:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
-        x = self._preprocess.normalise(pixels.to(self._device, non_blocking=True)).to(self._dtype)
+        x = pixels.to(self._device, non_blocking=True)
+        x = (self._preprocess.normalise(x) if x.dtype == torch.uint8 else x).to(self._dtype)
         with self._summed_kernels(kernel_sums) as sums:
             maps = self.net.stages(x)
         features = maps[-1].mean(dim=(2, 3))

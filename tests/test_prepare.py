@@ -1,6 +1,6 @@
 """The inference forms of a network, against the network itself."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def test_it_answers_like_the_plain_network(net: RedNet, device: str, precision: 
         assert_close(output.logits, logits, TOLERANCE[precision])
         assert_close(output.features, features, TOLERANCE[precision])
         assert output.stages is output.kernel_sums is None
+        assert_close(run(run.preprocess.normalise(pixels)).logits, logits, TOLERANCE[precision])
 
 
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
@@ -130,8 +131,9 @@ def test_a_form_that_deviates_is_passed_over(net: RedNet) -> None:
     sound = TorchForm(net, Preprocess(), torch.device("cpu"), torch.float32)
     pixels = photos(1, 64, 64)
     reasons: list[str] = []
-    forms: list[tuple[str, Callable[[], Form]]] = [("fast", lambda: Deviating(sound)), ("slow", lambda: sound)]
-    form, deviation = first_sound(forms, pixels, sound(pixels, False, False), 1e-4, reasons)
+    forms: dict[str, Form] = {"fast": Deviating(sound), "slow": sound}
+    makers = [(name, partial(forms.__getitem__, name)) for name in forms]
+    form, deviation = first_sound(makers, pixels, sound(pixels, False, False), 1e-4, reasons)
     assert (form, deviation) == (sound, 0.0)
     assert reasons == ["fast: deviates by 1.0e-02 from the plain network"]
 
@@ -168,9 +170,9 @@ def test_networks_that_are_not_for_photos_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "pixels", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 3, 0, 8).byte()]
+    "pixels", [torch.zeros(1, 3, 8, 8).double(), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 3, 0, 8).byte()]
 )
 def test_other_than_pixels_are_refused(net: RedNet, pixels: Tensor) -> None:
-    """Floats, a single image, an image without pixels."""
-    with pytest.raises(ValueError, match="pixels must be uint8"):
+    """Doubles, a single image, an image without pixels."""
+    with pytest.raises(ValueError, match="pixels must be uint8 or float32"):
         prepare(net)(pixels)

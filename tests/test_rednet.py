@@ -1,8 +1,6 @@
 """The network, against outputs of the official code."""
 
-import importlib.util
 import json
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,17 +10,7 @@ from torch import Tensor
 
 from model import RedNetConfig, create_rednet, load_checkpoint
 from model.rednet import BLOCKS
-from tests.shared import REFERENCE, needs_shared
-
-
-def deterministic() -> ModuleType:
-    """The module that rebuilds weights and inputs from names and seeds."""
-    spec = importlib.util.spec_from_file_location("deterministic", REFERENCE / "deterministic.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.shared import REFERENCE, deterministic, needs_shared
 
 
 def relative_error(a: Tensor, b: NDArray[np.float32]) -> float:

@@ -64,26 +64,31 @@ class Engine:
             raise ValueError(_text(error.value))
         self._end = weakref.finalize(self, _free, self.build, self._engine, self._workspaces)
 
-    def run(self, pixels: NDArray[np.uint8], outputs: Sequence[Floats | None]) -> None:
+    def run(self, pixels: NDArray[np.uint8] | Floats, outputs: Sequence[Floats | None]) -> None:
         """Forward a batch into `outputs`.
 
         Args:
-            pixels: [B, 3, H, W].
+            pixels: [B, 3, H, W], bytes, or floats that are normalised already.
             outputs: ten contiguous arrays of exactly the right sizes: logits [B, classes], features [B, D], four stage
                 maps [B, h, w, C], four sums of kernels [B, h, w, G]. None: a map that is not wanted.
 
         Raises:
-            ValueError: a size is wrong.
+            ValueError: a shape or dtype is wrong.
             MemoryError: there is no memory for photos of this size.
         """
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in (np.uint8, np.float32):
+            raise ValueError(f"pixels must be uint8 or float32 [B, 3, H, W], got {pixels.dtype} {pixels.shape}")
+        if any(array is not None and not (array.dtype == np.float32 and array.flags.c_contiguous) for array in outputs):
+            raise ValueError("outputs must be contiguous float32")
         batch, _, height, width = pixels.shape
-        pixels = np.ascontiguousarray(pixels)
+        contiguous: NDArray[Any] = np.ascontiguousarray(pixels)
         with self._lock:
             error = _function(self.build, "run", ctypes.c_char_p)(
                 ctypes.c_void_p(self._engine),
                 ctypes.c_void_p(self._workspace(height, width)),
-                pixels.ctypes.data_as(ctypes.c_void_p),
+                contiguous.ctypes.data_as(ctypes.c_void_p),
                 ctypes.c_int64(pixels.size),
+                ctypes.c_int(pixels.dtype == np.float32),
                 ctypes.c_int64(batch),
                 _arrays(outputs),
             )

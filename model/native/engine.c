@@ -47,12 +47,12 @@ struct workspace *EXPORT(workspace_create)(const struct engine *engine, int heig
 
 void EXPORT(workspace_free)(struct workspace *workspace) { workspace_free(workspace); }
 
-const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, const uint8_t *photos, int64_t bytes, int64_t batch,
-                        const struct array *outputs) {
+const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, const void *photos, int64_t values, int normalised,
+                        int64_t batch, const struct array *outputs) {
     const struct config *c = &engine->network->config;
     if (workspace->threads != engine->pool->threads) return "the workspace belongs to another engine";
     int64_t photo = (int64_t)3 * workspace->height * workspace->width;
-    if (batch < 0 || batch > INT_MAX / MOST_THREADS || bytes != batch * photo) return "the photos have another size";
+    if (batch < 0 || batch > INT_MAX / MOST_THREADS || values != batch * photo) return "the photos have another size";
     struct outputs wanted = {(float *)outputs[0].data, (float *)outputs[1].data, {NULL}, {NULL}};
     int64_t lengths[2 + 2 * STAGES] = {c->classes, stage_channels(c, STAGES - 1)};
     for (int s = 0; s < STAGES; s++) {
@@ -66,7 +66,8 @@ const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, cons
         if (outputs[i].data ? outputs[i].length != batch * lengths[i] : i < 2) return "an output has another length";
     }
     if (batch == 0) return NULL;
-    struct call call = {engine->network, workspace, photos, (int)batch, &wanted, engine->teams, &engine->pool->all};
+    struct photos in = {normalised ? NULL : photos, normalised ? photos : NULL};
+    struct call call = {engine->network, workspace, in, (int)batch, &wanted, engine->teams, &engine->pool->all};
     return pool_run(engine->pool, run_thread, &call) ? NULL : "the engine's threads do not outlive a fork";
 }
 

@@ -30,11 +30,11 @@ void EXPORT(engine_free)(struct engine *engine);
 struct workspace *EXPORT(workspace_create)(const struct engine *engine, int height, int width, const char **error);
 void EXPORT(workspace_free)(struct workspace *workspace);
 
-/* photos: [batch, 3, height, width] of bytes, `bytes` in all. outputs: ten arrays, logits, features, four stage maps, four
+/* photos: [batch, 3, height, width], `values` in all: bytes, or floats that are normalised already. outputs: ten arrays, logits, features, four stage maps, four
  * maps of kernel sums, as in struct outputs; NULL data where a map is not wanted. Allocates nothing. Not to be called twice at
  * a time for one engine. */
-const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, const uint8_t *photos, int64_t bytes, int64_t batch,
-                        const struct array *outputs);
+const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, const void *photos, int64_t values, int normalised,
+                        int64_t batch, const struct array *outputs);
 
 struct operators *EXPORT(operators_create)(int threads);
 void EXPORT(operators_free)(struct operators *operators);

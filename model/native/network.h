@@ -1,4 +1,4 @@
-/* The whole network: its weights, its memory, and one call from bytes to logits. */
+/* The whole network: its weights, its memory, and one call from pixels to logits. */
 #pragma once
 
 #include "engine.h"
@@ -284,7 +284,7 @@ struct outputs {
 struct call {
     const struct network *network;
     struct workspace *workspace;
-    const uint8_t *photos; /* [B, 3, height, width] */
+    struct photos photos;
     int batch;
     const struct outputs *outputs;
     struct team *teams; /* one for each thread, for images of its own and for those that threads share */
@@ -320,12 +320,12 @@ static void average_pixels(const float *map, int pixels, int channels, float *fe
     }
 }
 
-/* Images first, first + 1, ... from bytes to features: the early stages one by one, while their large maps are in the
+/* Images first, first + 1, ... from pixels to features: the early stages one by one, while their large maps are in the
  * cache, the late stages together. */
 static void run_images(const struct call *call, const struct worker *worker, struct space *space, int first, int images) {
     const struct workspace *w = call->workspace;
     const struct config *c = &call->network->config;
-    size_t bytes = (size_t)3 * (size_t)w->height * (size_t)w->width;
+    size_t values = (size_t)3 * (size_t)w->height * (size_t)w->width;
     float *map[STAGES + 1];
     for (int s = 0; s <= STAGES; s++) {
         /* The first stage writes over its input where no shortcut convolution needs that. */
@@ -333,7 +333,10 @@ static void run_images(const struct call *call, const struct worker *worker, str
     }
     size_t kept = (size_t)w->sides[LATE_STAGE][0] * (size_t)w->sides[LATE_STAGE][1] * (size_t)stage_channels(c, LATE_STAGE - 1);
     for (int i = 0; i < images; i++) {
-        run_stem(worker, &call->network->stem, call->photos + (size_t)(first + i) * bytes, w->height, w->width, &space->stem, map[0]);
+        struct photos photo = call->photos;
+        if (photo.bytes) photo.bytes += (size_t)(first + i) * values;
+        if (photo.floats) photo.floats += (size_t)(first + i) * values;
+        run_stem(worker, &call->network->stem, photo, w->height, w->width, &space->stem, map[0]);
         for (int s = 0; s < LATE_STAGE; s++) {
             float *out = map[s + 1] + (s + 1 == LATE_STAGE ? (size_t)i * kept : 0);
             run_stage(call, worker, space, s, first + i, 1, map[s], out);

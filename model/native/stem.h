@@ -31,12 +31,20 @@ static struct map windows(struct map map) {
     return map;
 }
 
-static void normalise_row(const struct stem *stem, const uint8_t *photo, struct map out, int y) {
-    size_t plane = (size_t)out.height * (size_t)out.width;
-    const uint8_t *row = photo + (size_t)y * (size_t)out.width;
+/* Photos as they come in, [3, height, width] each: bytes, or floats that are normalised already. */
+struct photos {
+    const uint8_t *bytes;
+    const float *floats; /* one of the two is NULL */
+};
+
+static void take_row(const struct stem *stem, struct photos photo, struct map out, int y) {
+    size_t plane = (size_t)out.height * (size_t)out.width, row = (size_t)y * (size_t)out.width;
     float *to = out.data + (size_t)y * out.row;
-    for (int x = 0; x < out.width; x++) {
-        for (int channel = 0; channel < 3; channel++) *to++ = stem->table[channel][row[(size_t)channel * plane + (size_t)x]];
+    for (size_t from = row; from < row + (size_t)out.width; from++) {
+        for (size_t channel = 0; channel < 3; channel++) {
+            size_t at = channel * plane + from;
+            *to++ = photo.bytes ? stem->table[channel][photo.bytes[at]] : photo.floats[at];
+        }
     }
 }
 
@@ -75,11 +83,11 @@ static void last_and_pool(const struct stem *stem, struct map in, struct range r
     }
 }
 
-/* One photo [3, height, width] of bytes; out: [height / 4, width / 4, stem channels], rounded up. */
-static void run_stem(const struct worker *worker, const struct stem *stem, const uint8_t *photo, int height, int width,
+/* One photo; out: [height / 4, width / 4, stem channels], rounded up. */
+static void run_stem(const struct worker *worker, const struct stem *stem, struct photos photo, int height, int width,
                      const struct stem_space *space, float *out) {
     struct map input = bordered_map(space->pixels, height, width, 3);
-    for (int y; (y = take(worker->team)) < height;) normalise_row(stem, photo, input, y);
+    for (int y; (y = take(worker->team)) < height;) take_row(stem, photo, input, y);
     meet(worker->team);
 
     int half = stem->involution.channels;

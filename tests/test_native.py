@@ -1,0 +1,259 @@
+"""The native library: the engine and the operator in C, in each of their builds."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model import RedNet, create_rednet, prepare
+from model.native import Engine, builds, unavailable
+from model.native_form import NativeForm
+from model.preprocess import Preprocess
+from model.rednet import BLOCKS
+from tests.servers import REDNET
+from tests.shared import REFERENCE, deterministic, needs_native, needs_shared
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE = ROOT / "model" / "native"
+CHECK = ROOT / "tests" / "native" / "check.c"
+TOLERANCE = 1e-5  # relative, against float64
+
+
+def network(name: str = "rednet26", **fields: Any) -> RedNet:
+    """A network of random weights whose answers differ from photo to photo."""
+    torch.manual_seed(0)
+    net = create_rednet(name, **{"base_channels": 16, "stem_channels": 32, "num_classes": 7} | fields).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
+    for key, tensor in net.state_dict().items():  # as after training: layers neither die nor explode
+        if key.endswith("bn3.weight"):
+            tensor.mul_(0.2).add_(0.2)
+    return net
+
+
+def photos(batch: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch * height + width)
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def exact(net: RedNet, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and features by the definition, in float64."""
+    double = (
+        create_rednet(net.config.name, **{k: v for k, v in vars(net.config).items() if k != "depth"}).eval().double()
+    )
+    double.load_state_dict(net.state_dict())
+    preprocess = Preprocess()
+    mean, std = (torch.tensor(each).double().reshape(3, 1, 1) for each in (preprocess.mean, preprocess.std))
+    with torch.inference_mode():
+        features = double.features((pixels.double() / 255 - mean) / std)
+        return double.head(features), features
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.norm(ours - expected) / torch.linalg.norm(expected))
+
+
+def engines(net: RedNet, threads: tuple[int, ...]) -> Iterator[NativeForm]:
+    """The network in every build and on every number of threads."""
+    for build, count in itertools.product(builds(), threads):
+        yield NativeForm(net, Preprocess(), threads=count, build=build)
+
+
+@needs_native
+@pytest.mark.parametrize("name", [f"rednet{depth}" for depth in BLOCKS])
+def test_every_depth_and_build_is_the_definition(name: str) -> None:
+    """Each of the five networks, in each build, on a photo that is not square."""
+    net = network(name)
+    pixels = photos(2, 96, 160)
+    logits, features = exact(net, pixels)
+    for engine in engines(net, (2,)):
+        output = engine(pixels, False, False)
+        assert relative_error(output.logits, logits) < TOLERANCE, engine.backend
+        assert relative_error(output.features, features) < TOLERANCE, engine.backend
+
+
+@needs_native
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (1, 1), (7, 300), (224, 224), (512, 320)])
+def test_every_size_is_the_definition(size: tuple[int, int]) -> None:
+    """Square and not, odd, tiny and large, on fewer and on more threads than images."""
+    net = network()
+    pixels = photos(3, *size)
+    logits, features = exact(net, pixels)
+    for engine in engines(net, (1, 2, 5)):
+        output = engine(pixels, False, False)
+        assert relative_error(output.logits, logits) < TOLERANCE, engine.backend
+        assert relative_error(output.features, features) < TOLERANCE, engine.backend
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"strides": (2, 1, 3, 2), "kernel_size": 5, "reduction_ratio": 2},
+        {
+            "stem_channels": 64,
+            "base_channels": 16,
+            "stem_kernel_size": 7,
+            "reduction_ratio": 1,
+        },  # stage 1 adds its input
+        {"base_channels": 48, "stem_channels": 96, "num_classes": 1, "kernel_size": 1},
+        {"base_channels": 32, "num_classes": 1003, "strides": (1, 1, 1, 1), "kernel_size": 3},
+    ],
+)
+def test_every_configuration_is_the_definition(fields: dict[str, Any]) -> None:
+    """Whatever a configuration with 16 channels per group can say, and not only what the paper uses."""
+    net = network(**fields)
+    pixels = photos(3, 50, 70)
+    logits, _ = exact(net, pixels)
+    for engine in engines(net, (1, 2)):
+        assert relative_error(engine(pixels, False, False).logits, logits) < TOLERANCE, engine.backend
+
+
+@needs_native
+def test_no_bit_depends_on_neighbours_or_threads() -> None:
+    """A photo's answer is the same alone, in any batch up to nine and on any number of threads."""
+    net = network()
+    pixels = photos(9, 64, 80)
+    for build in builds():
+        expected = NativeForm(net, Preprocess(), threads=1, build=build)(pixels, False, False).logits
+        for threads in (1, 2, 3, 5, 64):
+            engine = NativeForm(net, Preprocess(), threads=threads, build=build)
+            for batch in range(10):
+                assert torch.equal(engine(pixels[:batch], False, False).logits, expected[:batch])
+
+
+@needs_native
+@needs_shared
+@pytest.mark.parametrize("depth", [26, 50, 101])
+def test_the_engine_gives_the_official_outputs(depth: int) -> None:
+    """Logits, features and stage maps of the official code, at full width, on the inputs it was run on."""
+    golden = deterministic()
+    shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
+    net = create_rednet(f"rednet{depth}").eval()
+    net.load_state_dict(golden.deterministic_state_dict(shapes))
+    run = prepare(net, Preprocess(resize=64, crop=64), device="cpu")
+    assert run.backend.startswith("native engine")
+    expected = np.load(REFERENCE / f"rednet{depth}.npz")
+    for name, images in (
+        ("square", golden.deterministic_images(1, 2, 224, 224)),
+        ("wide", golden.deterministic_images(2, 1, 224, 288)),
+    ):
+        output = run(images, stages=True)
+        assert relative_error(output.logits, torch.from_numpy(expected[f"{name}_logits"])) < TOLERANCE
+        assert relative_error(output.features, torch.from_numpy(expected[f"{name}_features"])) < TOLERANCE
+        assert output.stages is not None
+        for number, stage in enumerate(output.stages, start=1):
+            sample = stage[:, :: max(1, stage.shape[1] // 16), ::7, ::7]
+            assert relative_error(sample, torch.from_numpy(expected[f"{name}_stage{number}"])) < TOLERANCE
+
+
+@needs_native
+def test_what_does_not_fit_is_refused_at_the_boundary() -> None:
+    """Arrays of another network, wrong dtypes and lengths: an error, and nothing is read or written."""
+    net = network()
+    form = NativeForm(net, Preprocess(), threads=2)
+    engine = form._engine
+    numbers = [1, 2, 4, 1, 1, 2, 2, 2, 32, 16, 7, 7, 3, 4]
+    one = [np.zeros(768, np.float32)]
+    for config, arrays, message in (
+        (numbers, one, "not those of this network"),
+        (numbers[:-1], one, "another version"),
+        ([*numbers[:8], 33, *numbers[9:]], one, "stem_channels must be a multiple of 32"),
+        ([*numbers[:-4], 2**30, *numbers[-3:]], one, "number of classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(config, arrays, 2)
+    with pytest.raises(ValueError, match="number of threads"):
+        Engine(numbers, one, 0)
+    logits, features = np.zeros((1, 7), np.float32), np.zeros((1, 512), np.float32)
+    pixels = np.zeros((1, 3, 32, 32), np.uint8)
+    for given, outputs, message in (
+        (pixels[0], [logits, features], "uint8 or float32"),
+        (pixels.astype(np.float64), [logits, features], "uint8 or float32"),
+        (pixels, [logits[:, :6].copy(), features], "another length"),
+        (pixels, [logits, None], "another length"),
+        (pixels, [logits.astype(np.float64), features], "contiguous float32"),
+        (pixels, [np.zeros((1, 14), np.float32)[:, ::2], features], "contiguous float32"),
+        (np.zeros((1, 3, 20000, 1), np.uint8), [logits, features], "out of range"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.run(given, [*outputs, *[None] * 8])  # type: ignore[arg-type]
+
+
+@needs_native
+def test_threads_of_python_may_share_an_engine() -> None:
+    """Calls take turns; every answer is right."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    form = NativeForm(network(), Preprocess(), threads=2)
+    batches = [photos(batch, side, 48) for batch in (1, 2, 3) for side in (32, 48, 64)]  # three sizes: memory is shared
+    expected = [form(pixels, False, False).logits for pixels in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = pool.map(lambda pixels: form(pixels, False, False).logits, batches)
+            assert all(torch.equal(ours, known) for ours, known in zip(results, expected, strict=True))
+
+
+FORK = """
+import os, torch
+from model import create_rednet, involution
+from model.native_form import NativeForm
+from model.preprocess import Preprocess
+form = NativeForm(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
+pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+x, kernel = torch.randn(2, 16, 8, 8), torch.randn(2, 1, 9, 8, 8)
+form(pixels, False, False)
+expected = involution(x, kernel)
+if os.fork() == 0:
+    try:
+        form(pixels, False, False)
+    except ValueError as error:
+        same = torch.equal(involution(x, kernel), expected)
+        os._exit(0 if "do not outlive a fork" in str(error) and same else 1)
+    os._exit(2)
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@needs_native
+def test_after_a_fork_nothing_hangs() -> None:
+    """Threads stay behind with the parent: the engine says so, the operator starts its own again."""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("off", "REDNET_NATIVE is off"), ("mmx", "REDNET_NATIVE is 'mmx', but there are off")]
+)
+def test_it_can_be_switched_off(value: str, said: str) -> None:
+    """REDNET_NATIVE decides, and `rednet info` tells what runs instead and why."""
+    if (reason := unavailable()) and "REDNET_NATIVE" not in reason:
+        pytest.skip(reason)
+    environment = os.environ | {"REDNET_NATIVE": value}
+    command = [REDNET, "info", "--json"]
+    info = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
+    assert info["backend"].startswith("torch, portable involution")
+    assert said in info["passed_over"][0]
+
+
+def test_neon_is_the_same_source(tmp_path: Path) -> None:
+    """Cross-compiled for 64-bit ARM, the library's own check passes under emulation."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64-static")
+    if not compiler:
+        pytest.skip("no aarch64-linux-gnu-gcc here")
+    flags = ["-std=gnu11", "-O1", "-static", "-Wall", "-Wextra", "-Werror", "-DVL=4", "-DBUILD=generic", f"-I{NATIVE}"]
+    program = tmp_path / "check"
+    subprocess.run([compiler, *flags, CHECK, "-o", program, "-lm", "-pthread"], check=True)
+    if not emulator:
+        pytest.skip("compiled, but there is no qemu-aarch64-static here to run it")
+    result = subprocess.run([emulator, program, "quick"], capture_output=True, text=True, check=False)
+    assert result.stdout == "no complaint\n"
