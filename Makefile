@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 
-.PHONY: serve test lint format sanitize clean
+.PHONY: serve test lint format sanitize benchmarks clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -34,6 +34,10 @@ sanitize-%: tests/native/check.c $(NATIVE)
 	    $($(word 2,$(words))) -DBUILD=$(word 2,$(words)) -Imodel/native $< -o build/$@ -lm -pthread
 	build/$@
 
+# Tables on the screen; JSON and pictures in build/benchmarks. Most of the half hour is other compilers' compiling.
+benchmarks: .venv/benchmarks
+	$(foreach name,network involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
+
 clean:
 	rm -rf .venv build *.egg-info model/native/*.so
 
@@ -46,4 +50,8 @@ clean:
 
 .venv/test: .venv/serve requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.venv/benchmarks: .venv/serve benchmarks/requirements.txt
+	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
 	touch $@

@@ -102,7 +102,7 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
     # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
     net = RedNet(config).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    _keep_freed_memory()
+    keep_freed_memory()
 
     def logits_of(pixels: Tensor) -> Tensor:
         logits: Tensor = net(recipe.preprocess.normalise(pixels.to(device)))
@@ -129,7 +129,7 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
     return checkpoint
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Ask the C library to keep the memory of freed tensors for the next step (a fifth to a third of a step's time on a
     CPU): it would give it back to the system, and get it again page by page. Only glibc has, and needs, the request.
     """

@@ -239,7 +239,7 @@ def test_it_can_be_switched_off(value: str, said: str) -> None:
     if (reason := unavailable()) and "REDNET_NATIVE" not in reason:
         pytest.skip(reason)
     environment = os.environ | {"REDNET_NATIVE": value}
-    command = [REDNET, "info", "--json"]
+    command: list[str | Path] = [REDNET, "info", "--json"]
     info = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
     assert info["backend"].startswith("torch, portable involution")
     assert said in info["passed_over"][0]

@@ -1,0 +1,1 @@
+"""Measurements: `make benchmarks`, or `python -m benchmarks.<module>` for one of them."""

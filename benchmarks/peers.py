@@ -1,0 +1,143 @@
+"""RedNet in what a user would pick instead of our engine: plain torch, its compiler, ONNX Runtime, OpenVINO."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model import Preprocess, RedNet, prepare
+from model.involution import Involution
+from model.kernels import use
+from model.torch_form import folded
+
+Pixels = NDArray[np.uint8]  # [B, 3, H, W]
+Run = Callable[[Pixels], object]
+
+
+class Shifted(nn.Module):
+    """An involution layer in operators that every exporter knows: 49 shifted products, or the definition's unfold."""
+
+    def __init__(self, layer: Involution, unfold: bool) -> None:
+        super().__init__()
+        self.layer, self.unfold = layer, unfold
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, k = self.layer, self.layer.kernel_size
+        kernel = layer.conv2(layer.conv1(layer.avgpool(x)))
+        batch, _, h, w = kernel.shape
+        grouped = x.reshape(batch, layer.groups, -1, *x.shape[2:])
+        kernel = kernel.reshape(batch, layer.groups, 1, k * k, h, w)
+        if self.unfold:
+            windows = F.unfold(x, k, padding=k // 2, stride=layer.stride)
+            weighted: Tensor = kernel * windows.reshape(batch, layer.groups, -1, k * k, h, w)
+            return weighted.sum(dim=3).reshape(batch, -1, h, w)
+        padded = F.pad(grouped, (k // 2,) * 4)
+        s = layer.stride
+        total = torch.zeros(())
+        for tap in range(k * k):
+            top, left = divmod(tap, k)
+            window = padded[..., top : top + (h - 1) * s + 1 : s, left : left + (w - 1) * s + 1 : s]
+            total = total + kernel[:, :, :, tap] * window
+        return total.reshape(batch, -1, h, w)
+
+
+def exportable(net: RedNet, unfold: bool = False) -> RedNet:
+    """A copy of the network, batch norms folded, without our operator."""
+    net = folded(net)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, Involution):
+            net.set_submodule(name, Shifted(module, unfold))
+    return net
+
+
+def definition(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
+    """The paper's algorithm 1, eager."""
+    plain = copy.deepcopy(net).eval()
+
+    @torch.inference_mode()
+    def run(pixels: Pixels) -> object:
+        with use("reference"):
+            return plain(preprocess.normalise(torch.from_numpy(pixels)))
+
+    return run
+
+
+def portable(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
+    """Our form for where there is no native library, eager."""
+    plain = folded(net)
+
+    @torch.inference_mode()
+    def run(pixels: Pixels) -> object:
+        with use("portable"):
+            return plain(preprocess.normalise(torch.from_numpy(pixels)))
+
+    return run
+
+
+def compiled(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
+    """torch.compile, with frozen weights."""
+    os.environ["TORCHINDUCTOR_FREEZING"] = "1"
+    from torch._inductor import config
+
+    config.freezing = True
+    plain = torch.compile(exportable(net))
+
+    def run(pixels: Pixels) -> object:
+        with torch.no_grad():
+            return plain(preprocess.normalise(torch.from_numpy(pixels)))
+
+    return run
+
+
+def onnx_runtime(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
+    """ONNX Runtime on its CPU provider, all optimisations."""
+    import onnxruntime
+
+    example = torch.zeros(batch, 3, preprocess.crop, preprocess.crop)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        torch.onnx.export(exportable(net), (example,), file.name, dynamo=False, input_names=["x"], opset_version=17)
+        session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(None, {"x": preprocess.normalise(torch.from_numpy(pixels)).numpy()})
+
+
+def openvino(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
+    """OpenVINO in float32, tuned for latency at batch 1 and for throughput above."""
+    import openvino as ov
+
+    example = torch.zeros(batch, 3, preprocess.crop, preprocess.crop)
+    model = ov.convert_model(exportable(net), example_input=example, input=[list(example.shape)])
+    hint = "LATENCY" if batch == 1 else "THROUGHPUT"
+    core = ov.Core()
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+    }
+    run = core.compile_model(model, "CPU", settings)
+    return lambda pixels: run(preprocess.normalise(torch.from_numpy(pixels)).numpy())
+
+
+def ours(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
+    """`prepare`, as the server uses it."""
+    prepared = prepare(net, preprocess, device="cpu")
+    return lambda pixels: prepared(torch.from_numpy(pixels))
+
+
+PEERS: dict[str, Callable[[RedNet, Preprocess, int], Run]] = {
+    "definition": definition,
+    "portable": portable,
+    "torch.compile": compiled,
+    "onnxruntime": onnx_runtime,
+    "openvino": openvino,
+    "ours": ours,
+}
+ANY_BATCH = ("definition", "portable", "ours")  # built once; the others are built for each batch size

@@ -1,0 +1,72 @@
+"""A training step of RedNet-26 (batch 64, 128x128) as `rednet train` takes it, and by the portable form."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import bars, matrix_product_gflops, median_s, report
+from benchmarks.network import multiply_adds
+from model import create_rednet
+from model.kernels import use
+from model.train import keep_freed_memory
+
+BATCH, SIDE = 64, 128
+FORMS = {  # implementation, memory format, whether freed memory is kept
+    "native, as rednet train": ("native", torch.channels_last, True),
+    "portable, same settings": ("portable", torch.channels_last, True),
+    "portable": ("portable", torch.contiguous_format, False),
+}
+
+
+def child(form: str) -> dict[str, object]:
+    implementation, memory_format, keep = FORMS[form]
+    gflops = matrix_product_gflops()
+    if keep:
+        keep_freed_memory()
+    torch.manual_seed(0)
+    net = create_rednet("rednet26", num_classes=10)
+    work = 3 * 2 * BATCH * multiply_adds(net.eval(), SIDE) / 1e9  # backward counts twice forward
+    net.train().to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    x, targets = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(0, 10, (BATCH,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    with use(implementation):
+        step()
+        step_s = median_s(step, 10.0)
+    rate = work / step_s
+    return {
+        "form": form,
+        "step s": step_s,
+        "images/s": BATCH / step_s,
+        "GFLOP/s": rate,
+        "of matrix product": rate / gflops,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--child", choices=FORMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.child)))
+        return
+    rows = []
+    for form in FORMS:
+        command = [sys.executable, "-m", "benchmarks.training", "--child", form]
+        rows.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1]))
+    heading = f"training step of rednet26, batch {BATCH}, {SIDE}x{SIDE}"
+    report("training", heading, rows)
+    bars("training", heading, "images per second", {"": {row["form"]: row["images/s"] for row in rows}})
+
+
+if __name__ == "__main__":
+    main()
