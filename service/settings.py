@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PREFIX = "REDNET_"
+NO_OPTIONS = {"REDNET_NATIVE"}  # variables with the prefix that are read elsewhere
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -63,7 +64,7 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
     Raises:
         SettingsError: a value is out of range, or a `REDNET_*` variable names no option (it is probably misspelt).
     """
-    variables = {key: value for key, value in environment.items() if key.startswith(PREFIX)}
+    variables = {key: value for key, value in environment.items() if key.startswith(PREFIX) and key not in NO_OPTIONS}
     known = {PREFIX + name.upper(): name for name in Settings.model_fields}
     if unknown := sorted(variables.keys() - known.keys()):
         raise SettingsError(f"{unknown[0]} is no option; there are {', '.join(known)}")

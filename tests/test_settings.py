@@ -36,6 +36,11 @@ def test_a_misspelt_variable_is_an_error() -> None:
         read_settings({}, {"REDNET_PROT": "80"})
 
 
+def test_a_variable_of_the_model_is_no_misspelling() -> None:
+    """REDNET_NATIVE chooses the native build, for every command; the server leaves it alone."""
+    assert read_settings({}, {"REDNET_NATIVE": "off"}) == Settings()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -62,7 +62,8 @@ class Engine:
         )
         if not self._engine:
             raise ValueError(_text(error.value))
-        self._end = weakref.finalize(self, _free, self.build, self._engine, self._workspaces)
+        # Not when the interpreter ends: a thread may still be running a batch then.
+        weakref.finalize(self, _free, self.build, self._engine, self._workspaces).atexit = False
 
     def run(self, pixels: NDArray[np.uint8] | Floats, outputs: Sequence[Floats | None]) -> None:
         """Forward a batch into `outputs`.
@@ -127,7 +128,8 @@ class Operators:
         self._operators = _function(self.build, "operators_create", ctypes.c_void_p)(self.threads)
         if not self._operators:
             raise MemoryError
-        weakref.finalize(self, _function(self.build, "operators_free", None), ctypes.c_void_p(self._operators))
+        free = _function(self.build, "operators_free", None)
+        weakref.finalize(self, free, ctypes.c_void_p(self._operators)).atexit = False
 
     def involution(self, sizes: Sequence[int], pointers: Sequence[tuple[int, int]], element_size: int) -> None:
         """Run `involution` of native/engine.h.
