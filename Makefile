@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 NATIVE := setup.py $(wildcard model/native/*.[ch])
+C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
 .PHONY: serve test lint format sanitize benchmarks clean
 
@@ -15,11 +16,13 @@ test: lint
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	$(BIN)/mypy
 
 format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
 
 # The native code under the address, undefined-behaviour and thread sanitizers, in each build: three minutes.
 sanitize: $(foreach sanitizer,address_undefined thread,$(foreach build,avx512 avx2 generic,sanitize-$(sanitizer)-$(build)))

@@ -41,7 +41,6 @@ class BuildEngine(build_ext):
                 output_dir=f"{self.build_temp}/{name}",
                 macros=[("BUILD", name), ("VL", str(floats))],
                 extra_postargs=[*FLAGS, *flags],
-                depends=ext.depends,
             )
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"])
 

@@ -57,7 +57,7 @@ class NativeForm:
             if kernel_sums:
                 sums.append(np.empty((batch, height, width, channels // GROUP_CHANNELS), np.float32))
         unwanted = (None,) * len(config.strides)
-        self._engine.run(pixels.cpu().numpy(), [logits, features, *(maps or unwanted), *(sums or unwanted)])
+        self._engine.run(pixels.detach().cpu().numpy(), [logits, features, *(maps or unwanted), *(sums or unwanted)])
         return Output(
             torch.from_numpy(logits),
             torch.from_numpy(features),

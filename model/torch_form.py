@@ -21,17 +21,18 @@ class TorchForm:
     def __init__(self, net: RedNet, preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> None:
         self.net = folded(net).to(device, dtype)
         self._preprocess, self._device, self._dtype = preprocess, device, dtype
-        self.backend = f"torch, {implementation_name(device)} involution"
+        self.backend = f"torch, {implementation_name(device, dtype)} involution"
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
         x = pixels.to(self._device, non_blocking=True)
         x = (self._preprocess.normalise(x) if x.dtype == torch.uint8 else x).to(self._dtype)
-        with self._summed_kernels(kernel_sums) as sums:
+        with torch.autocast(self._device.type, enabled=False), self._summed_kernels(kernel_sums) as sums:
             maps = self.net.stages(x)
-        features = maps[-1].mean(dim=(2, 3))
+            features = maps[-1].mean(dim=(2, 3))
+            logits = self.net.head(features)
         return Output(
-            self.net.head(features).float(),
+            logits.float(),
             features.float(),
             tuple(each.float() for each in maps) if stages else None,
             tuple(each.float() for each in sums) if kernel_sums else None,
@@ -59,8 +60,8 @@ class TorchForm:
 
 
 def folded(net: RedNet) -> RedNet:
-    """A copy in evaluation mode whose convolutions have taken in the batch norms that follow them."""
-    net = copy.deepcopy(net).eval().requires_grad_(False)
+    """A float32 copy in evaluation mode whose convolutions have taken in the batch norms that follow them."""
+    net = copy.deepcopy(net).eval().requires_grad_(False).float()
     for module in net.modules():
         if isinstance(module, ConvModule) and isinstance(module.bn, nn.BatchNorm2d):
             _fuse(module, "conv", "bn")

@@ -136,7 +136,8 @@ def keep_freed_memory() -> None:
     mmap_threshold, trim_threshold, most = -3, -1, 2**31 - 1
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, most)
+        if not libc.mallopt(mmap_threshold, most):  # older versions take no more than this
+            libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, most)
 
 

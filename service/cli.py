@@ -126,12 +126,13 @@ def _predict(options: argparse.Namespace) -> int:
     from service.decode import decode_image
     from service.errors import MalformedRequest, ServiceError
     from service.routes.v1 import error_body
-    from service.runner import TorchRunner
+    from service.runner import PreparedRunner, set_threads
     from service.scores import top_classes
     from service.settings import Settings
 
+    set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
-    runner = TorchRunner(prepare(checkpoint.net, checkpoint.preprocess), max_batch_size=1)
+    runner = PreparedRunner(prepare(checkpoint.net, checkpoint.preprocess), largest=1)
     names = [label.name for label in checkpoint.labels]
     predictions: list[Any] = []
     failed = False
@@ -168,7 +169,9 @@ def _info(options: argparse.Namespace) -> int:
 
     from model import load_checkpoint, prepare
     from service.main import describe
+    from service.runner import set_threads
 
+    set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
     prepared = prepare(checkpoint.net, checkpoint.preprocess)
     model = describe(checkpoint, prepared).model_dump(exclude={"max_batch_size", "cost_s"})  # a server measures those
@@ -182,7 +185,7 @@ def _info(options: argparse.Namespace) -> int:
                 print(f"{key}:")
                 print("\n".join(f"  {name}: {item}" for name, item in value.items()))
             case list():
-                names = [label["label"] for label in value]
+                names = [item["label"] if key == "labels" else item for item in value]
                 print(f"{key}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
             case _:
                 print(f"{key}: {value}")
@@ -212,7 +215,9 @@ def _convert(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from model.prepare import resolve_device
     from model.train import Recipe, train
+    from service.runner import set_threads
 
+    set_threads(usable_cores())
     recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
     train(options.data, options.output, recipe, device=resolve_device(options.device), workers=usable_cores())
     print(f"{options.output}: done")
@@ -223,7 +228,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from model import load_checkpoint, prepare
     from model.evaluate import evaluate
     from model.photos import find_photos
+    from service.runner import set_threads
 
+    set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
     run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision)
     _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-LARGEST_BATCH = 64  # that is ever chosen; measuring stops long before where larger batches gain nothing
-WORTHWHILE = 0.95  # a larger batch is worth its latency if it takes less than this share of the time per image
+# A larger batch is worth taking if it needs less than this share of the time per image. Batches grow only while images
+# are waiting, and then whatever raises the rate shortens the wait; less than this is noise.
+WORTHWHILE = 0.95
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,29 @@ class CostTable:
         return full * self.batch_s(self.max_batch_size) + self.batch_s(rest)
 
 
-def measure(batch_s: Callable[[int], float], largest: int | None) -> CostTable:
+def measure(batch_s: Callable[[int], float], largest: int, auto: bool) -> CostTable:
     """Measure batches of 1, 2, 4, ... images.
 
     Args:
         batch_s: runs a batch of that size and says how long it took.
-        largest: the last size, and the size of batches; None: the smallest than which no larger one is worthwhile.
+        largest: the last size.
+        auto: take the smallest size than which no larger one is worthwhile, and stop when that is clear or memory ends;
+            otherwise batches may be as large as `largest`.
     """
     seconds: dict[int, float] = {}
     best = 1
-    for size in _ladder(largest or LARGEST_BATCH):
-        seconds[size] = batch_s(size)
+    for size in _ladder(largest):
+        try:
+            seconds[size] = batch_s(size)
+        except (MemoryError, RuntimeError):  # torch says RuntimeError when a device has no memory left
+            if not auto or size == 1:
+                raise
+            break
         if seconds[size] / size < WORTHWHILE * seconds[best] / best:
             best = size
-        if largest is None and size > 2 * best:
+        if auto and size > 2 * best:
             break
-    return CostTable(seconds, largest or best)
+    return CostTable(seconds, best if auto else largest)
 
 
 def _ladder(largest: int) -> Iterator[int]:

@@ -25,7 +25,6 @@ class Engine:
     Args:
         load: makes the runner; called, like everything of the runner's, on the engine's thread.
         batcher: the queue; nobody else may touch it. Warm-up decides how large its batches are.
-        max_batch_size: no batch is larger; None: the size that warm-up finds best.
         events: told what happens.
     """
 

@@ -18,7 +18,7 @@ from service.cores import usable_cores
 from service.decode import Decoder
 from service.engine import Engine
 from service.metrics import Metrics
-from service.runner import TorchRunner, set_threads
+from service.runner import PreparedRunner, set_threads
 from service.schemas import LabelBody, ModelBody
 from service.settings import Settings
 from service.types import EngineClient, State
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # How long a drain refuses at least, even with nothing to do: a caller who is about to send another request over an open
 # connection gets an answer that closes it, instead of a connection that breaks under the request.
 SHORTEST_DRAIN_S = 1.0
+
+LARGEST_BATCH = 64  # that is ever chosen; warm-up stops long before where larger batches gain nothing
 
 
 class Server(uvicorn.Server):
@@ -80,9 +82,10 @@ def serve(settings: Settings) -> int:
     model = describe(checkpoint, prepared)
     metrics = Metrics()
     metrics.model(model)
-    max_batch_size = None if settings.max_batch_size == "auto" else settings.max_batch_size
-    batcher = Batcher(max_batch_size or 1, settings.max_wait_ms / 1000)
-    client = LocalClient(Engine(lambda: TorchRunner(prepared, max_batch_size), batcher, metrics), settings.max_queue)
+    largest = min(settings.max_queue, LARGEST_BATCH if settings.max_batch_size == "auto" else settings.max_batch_size)
+    runner = PreparedRunner(prepared, largest, auto=settings.max_batch_size == "auto")
+    engine = Engine(lambda: runner, Batcher(largest, settings.max_wait_ms / 1000), metrics)
+    client = LocalClient(engine, settings.max_queue)
     decoder = Decoder(checkpoint.preprocess, settings.max_pixels, threads=usable_cores())
     del checkpoint  # the plain network's weights are not needed any more
     app = create_app(settings, client, decoder, metrics, model)

@@ -10,20 +10,20 @@ from model.prepare import Prepared
 from service.cost import CostTable, measure
 from service.types import Pixels, RunnerOutput
 
-SLOW_S = 0.2  # a batch that takes longer is measured once, after one run to warm up; others three times
+MEASURED_S = 0.1  # runs of one batch size go on for so long; a batch that takes longer by itself runs once
 
 
-class TorchRunner:
+class PreparedRunner:
     """A prepared network behind arrays.
 
     Args:
         prepared: the network in its inference form.
-        max_batch_size: the largest batch it will be given; None: the one found best in warming up.
+        largest: no batch will be larger.
+        auto: let warm-up find the best size up to that; otherwise batches may be that large.
     """
 
-    def __init__(self, prepared: Prepared, max_batch_size: int | None) -> None:
-        self._prepared = prepared
-        self._max_batch_size = max_batch_size
+    def __init__(self, prepared: Prepared, largest: int, auto: bool = False) -> None:
+        self._prepared, self._largest, self._auto = prepared, largest, auto
 
     def warm_up(self) -> CostTable:
         """Run batches of rising sizes, which loads kernels and grows memory pools to what will be needed."""
@@ -31,12 +31,13 @@ class TorchRunner:
         noise = np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
 
         def batch_s(size: int) -> float:
-            best_s = self._time([noise] * size)
-            for _ in range(1 if best_s > SLOW_S else 3):
-                best_s = min(best_s, self._time([noise] * size))
-            return best_s
+            times = [self._time([noise] * size)]
+            while sum(times) < MEASURED_S:
+                times.append(self._time([noise] * size))
+            return min(times)
 
-        return measure(batch_s, self._max_batch_size)
+        batch_s(1)  # what is slow only once
+        return measure(batch_s, self._largest, self._auto)
 
     def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
         output = self._prepared(torch.from_numpy(np.stack(pixels)))

@@ -1,5 +1,6 @@
 """Real servers on free ports: as a process, or in a thread where a test must bring its own runner."""
 
+import os
 import re
 import signal
 import subprocess
@@ -43,10 +44,11 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 class ServerProcess:
     """`rednet serve` as users run it."""
 
-    def __init__(self, *options: object, ready: bool = True) -> None:
+    def __init__(self, *options: object, ready: bool = True, **environment: str) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  (closed in __exit__)
         command = [REDNET, "serve", "--port", "0", *options]
-        self.process = subprocess.Popen([str(part) for part in command], stderr=self._log)
+        variables = os.environ | environment
+        self.process = subprocess.Popen([str(part) for part in command], stderr=self._log, env=variables)
         wait_until(lambda: self._url() is not None or self.process.poll() is not None, "the port")
         url = self._url()
         assert url is not None, self.log

@@ -1,6 +1,8 @@
 """Requests that share batches."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -8,6 +10,13 @@ import pytest
 from tests.asking import classes, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread
+
+
+@pytest.fixture
+def server(tiny_path: Path) -> Iterator[ServerProcess]:
+    """One that waits a little for batches to fill: the tiny network alone is too fast for a queue to form."""
+    with ServerProcess("--checkpoint", tiny_path, "--max-batch-size", 8, "--max-wait-ms", 20) as running:
+        yield running
 
 
 def test_concurrent_clients_share_batches_and_get_their_own_answers(server: ServerProcess) -> None:
@@ -31,7 +40,7 @@ def batches(client: httpx.Client) -> tuple[float, float]:
 
 
 def test_a_window_gathers_a_batch_and_its_size_is_limited() -> None:
-    """--max-wait-ms makes requests that arrive one by one share a batch; --max-batch-size bounds it."""
+    """--max-wait-ms makes requests that arrive one by one share a batch; the size that warm-up chose bounds it."""
     runner = FakeRunner()
     runner.max_batch_size = 4
     with ServerThread(runner, max_wait_ms=10_000) as running, ThreadPoolExecutor(8) as pool:

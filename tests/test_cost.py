@@ -27,8 +27,8 @@ def test_before_anything_is_measured_nothing_is_predicted() -> None:
     [
         ({}, 1),  # larger batches gain nothing
         ({2: 0.5}, 2),  # two cores: an image each
-        ({2: 0.9, 4: 0.8, 8: 0.5, 16: 0.49}, 8),
-        ({2: 0.9, 4: 0.8, 8: 0.7, 16: 0.6, 32: 0.5, 64: 0.4}, 64),
+        ({2: 0.85, 4: 0.7, 8: 0.5, 16: 0.49}, 8),
+        ({2: 0.85, 4: 0.7, 8: 0.6, 16: 0.5, 32: 0.4, 64: 0.3}, 64),
     ],
 )
 def test_batches_grow_while_that_is_worthwhile(per_image: dict[int, float], best: int) -> None:
@@ -42,7 +42,7 @@ def test_batches_grow_while_that_is_worthwhile(per_image: dict[int, float], best
         last = per_image.get(size, last)
         return size * last
 
-    costs = measure(batch_s, None)
+    costs = measure(batch_s, 64, auto=True)
     assert costs.max_batch_size == best
     assert measured == list(costs.seconds) == [2**n for n in range(len(measured))]
     assert measured[-1] <= min(4 * best, 64)
@@ -50,5 +50,18 @@ def test_batches_grow_while_that_is_worthwhile(per_image: dict[int, float], best
 
 def test_a_size_that_was_asked_for_is_kept() -> None:
     """Whatever it gains; the sizes below it are measured, too."""
-    costs = measure(lambda _: 1.0, 6)
+    costs = measure(lambda _: 1.0, 6, auto=False)
     assert costs == CostTable({1: 1.0, 2: 1.0, 4: 1.0, 6: 1.0}, 6)
+
+
+def test_memory_that_ends_ends_the_ladder() -> None:
+    """What did fit is used; a size that was asked for and does not fit is an error."""
+
+    def batch_s(size: int) -> float:
+        if size > 4:
+            raise RuntimeError("out of memory")
+        return 1.0
+
+    assert measure(batch_s, 64, auto=True).max_batch_size == 4
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure(batch_s, 64, auto=False)

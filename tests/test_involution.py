@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model import Involution, involution
 from model.kernels import IMPLEMENTATIONS, operator, use
+from tests.shared import needs_native
 
 
 def by_hand(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
@@ -142,3 +143,20 @@ def test_a_layer_that_cannot_be_is_refused() -> None:
     """Channels must divide into groups."""
     with pytest.raises(ValueError, match="group_channels"):
         Involution(24, 7)
+
+
+@needs_native
+def test_the_operator_itself_reads_nothing_foreign() -> None:
+    """Past the checks of `involution`, mixed dtypes and maps of another shape do not reach C."""
+    x = torch.zeros(1, 16, 4, 4, dtype=torch.float64)
+    with use("native"):
+        assert torch.equal(operator(x, torch.zeros(1, 1, 9, 4, 4), 1), x)
+        with pytest.raises(ValueError, match="a kernel map of 2x8 does not fit"):
+            operator(x, torch.zeros(1, 1, 9, 2, 8, dtype=torch.float64), 1)
+
+
+def test_kernels_larger_than_the_native_code_counts_are_computed_all_the_same() -> None:
+    """65x65: the portable form does it."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(1, 2, 3, 3), torch.randn(1, 1, 65 * 65, 3, 3)
+    torch.testing.assert_close(involution(x, kernel), by_hand(x, kernel, 1))

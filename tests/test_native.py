@@ -72,9 +72,9 @@ def engines(net: RedNet, threads: tuple[int, ...]) -> Iterator[NativeForm]:
 @needs_native
 @pytest.mark.parametrize("name", [f"rednet{depth}" for depth in BLOCKS])
 def test_every_depth_and_build_is_the_definition(name: str) -> None:
-    """Each of the five networks, in each build, on a photo that is not square."""
+    """Each of the five networks, in each build, alone and shared, on photos that are not square."""
     net = network(name)
-    pixels = photos(2, 96, 160)
+    pixels = photos(3, 96, 160)
     logits, features = exact(net, pixels)
     for engine in engines(net, (2,)):
         output = engine(pixels, False, False)
@@ -121,15 +121,23 @@ def test_every_configuration_is_the_definition(fields: dict[str, Any]) -> None:
 
 @needs_native
 def test_no_bit_depends_on_neighbours_or_threads() -> None:
-    """A photo's answer is the same alone, in any batch up to nine and on any number of threads."""
+    """A photo's answers and maps are the same alone, in any batch up to nine and on any number of threads."""
     net = network()
-    pixels = photos(9, 64, 80)
+    pixels = photos(9, 144, 160)  # late stages take three images at a time
     for build in builds():
-        expected = NativeForm(net, Preprocess(), threads=1, build=build)(pixels, False, False).logits
+        alone = NativeForm(net, Preprocess(), threads=1, build=build)
+        expected = [alone(photo.unsqueeze(0), True, True) for photo in pixels]
         for threads in (1, 2, 3, 5, 64):
             engine = NativeForm(net, Preprocess(), threads=threads, build=build)
-            for batch in range(10):
-                assert torch.equal(engine(pixels[:batch], False, False).logits, expected[:batch])
+            for batch in range(1, 10):
+                output = engine(pixels[:batch], True, True)
+                for name, ours in output._asdict().items():
+                    known = [getattr(each, name) for each in expected[:batch]]
+                    if name in ("stages", "kernel_sums"):
+                        for stage, maps in enumerate(ours):
+                            assert torch.equal(maps, torch.cat([each[stage] for each in known]))
+                    else:
+                        assert torch.equal(ours, torch.cat(known))
 
 
 @needs_native
@@ -176,18 +184,25 @@ def test_what_does_not_fit_is_refused_at_the_boundary() -> None:
     with pytest.raises(ValueError, match="number of threads"):
         Engine(numbers, one, 0)
     logits, features = np.zeros((1, 7), np.float32), np.zeros((1, 512), np.float32)
+    read_only = np.zeros((1, 512), np.float32)
+    read_only.flags.writeable = False
     pixels = np.zeros((1, 3, 32, 32), np.uint8)
     for given, outputs, message in (
         (pixels[0], [logits, features], "uint8 or float32"),
         (pixels.astype(np.float64), [logits, features], "uint8 or float32"),
         (pixels, [logits[:, :6].copy(), features], "another length"),
         (pixels, [logits, None], "another length"),
+        (pixels, [logits, read_only], "contiguous float32"),
         (pixels, [logits.astype(np.float64), features], "contiguous float32"),
         (pixels, [np.zeros((1, 14), np.float32)[:, ::2], features], "contiguous float32"),
         (np.zeros((1, 3, 20000, 1), np.uint8), [logits, features], "out of range"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.run(given, [*outputs, *[None] * 8])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="10 outputs"):
+        engine.run(pixels, [logits, features])
+    with pytest.raises(RuntimeError, match="cannot run a build 'mmx'"):
+        Engine(numbers, one, 2, build="mmx")
 
 
 @needs_native
@@ -231,18 +246,53 @@ def test_after_a_fork_nothing_hangs() -> None:
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=60, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [("off", "REDNET_NATIVE is off"), ("mmx", "REDNET_NATIVE is 'mmx', but there are off")]
-)
-def test_it_can_be_switched_off(value: str, said: str) -> None:
+def info(native: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"REDNET_NATIVE": native}
+    return subprocess.run([REDNET, "info"], env=environment, capture_output=True, check=False, text=True)
+
+
+def test_it_can_be_switched_off() -> None:
     """REDNET_NATIVE decides, and `rednet info` tells what runs instead and why."""
-    if (reason := unavailable()) and "REDNET_NATIVE" not in reason:
-        pytest.skip(reason)
-    environment = os.environ | {"REDNET_NATIVE": value}
-    command: list[str | Path] = [REDNET, "info", "--json"]
-    info = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
-    assert info["backend"].startswith("torch, portable involution")
-    assert said in info["passed_over"][0]
+    result = info("off")
+    assert "backend: torch, portable involution\n" in result.stdout
+    assert "passed_over: native engine: REDNET_NATIVE is off\n" in result.stdout
+
+
+@needs_native
+def test_each_build_can_be_asked_for_and_no_other() -> None:
+    """A build that does not exist is an error, not a slow server."""
+    assert "backend: native engine, generic, " in info("generic").stdout
+    result = info("mmx")
+    assert result.returncode == 2
+    assert "REDNET_NATIVE is 'mmx'; it can be off, " in result.stderr
+
+
+def test_where_there_is_a_compiler_there_is_the_library() -> None:
+    """It is optional, so nothing else would notice that its source no longer compiles."""
+    if os.environ.get("REDNET_NATIVE") == "off" or not shutil.which("cc"):
+        pytest.skip("switched off, or no C compiler here")
+    assert unavailable() is None
+
+
+EXIT = """
+import threading, time, torch
+from model import create_rednet
+from model.native_form import NativeForm
+from model.preprocess import Preprocess
+form = NativeForm(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
+pixels = torch.zeros(16, 3, 224, 224, dtype=torch.uint8)
+def work():
+    while True:
+        form(pixels, False, False)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+@needs_native
+def test_a_process_may_end_while_a_batch_runs() -> None:
+    """The engine's memory stays where it is until the process is gone."""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", EXIT], timeout=60, check=False).returncode == 0
 
 
 def test_neon_is_the_same_source(tmp_path: Path) -> None:

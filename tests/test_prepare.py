@@ -1,6 +1,6 @@
 """The inference forms of a network, against the network itself."""
 
-from functools import partial
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from model import RedNet, SelfCheckError, create_rednet, load_checkpoint, prepare
 from model.form import Form, Output
 from model.native import unavailable
-from model.prepare import DTYPES, Prepared, first_sound
+from model.prepare import DTYPES, Prepared, first_sound, plain_answer
 from model.preprocess import Preprocess
 from model.torch_form import TorchForm
 from tests.shared import needs_native
@@ -123,19 +123,45 @@ class Deviating:
 
     def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
         output = self._form(pixels, stages, kernel_sums)
-        return Output(output.logits * 1.01, output.features)
+        return Output(output.logits, output.features * 1.01)
 
 
 def test_a_form_that_deviates_is_passed_over(net: RedNet) -> None:
     """The next one runs, and the reason is told."""
     sound = TorchForm(net, Preprocess(), torch.device("cpu"), torch.float32)
-    pixels = photos(1, 64, 64)
+    yardstick = plain_answer(net, Preprocess(), photos(1, 64, 64))
+
+    def absent() -> Form:
+        raise RuntimeError("not on this machine")
+
+    def wrong() -> Form:
+        return Deviating(sound)
+
+    def right() -> Form:
+        return sound
+
     reasons: list[str] = []
-    forms: dict[str, Form] = {"fast": Deviating(sound), "slow": sound}
-    makers = [(name, partial(forms.__getitem__, name)) for name in forms]
-    form, deviation = first_sound(makers, pixels, sound(pixels, False, False), 1e-4, reasons)
-    assert (form, deviation) == (sound, 0.0)
-    assert reasons == ["fast: deviates by 1.0e-02 from the plain network"]
+    forms = [("absent", absent), ("wrong", wrong), ("right", right)]
+    form, deviation = first_sound(forms, yardstick, 1e-4, reasons)
+    assert form is sound
+    assert deviation < 1e-5
+    assert reasons[0] == "absent: not on this machine"
+    assert reasons[1].startswith("wrong: deviates by 1.0e-02")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_precision_are_taken(net: RedNet, dtype: torch.dtype) -> None:
+    """They are computed with in float32."""
+    run = prepare(copy.deepcopy(net).to(dtype), device="cpu", precision="fp32")
+    assert run.deviation < 1e-5
+    assert run.passed_over == prepare(net, device="cpu").passed_over
+
+
+def test_the_callers_autocast_stays_outside(net: RedNet) -> None:
+    """Neither the check nor the form computes in another precision than the one it says."""
+    with torch.autocast("cpu", torch.bfloat16):
+        run = prepare(net, device="cpu")
+    assert run.deviation < 1e-5
 
 
 def test_a_network_with_broken_weights_is_refused(net: RedNet) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,34 @@ def test_the_model_describes_itself(server: ServerProcess) -> None:
     )
     assert model["labels"][3] == {"index": 3, "id": "n3", "label": "thing 3"}
     assert model["preprocess"]["crop"] == 64
+    assert 0 < model["deviation"] < 1e-4
+    assert sample(server.client, "rednet_selfcheck_deviation_ratio") == pytest.approx(model["deviation"])
+    assert 1 <= model["max_batch_size"] <= 64
+    assert str(model["max_batch_size"]) in model["cost_s"]
+    assert all(seconds > 0 for seconds in model["cost_s"].values())
+
+
+def test_the_size_of_batches_can_be_set(tiny_path: Path) -> None:
+    """--max-batch-size decides instead of warm-up, and --max-queue limits it: more images are never there at once."""
+    with ServerProcess("--checkpoint", tiny_path, "--max-batch-size", 3) as running:
+        model = running.client.get("/v1/model").json()
+        assert (model["max_batch_size"], list(model["cost_s"])) == (3, ["1", "2", "3"])
+    with ServerProcess("--checkpoint", tiny_path, "--max-batch-size", 300, "--max-queue", 2) as running:
+        assert running.client.get("/v1/model").json()["max_batch_size"] == 2
+
+
+def test_without_the_engine_answers_are_the_same(server: ServerProcess, tiny_path: Path) -> None:
+    """It is slower, and the log and /v1/model say why."""
+    data = encoded(photo())
+    with ServerProcess("--checkpoint", tiny_path, REDNET_NATIVE="off") as running:
+        model = running.client.get("/v1/model").json()
+        assert model["backend"] == "torch, portable involution"
+        assert model["passed_over"] == ["native engine: REDNET_NATIVE is off"]
+        assert "passed over: native engine: REDNET_NATIVE is off" in running.log
+        slow, fast = classes(predict(running.client, data)), classes(predict(server.client, data))
+        assert [entry["label"] for entry in slow] == [entry["label"] for entry in fast]
+        for one, other in zip(slow, fast, strict=True):
+            assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
 
 
 def test_health_and_documentation_answer(server: ServerProcess) -> None:

@@ -44,20 +44,23 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def implementation_name(device: torch.device) -> str:
-    """The name of the implementation that runs on `device`."""
-    return _forced or BY_DEVICE.get(device.type, "portable")
+def implementation_name(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the implementation that runs for tensors on `device` and of `dtype`."""
+    if _forced:
+        return _forced
+    name = BY_DEVICE.get(device.type, "portable")
+    return "portable" if name == "native" and dtype not in native.DTYPES else name
 
 
 @torch.library.custom_op("rednet::involution", mutates_args=())
 def operator(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    out = IMPLEMENTATIONS[implementation_name(x.device)].forward(x, kernel, stride)
+    out = IMPLEMENTATIONS[implementation_name(x.device, x.dtype)].forward(x, kernel, stride)
     return out.contiguous(memory_format=_memory_format(x))
 
 
 @torch.library.custom_op("rednet::involution_backward", mutates_args=())
 def operator_backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    grad_x, grad_kernel = IMPLEMENTATIONS[implementation_name(x.device)].backward(grad, x, kernel, stride)
+    grad_x, grad_kernel = IMPLEMENTATIONS[implementation_name(x.device, x.dtype)].backward(grad, x, kernel, stride)
     return _laid_out_like(x, grad_x), _laid_out_like(kernel, grad_kernel)
 
 

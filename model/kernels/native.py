@@ -1,6 +1,6 @@
 """C on the CPU, in float32 and float64, channels-last inside. The fast case: float32 and 16 channels per group.
 
-Other dtypes take the portable form.
+What it is not made for takes the portable form.
 """
 
 import os
@@ -14,11 +14,12 @@ from model.kernels import portable
 from model.native import Operators
 
 DTYPES = (torch.float32, torch.float64)
+LARGEST_KERNEL, LARGEST_SIZE = 63, 1 << 24
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
-    if x.dtype not in DTYPES:
+    if not _fits(x, kernel):
         return portable.forward(x, kernel, stride)
     x, kernel = _channels_last(x), _taps_last(kernel)
     batch, h, w = kernel.shape[:3]
@@ -29,12 +30,19 @@ def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
 
 def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel from grad [B, C, h, w]."""
-    if x.dtype not in DTYPES:
+    if not _fits(grad, x, kernel):
         return portable.backward(grad, x, kernel, stride)
     grad, x, kernel = _channels_last(grad), _channels_last(x), _taps_last(kernel)
     grad_x, grad_kernel = torch.empty_like(x), torch.empty_like(kernel)
     _call(stride, [x, kernel, grad, grad_x, grad_kernel], gradients=True)
     return grad_x.permute(0, 3, 1, 2), grad_kernel.permute(0, 3, 4, 1, 2)
+
+
+def _fits(*tensors: Tensor) -> bool:
+    """Addresses go to C: they must be those of this machine's memory, of one dtype, and of sizes that C can count."""
+    x, kernel = tensors[-2:]
+    alike = all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
+    return alike and x.dtype in DTYPES and kernel.shape[2] <= LARGEST_KERNEL**2 and max(x.shape) <= LARGEST_SIZE
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -48,7 +56,9 @@ def _taps_last(kernel: Tensor) -> Tensor:
 def _call(stride: int, tensors: list[Tensor], gradients: bool) -> None:
     x, kernel = tensors[:2]
     batch, height, width, channels = x.shape
-    groups, taps = kernel.shape[3:]
+    h, w, groups, taps = kernel.shape[1:]
+    if (h, w) != (-(-height // stride), -(-width // stride)):
+        raise ValueError(f"a kernel map of {h}x{w} does not fit x of {height}x{width} at stride {stride}")
     if 0 in x.shape:
         for tensor in tensors[2:]:
             tensor.zero_()

@@ -1,7 +1,8 @@
 """The native library (C, beside this module) behind Python types. Nothing else touches it.
 
 It is optional. Where it could not be built, or the environment variable REDNET_NATIVE says off, `unavailable` tells
-why, and callers do without. REDNET_NATIVE may also name one of the builds: avx512, avx2 or generic.
+why, and callers do without. REDNET_NATIVE may also name one of the builds: avx512, avx2 or generic. Importing this with
+any other value raises ValueError.
 """
 
 import ctypes
@@ -36,7 +37,7 @@ class Engine:
     Args:
         config: the fields of `struct config` in native/network.h.
         arrays: table, weights and biases, in the order of `network_create` there.
-        threads: cores to use, 1 to 64.
+        threads: cores to use; no more than 64 are.
         build: avx512, avx2 or generic; None: the best one here.
 
     Raises:
@@ -44,9 +45,12 @@ class Engine:
         RuntimeError: there is no native library, or no such build, here.
     """
 
+    # Stage maps and kernel sums behind logits and features.
+    OUTPUTS = 2 + 2 * STAGES
+
     def __init__(self, config: Sequence[int], arrays: Sequence[Floats], threads: int, build: str | None = None) -> None:
-        self.build = build or best_build()
-        self.threads = min(threads, MOST_THREADS)
+        self.build = _runnable(build)
+        self._process = os.getpid()
         self._lock = threading.Lock()  # the memory below is one call's
         self._workspaces: OrderedDict[tuple[int, int], int] = OrderedDict()
         arrays = [np.ascontiguousarray(array, np.float32) for array in arrays]
@@ -57,11 +61,12 @@ class Engine:
             ctypes.c_int64(len(config)),
             _arrays(arrays),
             ctypes.c_int64(len(arrays)),
-            self.threads,
+            min(threads, MOST_THREADS),
             ctypes.byref(error),
         )
         if not self._engine:
             raise ValueError(_text(error.value))
+        self.threads: int = _function(self.build, "engine_threads", ctypes.c_int)(ctypes.c_void_p(self._engine))
         # Not when the interpreter ends: a thread may still be running a batch then.
         weakref.finalize(self, _free, self.build, self._engine, self._workspaces).atexit = False
 
@@ -74,13 +79,15 @@ class Engine:
                 maps [B, h, w, C], four sums of kernels [B, h, w, G]. None: a map that is not wanted.
 
         Raises:
-            ValueError: a shape or dtype is wrong.
+            ValueError: a shape or dtype is wrong, or this is a child of fork, where the engine's threads are not.
             MemoryError: there is no memory for photos of this size.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in (np.uint8, np.float32):
             raise ValueError(f"pixels must be uint8 or float32 [B, 3, H, W], got {pixels.dtype} {pixels.shape}")
-        if any(array is not None and not (array.dtype == np.float32 and array.flags.c_contiguous) for array in outputs):
-            raise ValueError("outputs must be contiguous float32")
+        if len(outputs) != self.OUTPUTS or not all(array is None or _can_be_filled(array) for array in outputs):
+            raise ValueError(f"there must be {self.OUTPUTS} outputs, contiguous float32")
+        if os.getpid() != self._process:  # asked first: a thread that is no more may hold the lock for ever
+            raise ValueError("the engine's threads do not outlive a fork")
         batch, _, height, width = pixels.shape
         contiguous: NDArray[Any] = np.ascontiguousarray(pixels)
         with self._lock:
@@ -122,10 +129,9 @@ class Operators:
     """
 
     def __init__(self, threads: int, build: str | None = None) -> None:
-        self.build = build or best_build()
-        self.threads = min(threads, MOST_THREADS)
+        self.build = _runnable(build)
         self._lock = threading.Lock()
-        self._operators = _function(self.build, "operators_create", ctypes.c_void_p)(self.threads)
+        self._operators = _function(self.build, "operators_create", ctypes.c_void_p)(threads)
         if not self._operators:
             raise MemoryError
         free = _function(self.build, "operators_free", None)
@@ -160,18 +166,20 @@ def unavailable() -> str | None:
 def builds() -> list[str]:
     """The builds that this machine can run, best first; none if there is no library."""
     library, _ = _library()
-    return _runnable(library) if library else []
+    if library is None:
+        return []
+    library.rednet_builds.restype = ctypes.c_char_p
+    return _text(library.rednet_builds()).split()
 
 
-def best_build() -> str:
-    """The build in use: the fastest one, or that of REDNET_NATIVE.
-
-    Raises:
-        RuntimeError: there is no native library here.
-    """
+def _runnable(build: str | None) -> str:
+    """The build of that name; None: that of REDNET_NATIVE, or the best one."""
     if reason := unavailable():
         raise RuntimeError(reason)
-    return os.environ.get(VARIABLE) or builds()[0]
+    build = build or os.environ.get(VARIABLE) or builds()[0]
+    if build not in builds():
+        raise RuntimeError(f"this machine cannot run a build {build!r}; it can run {', '.join(builds())}")
+    return build
 
 
 @cache
@@ -184,18 +192,9 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     if spec is None or spec.origin is None:
         return None, "the native library was not built: that needs a C compiler when the package is installed"
     try:
-        library = ctypes.CDLL(spec.origin)
-        available = _runnable(library)
-    except (OSError, AttributeError) as error:
+        return ctypes.CDLL(spec.origin), None
+    except OSError as error:
         return None, f"the native library cannot be loaded: {error}"
-    if wanted and wanted not in available:
-        return None, f"{VARIABLE} is {wanted!r}, but there are off, {', '.join(available)} here"
-    return library, None
-
-
-def _runnable(library: ctypes.CDLL) -> list[str]:
-    library.rednet_builds.restype = ctypes.c_char_p
-    return _text(library.rednet_builds()).split()
 
 
 @cache
@@ -203,10 +202,7 @@ def _function(build: str, name: str, result: Any) -> Any:
     library, reason = _library()
     if library is None:
         raise RuntimeError(reason)
-    try:
-        function = library[f"rednet_{build}_{name}"]
-    except AttributeError:
-        raise RuntimeError(f"there is no build {build!r} of the native library") from None
+    function = library[f"rednet_{build}_{name}"]
     function.restype = result
     return function
 
@@ -214,6 +210,10 @@ def _function(build: str, name: str, result: Any) -> Any:
 def _arrays(arrays: Sequence[Floats | None]) -> "ctypes.Array[_Array]":
     found = [_Array() if array is None else _Array(array.ctypes.data, array.size) for array in arrays]
     return (_Array * len(found))(*found)
+
+
+def _can_be_filled(array: Floats) -> bool:
+    return array.dtype == np.float32 and array.flags.c_contiguous and array.flags.writeable
 
 
 def _free(build: str, engine: int, workspaces: Mapping[tuple[int, int], int]) -> None:
@@ -224,3 +224,7 @@ def _free(build: str, engine: int, workspaces: Mapping[tuple[int, int], int]) ->
 
 def _text(message: bytes | None) -> str:
     return (message or b"").decode()
+
+
+if (_wanted := os.environ.get(VARIABLE, "")) not in ("", "off", *builds()) and not unavailable():
+    raise ValueError(f"{VARIABLE} is {_wanted!r}; it can be off, {', '.join(builds())} here")

@@ -1,18 +1,18 @@
 /* The two ways in which RedNet's layers meet: an involution with the generator of its kernels, and a bottleneck block.
  *
- * Both go tile by tile: the kernels of some dozens of pixels are made, used and forgotten while they are in the cache. For
- * a whole map they would be the largest tensor of the network. */
+ * Both go tile by tile: the kernels of some dozens of pixels are made, used and forgotten while they are in the cache.
+ * For a whole map they would be the largest tensor of the network. */
 #pragma once
 
 #include "involution.h"
 #include "matmul.h"
 #include "threads.h"
 
-#define KERNEL_TILE 112             /* most pixels whose kernels exist at a time */
+#define KERNEL_TILE 112 /* most pixels whose kernels exist at a time */
 #define KERNEL_TILE_FLOATS (80 * 1024) /* and most floats, if that is not fewer than half of the pixels */
-#define BLOCK_TILE 224              /* pixels of the last convolution: its weights are read once for each tile */
-/* With no more pixels than this for each of its threads, a team shares output channels instead: few pixels go with large
- * weights, and each core then reads only a part of them. */
+#define BLOCK_TILE 224 /* pixels of the last convolution: its weights are read once for each tile */
+/* With no more pixels than this for each of its threads, a team shares output channels instead: few pixels go with
+ * large weights, and each core then reads only a part of them. */
 #define FEW_PIXELS 64
 
 struct involution {
@@ -69,7 +69,8 @@ static void average(struct map in, const struct involution *layer, struct range 
 }
 
 /* The kernels of some pixels, K*K for each group, pixel after pixel. */
-static struct map make_kernels(const struct involution *layer, struct map in, struct range pixels, struct scratch *scratch) {
+static struct map make_kernels(const struct involution *layer, struct map in, struct range pixels,
+                               struct scratch *scratch) {
     if (layer->stride > 1) {
         average(in, layer, pixels, scratch->pooled);
         in = tile_map(scratch->pooled, layer->channels, pixels.first);
@@ -96,15 +97,16 @@ static void add_taps(const struct involution *layer, struct map kernels, struct 
 }
 
 /* The stretches of neighbouring pixels that a tile has in each row of the map, for its first group. */
-static int find_rows(const struct involution *layer, struct map in, struct map out, struct map kernels, struct range pixels,
-                     struct window *rows, int *lengths) {
+static int find_rows(const struct involution *layer, struct map in, struct map out, struct map kernels,
+                     struct range pixels, struct window *rows, int *lengths) {
     int width = ceil_div(in.width, layer->stride), height = ceil_div(in.height, layer->stride), count = 0;
     const float *corner = in.data - (size_t)(layer->size / 2) * (in.row + in.pixel);
     for (int p = pixels.first; p < pixels.end; p += lengths[count++]) {
         int x = p % width, y = p / width % height, image = p / width / height;
         lengths[count] = least(width - x, pixels.end - p);
         rows[count] = (struct window){
-            .x = corner + (size_t)image * in.image + (size_t)(y * layer->stride) * in.row + (size_t)(x * layer->stride) * in.pixel,
+            .x = corner + (size_t)image * in.image + (size_t)(y * layer->stride) * in.row +
+                 (size_t)(x * layer->stride) * in.pixel,
             .x_row = in.row,
             .kernel = kernels.data + (size_t)(p - kernels.origin) * kernels.pixel,
             .kernel_pixel = kernels.pixel,
@@ -157,7 +159,8 @@ struct bottleneck_space {
 static void clear_planes(const struct block *block, struct map planes, int images, struct bottleneck_space *space) {
     int channels = block->involution.channels;
     if (space->bordered_height == planes.height && space->bordered_width == planes.width &&
-        space->bordered_channels == channels && space->bordered_images == images) return;
+        space->bordered_channels == channels && space->bordered_images == images)
+        return;
     clear_border(planes, images, channels / GROUP, block->involution.size / 2);
     space->bordered_height = planes.height, space->bordered_width = planes.width;
     space->bordered_channels = channels, space->bordered_images = images;
@@ -191,7 +194,8 @@ static void run_block(const struct worker *worker, const struct block *block, in
     few = threads > 1 && pixels <= FEW_PIXELS * threads;
     struct map middle = plain_map(space->middle, output.height, output.width, channels);
     struct product shortcut = {&block->shortcut, strided, output, NULL, one_by_one(input, block->in_channels), false};
-    struct product last = {&block->last, middle, output, block->shortcut.weights ? &output : &input, one_by_one(middle, channels), true};
+    struct product last = {
+        &block->last, middle, output, block->shortcut.weights ? &output : &input, one_by_one(middle, channels), true};
     items = shares(worker, pixels, BLOCK_TILE);
     for (int item; (item = take(worker->team)) < items;) {
         struct range tile = part((struct range){0, pixels}, item, items);

@@ -15,22 +15,28 @@ struct engine {
 
 void EXPORT(engine_free)(struct engine *engine) {
     if (!engine) return;
+    if (!engine->pool || pool_alive(engine->pool)) { /* a child of fork may have copied barriers that others wait at */
+        for (int t = 0; t < MOST_THREADS; t++) barrier_destroy(&engine->teams[t].barrier);
+    }
     if (engine->pool) pool_destroy(engine->pool);
-    for (int t = 0; t < MOST_THREADS; t++) barrier_destroy(&engine->teams[t].barrier);
     network_free(engine->network);
     free(engine);
 }
 
-struct engine *EXPORT(engine_create)(const int32_t *config, int64_t config_length, const struct array *arrays, int64_t count,
-                                     int threads, const char **error) {
+struct engine *EXPORT(engine_create)(const int32_t *config, int64_t config_length, const struct array *arrays,
+                                     int64_t count, int threads, const char **error) {
     *error = NULL;
     if (config_length != (int64_t)(sizeof(struct config) / sizeof(int32_t))) {
         *error = "the configuration is of another version";
     } else if (!between(threads, 1, MOST_THREADS)) {
         *error = "the number of threads is out of range";
     }
-    struct engine *engine = *error ? NULL : calloc(1, sizeof *engine);
-    if (!engine) return NULL;
+    if (*error) return NULL;
+    struct engine *engine = calloc(1, sizeof *engine);
+    if (!engine) {
+        *error = "out of memory";
+        return NULL;
+    }
     for (int t = 0; t < MOST_THREADS; t++) barrier_init(&engine->teams[t].barrier);
     engine->network = network_create((const struct config *)config, arrays, count, error);
     engine->pool = *error ? NULL : pool_create(threads);
@@ -40,6 +46,8 @@ struct engine *EXPORT(engine_create)(const int32_t *config, int64_t config_lengt
     return NULL;
 }
 
+int EXPORT(engine_threads)(const struct engine *engine) { return engine->pool->threads; }
+
 struct workspace *EXPORT(workspace_create)(const struct engine *engine, int height, int width, const char **error) {
     *error = NULL;
     return workspace_create(engine->network, height, width, engine->pool->threads, error);
@@ -47,10 +55,10 @@ struct workspace *EXPORT(workspace_create)(const struct engine *engine, int heig
 
 void EXPORT(workspace_free)(struct workspace *workspace) { workspace_free(workspace); }
 
-const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, const void *photos, int64_t values, int normalised,
-                        int64_t batch, const struct array *outputs) {
+const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, const void *photos, int64_t values,
+                        int normalised, int64_t batch, const struct array *outputs) {
     const struct config *c = &engine->network->config;
-    if (workspace->threads != engine->pool->threads) return "the workspace belongs to another engine";
+    if (workspace->network != engine->network) return "the workspace belongs to another engine";
     int64_t photo = (int64_t)3 * workspace->height * workspace->width;
     if (batch < 0 || batch > INT_MAX / MOST_THREADS || values != batch * photo) return "the photos have another size";
     struct outputs wanted = {(float *)outputs[0].data, (float *)outputs[1].data, {NULL}, {NULL}};
@@ -100,25 +108,36 @@ static const char *grow(struct operators *operators, size_t floats) {
     return NULL;
 }
 
-const char *EXPORT(involution)(struct operators *operators, const int32_t *sizes, const struct array *arrays, int32_t real) {
+const char *EXPORT(involution)(struct operators *operators, const int32_t *sizes, const struct array *arrays,
+                               int32_t real) {
     for (int i = 0; i < 7; i++) {
         if (!between(sizes[i], i == 0 ? 0 : 1, 1 << 24)) return "a size is out of range";
     }
     if (real != sizeof(float) && real != sizeof(double)) return "elements must be floats or doubles";
     struct operation o = {
-        .x = arrays[0].data, .kernel = arrays[1].data, .out = (void *)arrays[2].data,
-        .batch = sizes[0], .groups = sizes[1], .width = sizes[2], .x_height = sizes[3], .x_width = sizes[4],
-        .height = ceil_div(sizes[3], sizes[6]), .width_out = ceil_div(sizes[4], sizes[6]),
-        .size = sizes[5], .stride = sizes[6],
+        .x = arrays[0].data,
+        .kernel = arrays[1].data,
+        .out = (void *)arrays[2].data,
+        .batch = sizes[0],
+        .groups = sizes[1],
+        .width = sizes[2],
+        .x_height = sizes[3],
+        .x_width = sizes[4],
+        .height = ceil_div(sizes[3], sizes[6]),
+        .width_out = ceil_div(sizes[4], sizes[6]),
+        .size = sizes[5],
+        .stride = sizes[6],
     };
     if (sizes[7]) o.grad_x = (void *)arrays[3].data, o.grad_kernel = (void *)arrays[4].data;
+    if (o.size % 2 == 0 || o.size > LARGEST_KERNEL || (int64_t)o.batch * o.groups > INT_MAX / 2 ||
+        (int64_t)o.groups * o.width > 1 << 24)
+        return "a size is out of range";
     int64_t channels = (int64_t)o.groups * o.width, taps = (int64_t)o.groups * o.size * o.size;
     int64_t in = (int64_t)o.batch * o.x_height * o.x_width, out = (int64_t)o.batch * o.height * o.width_out;
     int64_t lengths[5] = {in * channels, out * taps, out * channels, in * channels, out * taps};
     for (int i = 0; i < (sizes[7] ? 5 : 3); i++) {
         if (arrays[i].length != lengths[i] || (!arrays[i].data && lengths[i])) return "an array has another length";
     }
-    if (o.size % 2 == 0 || o.size > LARGEST_KERNEL || (int64_t)o.batch * o.groups > INT_MAX / 2) return "a size is out of range";
     const char *error = operator_fast(&o, (size_t)real) ? grow(operators, operator_floats(&o)) : NULL;
     if (error) return error;
     struct operator_call call = {&o, operators, (size_t)real};

@@ -11,8 +11,8 @@
 #define RUN 7 /* divides the widths 112, 56, 28, 14, 7 of a 224-pixel photo; fits beside one input in 16 registers */
 
 struct window {
-    const float *x;      /* the first pixel of the first window */
-    size_t x_row;        /* floats from one row of x to the next; pixels are GROUP apart */
+    const float *x; /* the first pixel of the first window */
+    size_t x_row; /* floats from one row of x to the next; pixels are GROUP apart */
     const float *kernel; /* K*K weights of the first pixel */
     size_t kernel_pixel; /* floats from one pixel's weights to the next one's */
     float *out;
@@ -28,25 +28,31 @@ ALWAYS_INLINE void finish(const struct window *w, int pixel, int channel, vec su
 
 /* A run of `pixels` outputs. Always inlined into functions where the first three arguments are constants. */
 ALWAYS_INLINE void involve_run(const int size, const int stride, const int pixels, const struct window *w) {
-    UNROLL for (int channel = 0; channel < GROUP; channel += VL) {
+    UNROLL
+    for (int channel = 0; channel < GROUP; channel += VL) {
         const float *x = w->x + channel, *kernel[RUN];
         vec sum[RUN];
-        UNROLL for (int p = 0; p < pixels; p++) {
+        UNROLL
+        for (int p = 0; p < pixels; p++) {
             kernel[p] = w->kernel + (size_t)p * w->kernel_pixel;
             sum[p] = (vec){0};
         }
         for (int row = 0; row < size; row++) {
-            UNROLL for (int column = 0; column < stride * (pixels - 1) + size; column++) {
+            UNROLL
+            for (int column = 0; column < stride * (pixels - 1) + size; column++) {
                 vec value = load(x + column * GROUP);
-                UNROLL for (int p = 0; p < pixels; p++) {
+                UNROLL
+                for (int p = 0; p < pixels; p++) {
                     int tap = column - stride * p;
                     if (0 <= tap && tap < size) sum[p] += value * broadcast(kernel[p][tap]);
                 }
             }
-            UNROLL for (int p = 0; p < pixels; p++) kernel[p] += size;
+            UNROLL
+            for (int p = 0; p < pixels; p++) kernel[p] += size;
             x += w->x_row;
         }
-        UNROLL for (int p = 0; p < pixels; p++) finish(w, p, channel, sum[p]);
+        UNROLL
+        for (int p = 0; p < pixels; p++) finish(w, p, channel, sum[p]);
     }
 }
 
@@ -72,12 +78,14 @@ typedef void involve_function(const struct window *);
     static __attribute__((noinline)) void involve_##size##_##stride##_##pixels(const struct window *w) { \
         involve_run(size, stride, pixels, w); \
     }
+/* clang-format off */
 #define INVOLVES(k, s) \
     INVOLVE(k, s, 1) INVOLVE(k, s, 2) INVOLVE(k, s, 3) INVOLVE(k, s, 4) INVOLVE(k, s, 5) INVOLVE(k, s, 6) INVOLVE(k, s, 7) \
     static involve_function *const involve_##k##_##s[RUN] = { \
         involve_##k##_##s##_1, involve_##k##_##s##_2, involve_##k##_##s##_3, involve_##k##_##s##_4, \
         involve_##k##_##s##_5, involve_##k##_##s##_6, involve_##k##_##s##_7, \
     };
+/* clang-format on */
 INVOLVES(3, 1)
 INVOLVES(7, 1)
 INVOLVES(7, 2)

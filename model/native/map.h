@@ -15,8 +15,8 @@ struct map {
     float *data; /* the first channel of pixel 0; borders lie before it */
     int height, width;
     size_t image, row, pixel; /* floats from one to the next */
-    size_t group;             /* floats from one group of channels to the next; GROUP in a plain map */
-    int origin;               /* the number of the pixel at data: not 0 in a map that holds a tile of a larger one */
+    size_t group; /* floats from one group of channels to the next; GROUP in a plain map */
+    int origin; /* the number of the pixel at data: not 0 in a map that holds a tile of a larger one */
 };
 
 struct range {
@@ -61,7 +61,8 @@ static void clear_border(struct map map, int images, int groups, int border) {
     size_t side = (size_t)border * map.pixel * sizeof(float);
     for (int g = 0; g < groups; g++) {
         for (int i = 0; i < images; i++) {
-            float *corner = map.data + (size_t)g * map.group + (size_t)i * map.image - (size_t)border * (map.row + map.pixel);
+            float *corner =
+                map.data + (size_t)g * map.group + (size_t)i * map.image - (size_t)border * (map.row + map.pixel);
             for (int y = 0; y < map.height + 2 * border; y++, corner += map.row) {
                 if (y < border || y >= map.height + border) {
                     memset(corner, 0, map.row * sizeof(float));

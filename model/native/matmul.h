@@ -1,7 +1,8 @@
 /* Convolutions as matrix products over scattered pixels: out[p] = act(weights * in[p] + bias + residual[p]).
  *
  * A 1x1 convolution multiplies the channels of a pixel. A 3x3 convolution is the same product over three stretches of
- * 3 * C contiguous floats. Pixels are found through pointers, so that strided, bordered and planar maps need no copy. */
+ * 3 * C contiguous floats. Pixels are found through pointers, so that strided, bordered and planar maps need no copy.
+ */
 #pragma once
 
 #include <stdlib.h>
@@ -9,13 +10,13 @@
 #include "map.h"
 
 #define PANEL (VECTORS * VL) /* output channels that one register tile makes */
-#define CHUNK 512            /* pixels whose addresses are worked out at a time */
-#define CACHE_FLOATS (128 * 1024) /* inputs of a chunk stay within half a megabyte, a part of the second-level cache */
-#define AHEAD 256 /* floats between use and prefetch of weights: late layers stream them from beyond the second level */
+#define CHUNK 512 /* pixels whose addresses are worked out at a time */
+#define CACHE_FLOATS (128 * 1024) /* of a chunk's inputs at most: they stay in the second-level cache */
+#define AHEAD 256 /* floats from use to prefetch of weights: late layers stream them from beyond that cache */
 
 struct matrix {
     float *weights; /* panel after panel of PANEL columns, each [inputs][columns]; the last may be narrower */
-    float *bias;    /* [columns] */
+    float *bias; /* [columns] */
     int inputs, outputs;
     int vectors; /* of all columns: outputs rounded up to whole vectors, the rest zeros */
 };
@@ -42,7 +43,9 @@ static struct stretches one_by_one(struct map in, int channels) {
 }
 
 /* `in` must be shifted to the window's first pixel: see `windows`. */
-static struct stretches three_by_three(struct map in, int channels) { return (struct stretches){3, 3 * channels, in.row}; }
+static struct stretches three_by_three(struct map in, int channels) {
+    return (struct stretches){3, 3 * channels, in.row};
+}
 
 struct tile {
     float *const *in, *const *out, *const *residual; /* of ROWS pixels; residual may be NULL */
@@ -59,9 +62,11 @@ ALWAYS_INLINE size_t place(int v, size_t group) { return (size_t)(v * VL / GROUP
 ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct tile *tile) {
     const float *in[ROWS], *weights = tile->weights;
     vec sum[ROWS][VECTORS];
-    UNROLL for (int r = 0; r < rows; r++) {
+    UNROLL
+    for (int r = 0; r < rows; r++) {
         in[r] = tile->in[r];
-        UNROLL for (int v = 0; v < vectors; v++) {
+        UNROLL
+        for (int v = 0; v < vectors; v++) {
             sum[r][v] = load(tile->bias + v * VL);
             /* What the epilogue will read or write comes into the cache while the product runs. */
             if (v * VL % GROUP == 0) {
@@ -73,33 +78,43 @@ ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct
     for (int s = 0; s < tile->stretches.count; s++) {
         for (int k = 0; k < tile->stretches.length; k++) {
             vec w[VECTORS];
-            UNROLL for (int v = 0; v < vectors; v++) {
+            UNROLL
+            for (int v = 0; v < vectors; v++) {
                 w[v] = load(weights + v * VL);
                 if (v * VL % GROUP == 0) __builtin_prefetch(weights + v * VL + AHEAD);
             }
-            UNROLL for (int r = 0; r < rows; r++) {
+            UNROLL
+            for (int r = 0; r < rows; r++) {
                 vec x = broadcast(in[r][k]);
-                UNROLL for (int v = 0; v < vectors; v++) sum[r][v] += x * w[v];
+                UNROLL
+                for (int v = 0; v < vectors; v++) sum[r][v] += x * w[v];
             }
             weights += vectors * VL;
         }
-        UNROLL for (int r = 0; r < rows; r++) in[r] += tile->stretches.stride;
+        UNROLL
+        for (int r = 0; r < rows; r++) in[r] += tile->stretches.stride;
     }
-    UNROLL for (int r = 0; r < rows; r++) {
+    UNROLL
+    for (int r = 0; r < rows; r++) {
         float *out = tile->out[r] + tile->column;
         if (tile->residual) {
             const float *residual = tile->residual[r] + tile->column;
-            UNROLL for (int v = 0; v < vectors; v++) sum[r][v] += load(residual + v * VL);
+            UNROLL
+            for (int v = 0; v < vectors; v++) sum[r][v] += load(residual + v * VL);
         }
-        UNROLL for (int v = 0; v < vectors; v++) {
+        UNROLL
+        for (int v = 0; v < vectors; v++) {
             store(out + place(v, tile->group), tile->relu ? relu(sum[r][v]) : sum[r][v]);
         }
     }
 }
 
 #define TILE(rows, vectors) \
-    static __attribute__((noinline)) void multiply_##rows##x##vectors(const struct tile *t) { multiply_tile(rows, vectors, t); }
-#define TILES(vectors) TILE(1, vectors) TILE(2, vectors) TILE(3, vectors) TILE(4, vectors) TILE(5, vectors) TILE(6, vectors)
+    static __attribute__((noinline)) void multiply_##rows##x##vectors(const struct tile *t) { \
+        multiply_tile(rows, vectors, t); \
+    }
+#define TILES(vectors) \
+    TILE(1, vectors) TILE(2, vectors) TILE(3, vectors) TILE(4, vectors) TILE(5, vectors) TILE(6, vectors)
 #define TILE_NAMES(v) {multiply_1x##v, multiply_2x##v, multiply_3x##v, multiply_4x##v, multiply_5x##v, multiply_6x##v}
 TILES(1)
 TILES(2)

@@ -1,179 +1,13 @@
-/* The whole network: its weights, its memory, and one call from pixels to logits. */
+/* The whole network: its memory, and one call from pixels to logits. */
 #pragma once
 
-#include "engine.h"
-#include "stem.h"
+#include "weights.h"
 
-#define STAGES 4
-#define EXPANSION 4
-#define LARGEST_SIDE 16384 /* of a photo */
-#define LARGEST_WIDTH 65536 /* channels and classes */
-#define LARGEST_KERNEL 63
-#define MOST_BLOCKS 64 /* of a stage */
-#define LATE_STAGE 2   /* from this stage on (counted from 0), a thread works on several images at once, */
-#define LATE_PIXELS 784 /* of about so many pixels there: weights of megabytes are read once for all of them */
+/* From this stage on, counted from 0, a thread works on several images at once, of about so many pixels in all: weights
+ * of megabytes are then read once for all of them. */
+#define LATE_STAGE 2
+#define LATE_PIXELS 784
 #define MOST_LATE_IMAGES 16
-
-struct config {
-    int32_t blocks[STAGES], strides[STAGES];
-    int32_t stem_channels, base_channels, classes, kernel_size, stem_kernel_size, reduction;
-};
-
-struct network {
-    struct config config;
-    struct stem stem;
-    struct block *blocks[STAGES];
-    struct matrix head;
-};
-
-/* Weights on their way in: one array after the other, each of the length that the configuration asks for. */
-struct source {
-    const struct array *next;
-    int64_t left;
-    const char *error;
-};
-
-static const float *take_array(struct source *source, int64_t length) {
-    if (source->error) return NULL;
-    if (!source->left || !source->next->data || source->next->length != length) {
-        source->error = "the arrays are not those of this network";
-        return NULL;
-    }
-    source->left--;
-    return (source->next++)->data;
-}
-
-static float *take_floats(struct source *source, int length) {
-    const float *from = take_array(source, length);
-    float *copy = from ? malloc((size_t)length * sizeof(float)) : NULL;
-    if (copy) memcpy(copy, from, (size_t)length * sizeof(float));
-    if (from && !copy) source->error = "out of memory";
-    return copy;
-}
-
-/* Weights [outputs][inputs] and a bias [outputs], packed into panels. */
-static void take_matrix(struct source *source, struct matrix *m, int outputs, int inputs) {
-    const float *weights = take_array(source, (int64_t)outputs * inputs), *bias = take_array(source, outputs);
-    if (source->error) return;
-    *m = (struct matrix){.inputs = inputs, .outputs = outputs, .vectors = ceil_div(outputs, VL)};
-    m->weights = calloc((size_t)columns(m) * (size_t)inputs + AHEAD + PANEL, sizeof(float));
-    m->bias = calloc((size_t)columns(m), sizeof(float));
-    if (!m->weights || !m->bias) {
-        source->error = "out of memory";
-        return;
-    }
-    memcpy(m->bias, bias, (size_t)outputs * sizeof(float));
-    for (int first = 0; first < columns(m); first += PANEL) {
-        int width = least(PANEL, columns(m) - first);
-        float *panel = m->weights + (size_t)first * (size_t)inputs;
-        for (int column = 0; column < least(width, outputs - first); column++) {
-            const float *row = weights + (size_t)(first + column) * (size_t)inputs;
-            for (int k = 0; k < inputs; k++) panel[(size_t)k * (size_t)width + (size_t)column] = row[k];
-        }
-    }
-}
-
-static void free_matrix(struct matrix *m) {
-    free(m->weights);
-    free(m->bias);
-}
-
-static void take_involution(struct source *source, struct involution *layer, int channels, int size, int stride, int reduction) {
-    layer->size = size, layer->stride = stride, layer->channels = channels;
-    take_matrix(source, &layer->reduce, channels / reduction, channels);
-    take_matrix(source, &layer->span, size * size * (channels / GROUP), channels / reduction);
-    layer->scale = take_floats(source, channels);
-    layer->shift = take_floats(source, channels);
-}
-
-static void free_involution(struct involution *layer) {
-    free_matrix(&layer->reduce);
-    free_matrix(&layer->span);
-    free(layer->scale);
-    free(layer->shift);
-}
-
-static bool between(int value, int low, int high) { return low <= value && value <= high; }
-
-/* NULL, or what is wrong. */
-static const char *check_config(const struct config *c) {
-    for (int s = 0; s < STAGES; s++) {
-        if (!between(c->blocks[s], 1, MOST_BLOCKS)) return "the number of blocks is out of range";
-        if (!between(c->strides[s], 1, LARGEST_SIDE)) return "the stride is out of range";
-    }
-    if (!between(c->stem_channels, 1, LARGEST_WIDTH) || c->stem_channels % (2 * GROUP)) return "stem_channels must be a multiple of 32";
-    if (!between(c->base_channels, 1, LARGEST_WIDTH / 32) || c->base_channels % GROUP) return "base_channels must be a multiple of 16";
-    if (!between(c->classes, 1, LARGEST_WIDTH)) return "the number of classes is out of range";
-    int sizes[2] = {c->kernel_size, c->stem_kernel_size};
-    for (int i = 0; i < 2; i++) {
-        if (!between(sizes[i], 1, LARGEST_KERNEL) || sizes[i] % 2 == 0) return "the kernel size is out of range";
-    }
-    if (c->reduction < 1 || c->base_channels % c->reduction || c->stem_channels / 2 % c->reduction) return "the reduction ratio does not divide";
-    return NULL;
-}
-
-ALWAYS_INLINE int stage_channels(const struct config *c, int stage) { return (c->base_channels * EXPANSION) << stage; }
-
-static void network_free(struct network *n) {
-    if (!n) return;
-    free_matrix(&n->stem.first);
-    free_involution(&n->stem.involution);
-    free_matrix(&n->stem.last);
-    for (int s = 0; s < STAGES; s++) {
-        for (int b = 0; n->blocks[s] && b < n->config.blocks[s]; b++) {
-            struct block *block = &n->blocks[s][b];
-            free_matrix(&block->first);
-            free_involution(&block->involution);
-            free_matrix(&block->last);
-            free_matrix(&block->shortcut);
-        }
-        free(n->blocks[s]);
-    }
-    free_matrix(&n->head);
-    free(n);
-}
-
-/* The arrays, float32, in this order: the table of the stem; then weights and bias of each convolution, batch norms taken
- * in, inputs of a window as [row][column][channel]; for an involution reduce, span, and scale and shift of the batch norm
- * behind it. Stem: convolution, involution, convolution. Block: first, involution, last, and shortcut if there is one.
- * At the end the head. */
-static struct network *network_create(const struct config *config, const struct array *arrays, int64_t count, const char **error) {
-    if ((*error = check_config(config))) return NULL;
-    struct network *n = calloc(1, sizeof *n);
-    if (!n) {
-        *error = "out of memory";
-        return NULL;
-    }
-    n->config = *config;
-    struct source source = {arrays, count, NULL};
-    const float *table = take_array(&source, 3 * 256);
-    if (table) memcpy(n->stem.table, table, sizeof n->stem.table);
-    int half = config->stem_channels / 2, channels = config->stem_channels;
-    take_matrix(&source, &n->stem.first, half, 27);
-    take_involution(&source, &n->stem.involution, half, config->stem_kernel_size, 1, config->reduction);
-    take_matrix(&source, &n->stem.last, config->stem_channels, 9 * half);
-    for (int s = 0; s < STAGES && !source.error; s++) {
-        n->blocks[s] = calloc((size_t)config->blocks[s], sizeof *n->blocks[s]);
-        if (!n->blocks[s]) source.error = "out of memory";
-        for (int b = 0; b < config->blocks[s] && !source.error; b++) {
-            struct block *block = &n->blocks[s][b];
-            int stride = b == 0 ? config->strides[s] : 1, middle = config->base_channels << s;
-            block->in_channels = channels;
-            block->out_channels = channels = stage_channels(config, s);
-            take_matrix(&source, &block->first, middle, block->in_channels);
-            take_involution(&source, &block->involution, middle, config->kernel_size, stride, config->reduction);
-            take_matrix(&source, &block->last, channels, middle);
-            if (stride > 1 || block->in_channels != channels) take_matrix(&source, &block->shortcut, channels, block->in_channels);
-        }
-    }
-    take_matrix(&source, &n->head, config->classes, channels);
-    if (!source.error && source.left) source.error = "there are more arrays than this network has";
-    if ((*error = source.error)) {
-        network_free(n);
-        return NULL;
-    }
-    return n;
-}
 
 /* Memory for one photo, or a few in the late stages: each thread has its own, a team uses that of its first thread. */
 struct space {
@@ -185,6 +19,7 @@ struct space {
 
 /* All memory that photos of one size need. */
 struct workspace {
+    const struct network *network; /* that it was made for */
     int height, width, threads;
     int sides[STAGES + 1][2]; /* height and width of the stem's map, then of the stages' */
     int late_images;
@@ -221,7 +56,8 @@ static void place_space(const struct network *n, const struct workspace *w, stru
     for (int s = 0; s < STAGES; s++) {
         int images = s < LATE_STAGE ? 1 : w->late_images, kept = s + 1 < LATE_STAGE ? 1 : w->late_images;
         const int *in = w->sides[s], *out = w->sides[s + 1];
-        space->stage[s + 1] = piece(arena, (size_t)kept * (size_t)out[0] * (size_t)out[1] * (size_t)stage_channels(c, s));
+        space->stage[s + 1] =
+            piece(arena, (size_t)kept * (size_t)out[0] * (size_t)out[1] * (size_t)stage_channels(c, s));
         for (int b = 0; b < least(c->blocks[s], 2); b++, in = out) { /* the blocks behind the second are like it */
             const struct involution *layer = &n->blocks[s][b].involution;
             size_t kernel_pixels = (size_t)kernel_tile(layer), channels = (size_t)layer->channels;
@@ -238,17 +74,20 @@ static void place_space(const struct network *n, const struct workspace *w, stru
     space->scratch.pooled = piece(arena, pooled);
     space->scratch.reduced = piece(arena, reduced);
     space->scratch.kernels = piece(arena, kernels);
-    space->scratch.involved = piece(arena, larger_size(tile, (size_t)CHUNK * PANEL)); /* the head's logits come here, too */
+    space->scratch.involved =
+        piece(arena, larger_size(tile, (size_t)CHUNK * PANEL)); /* the head's logits come here, too */
     space->scratch.rows = piece(arena, 3 * (size_t)width * (size_t)c->stem_channels);
 }
 
-static struct workspace *workspace_create(const struct network *n, int height, int width, int threads, const char **error) {
+static struct workspace *workspace_create(const struct network *n, int height, int width, int threads,
+                                          const char **error) {
     if (!between(height, 1, LARGEST_SIDE) || !between(width, 1, LARGEST_SIDE) || !between(threads, 1, MOST_THREADS)) {
         *error = "the size of the photos or the number of threads is out of range";
         return NULL;
     }
     struct workspace *w = calloc(1, sizeof *w);
     if (w) {
+        w->network = n;
         w->height = height, w->width = width, w->threads = threads;
         w->sides[0][0] = ceil_div(ceil_div(height, 2), 2), w->sides[0][1] = ceil_div(ceil_div(width, 2), 2);
         for (int s = 0; s < STAGES; s++) {
@@ -291,7 +130,8 @@ struct call {
     struct team *all;
 };
 
-static void run_stage(const struct call *call, const struct worker *worker, struct space *space, int stage, int first, int images, float *in, float *out) {
+static void run_stage(const struct call *call, const struct worker *worker, struct space *space, int stage, int first,
+                      int images, float *in, float *out) {
     const struct network *n = call->network;
     const int *side = call->workspace->sides[stage], *out_side = call->workspace->sides[stage + 1];
     size_t pixels = (size_t)out_side[0] * (size_t)out_side[1];
@@ -322,7 +162,8 @@ static void average_pixels(const float *map, int pixels, int channels, float *fe
 
 /* Images first, first + 1, ... from pixels to features: the early stages one by one, while their large maps are in the
  * cache, the late stages together. */
-static void run_images(const struct call *call, const struct worker *worker, struct space *space, int first, int images) {
+static void run_images(const struct call *call, const struct worker *worker, struct space *space, int first,
+                       int images) {
     const struct workspace *w = call->workspace;
     const struct config *c = &call->network->config;
     size_t values = (size_t)3 * (size_t)w->height * (size_t)w->width;
@@ -331,7 +172,8 @@ static void run_images(const struct call *call, const struct worker *worker, str
         /* The first stage writes over its input where no shortcut convolution needs that. */
         map[s] = s == 1 && !call->network->blocks[0][0].shortcut.weights ? space->stage[0] : space->stage[s];
     }
-    size_t kept = (size_t)w->sides[LATE_STAGE][0] * (size_t)w->sides[LATE_STAGE][1] * (size_t)stage_channels(c, LATE_STAGE - 1);
+    size_t kept =
+        (size_t)w->sides[LATE_STAGE][0] * (size_t)w->sides[LATE_STAGE][1] * (size_t)stage_channels(c, LATE_STAGE - 1);
     for (int i = 0; i < images; i++) {
         struct photos photo = call->photos;
         if (photo.bytes) photo.bytes += (size_t)(first + i) * values;

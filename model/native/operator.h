@@ -1,8 +1,8 @@
 /* Involution as an operator of its own, with both gradients, for training.
  *
- * x and its gradient are [B, H, W, C], the output [B, h, w, C], kernels and their gradient [B, h, w, C / width, K * K]. An
- * item of work is one image and one group of channels. For 16 channels and the usual kernels it first copies the group
- * into a plane with a border, which stays in the second-level cache while it is used. */
+ * x and its gradient are [B, H, W, C], the output [B, h, w, C], kernels and their gradient [B, h, w, C / width, K * K].
+ * An item of work is one image and one group of channels. For 16 channels and the usual kernels it first copies the
+ * group into a plane with a border, which stays in the second-level cache while it is used. */
 #pragma once
 
 #include "involution.h"
@@ -10,9 +10,9 @@
 
 struct operation {
     const void *x, *kernel;
-    void *out;                  /* with gradients: the gradient of the output, which is only read */
+    void *out; /* with gradients: the gradient of the output, which is only read */
     void *grad_x, *grad_kernel; /* both or none */
-    int batch, groups, width;   /* channels of a group */
+    int batch, groups, width; /* channels of a group */
     int x_height, x_width, height, width_out;
     int size, stride;
 };
@@ -26,45 +26,53 @@ struct operation {
 
 /* The gradient of x: a run of pixels adds what it took, weighted as it was; the mirror of involve_run. */
 ALWAYS_INLINE void spread_run(const int size, const int stride, const int pixels, const struct window *w) {
-    UNROLL for (int channel = 0; channel < GROUP; channel += VL) {
+    UNROLL
+    for (int channel = 0; channel < GROUP; channel += VL) {
         float *x = (float *)w->x + channel;
         const float *kernel[RUN];
         vec grad[RUN];
-        UNROLL for (int p = 0; p < pixels; p++) {
+        UNROLL
+        for (int p = 0; p < pixels; p++) {
             kernel[p] = w->kernel + (size_t)p * w->kernel_pixel;
             grad[p] = load(w->out + (size_t)p * w->out_pixel + channel);
         }
         for (int row = 0; row < size; row++) {
-            UNROLL for (int column = 0; column < stride * (pixels - 1) + size; column++) {
+            UNROLL
+            for (int column = 0; column < stride * (pixels - 1) + size; column++) {
                 vec value = load(x + column * GROUP);
-                UNROLL for (int p = 0; p < pixels; p++) {
+                UNROLL
+                for (int p = 0; p < pixels; p++) {
                     int tap = column - stride * p;
                     if (0 <= tap && tap < size) value += grad[p] * broadcast(kernel[p][tap]);
                 }
                 store(x + column * GROUP, value);
             }
-            UNROLL for (int p = 0; p < pixels; p++) kernel[p] += size;
+            UNROLL
+            for (int p = 0; p < pixels; p++) kernel[p] += size;
             x += w->x_row;
         }
     }
 }
 
-/* The gradient of a pixel's kernel: for each tap the product, over 16 channels, of the output's gradient and the window. With
- * the channels of x in separate lines ([row][channel][pixel]), neighbouring lanes are neighbouring taps and nothing is ever
- * summed across lanes. A row of taps needs `lanes` of them, one more than there are taps; the surplus is overwritten by the
- * row below, and of the last row it is not stored. */
+/* The gradient of a pixel's kernel: for each tap the product, over 16 channels, of the output's gradient and the
+ * window. With the channels of x in separate lines ([row][channel][pixel]), neighbouring lanes are neighbouring taps
+ * and nothing is ever summed across lanes. A row of taps needs `lanes` of them, one more than there are taps; the
+ * surplus is overwritten by the row below, and of the last row it is not stored. */
 #define CORRELATE(size, lanes) \
     typedef float taps_##size __attribute__((vector_size(lanes * sizeof(float)))); \
-    typedef float taps_##size##_anywhere __attribute__((vector_size(lanes * sizeof(float)), aligned(sizeof(float)), may_alias)); \
+    typedef float taps_##size##_anywhere \
+        __attribute__((vector_size(lanes * sizeof(float)), aligned(sizeof(float)), may_alias)); \
     static void correlate_##size(const float *lines, size_t length, const float *grad, float *kernel) { \
         taps_##size sum[size] = {0}; \
         for (int channel = 0; channel < GROUP; channel++) { \
-            UNROLL for (int row = 0; row < size; row++) { \
+            UNROLL \
+            for (int row = 0; row < size; row++) { \
                 const float *line = lines + (size_t)(row * GROUP + channel) * length; \
                 sum[row] += *(const taps_##size##_anywhere *)line * (grad[channel] - (taps_##size){0}); \
             } \
         } \
-        UNROLL for (int row = 0; row < size - 1; row++) *(taps_##size##_anywhere *)(kernel + row * size) = sum[row]; \
+        UNROLL \
+        for (int row = 0; row < size - 1; row++) *(taps_##size##_anywhere *)(kernel + row * size) = sum[row]; \
         memcpy(kernel + (size - 1) * size, &sum[size - 1], size * sizeof(float)); \
     }
 CORRELATE(3, 4)
@@ -72,12 +80,14 @@ CORRELATE(7, 8)
 
 #define SPREAD(k, s, n) \
     static __attribute__((noinline)) void spread_##k##_##s##_##n(const struct window *w) { spread_run(k, s, n, w); }
+/* clang-format off */
 #define SPREADS(k, s) \
     SPREAD(k, s, 1) SPREAD(k, s, 2) SPREAD(k, s, 3) SPREAD(k, s, 4) SPREAD(k, s, 5) SPREAD(k, s, 6) SPREAD(k, s, 7) \
     static involve_function *const spread_##k##_##s[RUN] = { \
         spread_##k##_##s##_1, spread_##k##_##s##_2, spread_##k##_##s##_3, spread_##k##_##s##_4, \
         spread_##k##_##s##_5, spread_##k##_##s##_6, spread_##k##_##s##_7, \
     };
+/* clang-format on */
 SPREADS(3, 1)
 SPREADS(7, 1)
 SPREADS(7, 2)
@@ -88,7 +98,8 @@ static bool operator_fast(const struct operation *o, size_t real) {
 
 /* Floats that a thread needs for itself: a plane, and with gradients the same in lines. */
 static size_t operator_floats(const struct operation *o) {
-    size_t border = (size_t)(o->size / 2), height = (size_t)o->x_height + 2 * border, width = (size_t)o->x_width + 2 * border;
+    size_t border = (size_t)(o->size / 2), height = (size_t)o->x_height + 2 * border,
+           width = (size_t)o->x_width + 2 * border;
     return GROUP * (height * width + (o->grad_x ? height * (width + GROUP) : 0));
 }
 
@@ -107,7 +118,8 @@ static void copy_into_lines(const struct operation *o, const float *x, float *li
     for (int y = 0; y < o->x_height; y++) {
         float *line = lines + (size_t)(y + border) * GROUP * length + border;
         for (int column = 0; column < o->x_width; column++, x += o->groups * GROUP) {
-            for (int channel = 0; channel < GROUP; channel++) line[(size_t)channel * length + (size_t)column] = x[channel];
+            for (int channel = 0; channel < GROUP; channel++)
+                line[(size_t)channel * length + (size_t)column] = x[channel];
         }
     }
 }
@@ -118,7 +130,8 @@ static void operator_item(const struct operation *o, int image, int group, float
     struct map plane = planar_map(scratch, 1, o->x_height, o->x_width, border);
     float *lines = scratch + plane.image;
     size_t length = (size_t)(o->x_width + 2 * border + GROUP);
-    size_t x_offset = (size_t)image * (size_t)o->x_height * (size_t)o->x_width * (size_t)channels + (size_t)group * GROUP;
+    size_t x_offset =
+        (size_t)image * (size_t)o->x_height * (size_t)o->x_width * (size_t)channels + (size_t)group * GROUP;
     if (o->grad_x) {
         memset(scratch, 0, plane.image * sizeof(float));
         copy_into_lines(o, (const float *)o->x + x_offset, lines, length);
@@ -160,7 +173,8 @@ static void operator_item(const struct operation *o, int image, int group, float
     }
 }
 
-/* Threads, and memory of theirs that lasts from call to call: fresh memory of this size would be mapped anew, page by page. */
+/* Threads, and memory of theirs that lasts from call to call: fresh memory of this size would be mapped anew, page by
+ * page. */
 struct operators {
     struct pool *pool;
     float *scratch[MOST_THREADS];

@@ -16,7 +16,8 @@ static void NAMED(operator_any, REAL)(const struct operation *o, int image, int 
     for (int y = 0; y < o->height; y++) {
         for (int column = 0; column < o->width_out; column++) {
             size_t pixel = ((size_t)image * o->height + y) * o->width_out + column;
-            size_t taps = (pixel * o->groups + group) * o->size * o->size, place = pixel * channels + (size_t)group * o->width;
+            size_t taps = (pixel * o->groups + group) * o->size * o->size,
+                   place = pixel * channels + (size_t)group * o->width;
             const REAL *kernel = (const REAL *)o->kernel + taps;
             REAL *grad_kernel = o->grad_kernel ? (REAL *)o->grad_kernel + taps : NULL;
             REAL *out = (REAL *)o->out + place;

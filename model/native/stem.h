@@ -9,7 +9,7 @@ struct stem {
     float table[3][256]; /* what a pixel's value becomes: (value / 255 - mean) / std */
     struct matrix first; /* 3x3, stride 2 */
     struct involution involution;
-    struct matrix last;  /* 3x3 */
+    struct matrix last; /* 3x3 */
 };
 
 /* Memory that the threads of a team share. Borders are zero from the outset, and nothing writes there. */
@@ -64,8 +64,10 @@ static void pool_row(const float *const rows[3], int width, int channels, float 
     }
 }
 
-/* Rows of the pooled map. The convolution's rows live in a ring of three; each is made once, or twice between threads. */
-static void last_and_pool(const struct stem *stem, struct map in, struct range rows, struct scratch *scratch, float *out) {
+/* Rows of the pooled map. The convolution's rows live in a ring of three; each is made once, or twice between threads.
+ */
+static void last_and_pool(const struct stem *stem, struct map in, struct range rows, struct scratch *scratch,
+                          float *out) {
     int channels = stem->last.outputs, made = most(2 * rows.first - 1, 0), height = in.height, width = in.width;
     size_t length = (size_t)width * (size_t)channels;
     for (int y = rows.first; y < rows.end; y++) {

@@ -69,9 +69,7 @@ struct team {
     atomic_int taken;
 };
 
-ALWAYS_INLINE int take(struct team *team) {
-    return atomic_fetch_add(&team->taken, 1);
-}
+ALWAYS_INLINE int take(struct team *team) { return atomic_fetch_add(&team->taken, 1); }
 
 /* All have finished their items; what they wrote is seen by all, and taking starts anew. */
 static void meet(struct team *team) {
@@ -138,10 +136,13 @@ static struct pool *pool_create(int threads) {
     return pool;
 }
 
-/* work(context, thread) on every thread at once; back when all are done. In a child of fork the threads do not exist:
- * false is returned, and nothing was done. */
+/* Threads do not exist in a child of fork. */
+static bool pool_alive(const struct pool *pool) { return pool->process == getpid(); }
+
+/* work(context, thread) on every thread at once; back when all are done. False: the pool is not alive, and nothing
+ * was done. */
 static bool pool_run(struct pool *pool, void (*work)(void *, int), void *context) {
-    if (pool->process != getpid()) return false;
+    if (!pool_alive(pool)) return false;
     pool->work = work, pool->context = context;
     barrier_open(&pool->start);
     work(context, 0);
@@ -150,7 +151,7 @@ static bool pool_run(struct pool *pool, void (*work)(void *, int), void *context
 }
 
 static void pool_destroy(struct pool *pool) {
-    if (pool->process == getpid()) {
+    if (pool_alive(pool)) {
         pool->ending = true;
         barrier_open(&pool->start);
         for (int t = 1; t < pool->threads; t++) pthread_join(pool->handles[t], NULL);

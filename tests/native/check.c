@@ -1,8 +1,8 @@
-/* Runs the engine and the operator over many shapes, to be built with a sanitizer: `make sanitize`. With an argument it runs
- * over a few, for slow machines.
+/* Runs the engine and the operator over many shapes, to be built with a sanitizer: `make sanitize`. With an argument it
+ * runs over a few, for slow machines.
  *
- * Beyond what the sanitizer watches it proves that no answer depends, in any bit, on the number of threads or on the other
- * images of a batch, and that the operator's fast and plain loops agree. */
+ * Beyond what the sanitizer watches it proves that no answer depends, in any bit, on the number of threads or on the
+ * other images of a batch, and that the operator's fast and plain loops agree. */
 #define _POSIX_C_SOURCE 200809L
 
 #include <math.h>
@@ -72,21 +72,25 @@ enum { BATCH = 9 };
 static void check_network(const struct config *c, int height, int width, int most_threads, int most_images) {
     struct weights w;
     make_weights(&w, c);
-    size_t photo = 3 * (size_t)height * (size_t)width, features = (size_t)c->base_channels * 32, classes = (size_t)c->classes;
+    size_t photo = 3 * (size_t)height * (size_t)width, features = (size_t)c->base_channels * 32,
+           classes = (size_t)c->classes;
     uint8_t *photos = malloc(BATCH * photo);
     for (size_t i = 0; i < BATCH * photo; i++) photos[i] = (uint8_t)(noise() * 128 + 128);
     float *expected = NULL;
     for (int threads = 1; threads <= most_threads; threads++) {
         const char *error = NULL;
-        struct engine *engine = EXPORT(engine_create)((const int32_t *)c, sizeof *c / sizeof(int32_t), w.arrays, w.count, threads, &error);
+        struct engine *engine =
+            EXPORT(engine_create)((const int32_t *)c, sizeof *c / sizeof(int32_t), w.arrays, w.count, threads, &error);
         struct workspace *workspace = engine ? EXPORT(workspace_create)(engine, height, width, &error) : NULL;
         if (!workspace) FAIL("%dx%d: %s\n", width, height, error);
         for (int batch = 0; batch <= most_images; batch++) {
             float *out = malloc((size_t)BATCH * (classes + features) * sizeof *out);
-            struct array outputs[2 + 2 * STAGES] = {{out, batch * (int64_t)classes}, {out + BATCH * classes, batch * (int64_t)features}};
+            struct array outputs[2 + 2 * STAGES] = {{out, batch * (int64_t)classes},
+                                                    {out + BATCH * classes, batch * (int64_t)features}};
             for (int s = 0; s < STAGES; s++) { /* the maps, at some batch sizes */
                 size_t pixels = (size_t)workspace->sides[s + 1][0] * (size_t)workspace->sides[s + 1][1] * (size_t)batch;
-                size_t stage = pixels * (size_t)stage_channels(c, s), sums = pixels * (size_t)((c->base_channels << s) / GROUP);
+                size_t stage = pixels * (size_t)stage_channels(c, s),
+                       sums = pixels * (size_t)((c->base_channels << s) / GROUP);
                 if (batch % 2) outputs[2 + s] = (struct array){malloc(stage * sizeof(float)), (int64_t)stage};
                 if (batch % 2) outputs[2 + STAGES + s] = (struct array){malloc(sums * sizeof(float)), (int64_t)sums};
             }
@@ -106,7 +110,8 @@ static void check_network(const struct config *c, int height, int width, int mos
             free(out);
             for (int i = 2; i < 2 + 2 * STAGES; i++) free((void *)outputs[i].data);
         }
-        if (!EXPORT(run)(engine, workspace, photos, 1, 0, 1, (struct array[2 + 2 * STAGES]){{0}})) FAIL("a wrong length was taken\n");
+        if (!EXPORT(run)(engine, workspace, photos, 1, 0, 1, (struct array[2 + 2 * STAGES]){{0}}))
+            FAIL("a wrong length was taken\n");
         EXPORT(workspace_free)(workspace);
         EXPORT(engine_free)(engine);
     }
@@ -114,7 +119,8 @@ static void check_network(const struct config *c, int height, int width, int mos
     int64_t length = w.arrays[w.count - 1].length;
     for (int wrong = 0; wrong < 3; wrong++) {
         w.arrays[w.count - 1].length = length - (wrong == 2);
-        if (EXPORT(engine_create)((const int32_t *)c, sizeof *c / sizeof(int32_t), w.arrays, w.count + (wrong < 2 ? 2 * wrong - 1 : 0), 2, &error)) {
+        if (EXPORT(engine_create)((const int32_t *)c, sizeof *c / sizeof(int32_t), w.arrays,
+                                  w.count + (wrong < 2 ? 2 * wrong - 1 : 0), 2, &error)) {
             FAIL("wrong arrays were taken\n");
         }
     }
@@ -123,7 +129,8 @@ static void check_network(const struct config *c, int height, int width, int mos
     free(photos);
 }
 
-static void check_operator(struct operators *operators, int batch, int groups, int width, int height, int columns, int size, int stride) {
+static void check_operator(struct operators *operators, int batch, int groups, int width, int height, int columns,
+                           int size, int stride) {
     int h = ceil_div(height, stride), v = ceil_div(columns, stride), channels = groups * width;
     size_t lengths[5] = {(size_t)(batch * height * columns * channels), (size_t)(batch * h * v * groups * size * size),
                          (size_t)(batch * h * v * channels)};
@@ -133,7 +140,8 @@ static void check_operator(struct operators *operators, int batch, int groups, i
         float *values = noises(lengths[i], 1);
         double *same = malloc((lengths[i] ? lengths[i] : 1) * sizeof *same);
         for (size_t k = 0; k < lengths[i]; k++) same[k] = values[k];
-        floats[i] = (struct array){values, (int64_t)lengths[i]}, doubles[i] = (struct array){(float *)same, (int64_t)lengths[i]};
+        floats[i] = (struct array){values, (int64_t)lengths[i]},
+        doubles[i] = (struct array){(float *)same, (int64_t)lengths[i]};
     }
     for (int gradients = 0; gradients < 2; gradients++) {
         int32_t sizes[8] = {batch, groups, width, height, columns, size, stride, gradients};
@@ -143,7 +151,8 @@ static void check_operator(struct operators *operators, int batch, int groups, i
         for (int i = 2; i < 5; i++) {
             for (size_t k = 0; k < lengths[i]; k++) {
                 if (!(fabs(floats[i].data[k] - ((const double *)doubles[i].data)[k]) < 1e-3)) {
-                    FAIL("operator %d %d %d %dx%d K %d stride %d: array %d differs\n", batch, groups, width, height, columns, size, stride, i);
+                    FAIL("operator %d %d %d %dx%d K %d stride %d: array %d differs\n", batch, groups, width, height,
+                         columns, size, stride, i);
                 }
             }
         }
@@ -154,12 +163,14 @@ static void check_operator(struct operators *operators, int batch, int groups, i
 int main(int arguments, char **argument) {
     (void)argument;
     bool quick = arguments > 1;
-    struct config usual = {{1, 2, 4, 1}, {1, 2, 2, 2}, 32, 16, 5, 7, 3, 4}, odd = {{1, 1, 2, 1}, {2, 1, 3, 1}, 64, 16, 70, 5, 7, 2};
+    struct config usual = {{1, 2, 4, 1}, {1, 2, 2, 2}, 32, 16, 5, 7, 3, 4},
+                  odd = {{1, 1, 2, 1}, {2, 1, 3, 1}, 64, 16, 70, 5, 7, 2};
     struct config wide = {{1, 1, 1, 1}, {1, 2, 2, 2}, 64, 32, 1000, 7, 3, 4};
     check_network(&usual, 1, 1, 2, 3);
     check_network(&odd, 7, 30, 3, 4);
     if (!quick) {
         check_network(&usual, 64, 64, 5, BATCH);
+        check_network(&usual, 160, 160, 2, BATCH); /* several groups of late images, of unequal size */
         check_network(&usual, 33, 100, 5, BATCH);
         check_network(&odd, 50, 70, 5, BATCH);
         check_network(&wide, 96, 64, 5, BATCH);
