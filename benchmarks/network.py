@@ -93,16 +93,17 @@ def child(peer: str, name: str, side: int, batches: list[int]) -> dict[str, Any]
 
 
 def in_random_order(run: Run, photos: Pixels) -> float:
-    """All batch sizes up to 33, in random order: the largest ratio of a size's first use to its later ones."""
+    """All batch sizes up to 33, in random order: the largest ratio of a size's first use to the uses right after it."""
     run(photos[:1])
-    rng = random.Random(0)
-    times: dict[int, list[float]] = {}
-    for _ in range(4):
-        for batch in rng.sample(range(1, ORDER + 1), ORDER):
+    ratios = []
+    for batch in random.Random(0).sample(range(1, ORDER + 1), ORDER):
+        times = []
+        for _ in range(4):  # at once: a machine that slows down for some seconds slows them all
             started = time.perf_counter()
             run(photos[:batch])
-            times.setdefault(batch, []).append(time.perf_counter() - started)
-    return max(first / statistics.median(later) for first, *later in times.values())
+            times.append(time.perf_counter() - started)
+        ratios.append(times[0] / statistics.median(times[1:]))
+    return max(ratios)
 
 
 def _peak_mb() -> float:
