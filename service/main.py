@@ -90,7 +90,7 @@ def serve(settings: Settings) -> int:
     del checkpoint  # the plain network's weights are not needed any more
     app = create_app(settings, client, decoder, metrics, model)
     client.start()
-    logger.info("serving %s on %s in %s by the %s", model.name, model.device, model.precision, model.backend)
+    logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     server = Server(_uvicorn_config(app, settings), client, settings.drain_timeout_s)
     server.run()
     return server.exit_code

@@ -68,7 +68,6 @@ class Metrics:
             ("name", "architecture", "device", "precision"),
             registry=registry,
         )
-
         self._deviation = Gauge(
             "rednet_selfcheck_deviation_ratio",
             "Relative distance from the plain network's answers, by the check at start.",
