@@ -138,7 +138,7 @@ def ours(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
 PEERS: dict[str, Callable[[RedNet, Preprocess, int], Run]] = {
     "definition": definition,
     "portable": portable,
-    "torch.compile": compiled,
+    "torch.compile+operator": compiled,
     "onnxruntime": onnx_runtime,
     "openvino": openvino,
     "ours": ours,
