@@ -74,21 +74,20 @@ static void involve_any(int size, int stride, int pixels, const struct window *w
 }
 
 typedef void involve_function(const struct window *);
-#define INVOLVE(size, stride, pixels) \
-    static __attribute__((noinline)) void involve_##size##_##stride##_##pixels(const struct window *w) { \
-        involve_run(size, stride, pixels, w); \
-    }
+#define RUN_FUNCTION(name, k, s, n) \
+    static __attribute__((noinline)) void name##_##k##_##s##_##n(const struct window *w) { name##_run(k, s, n, w); }
 /* clang-format off */
-#define INVOLVES(k, s) \
-    INVOLVE(k, s, 1) INVOLVE(k, s, 2) INVOLVE(k, s, 3) INVOLVE(k, s, 4) INVOLVE(k, s, 5) INVOLVE(k, s, 6) INVOLVE(k, s, 7) \
-    static involve_function *const involve_##k##_##s[RUN] = { \
-        involve_##k##_##s##_1, involve_##k##_##s##_2, involve_##k##_##s##_3, involve_##k##_##s##_4, \
-        involve_##k##_##s##_5, involve_##k##_##s##_6, involve_##k##_##s##_7, \
+#define RUN_FUNCTIONS(name, k, s) \
+    RUN_FUNCTION(name, k, s, 1) RUN_FUNCTION(name, k, s, 2) RUN_FUNCTION(name, k, s, 3) RUN_FUNCTION(name, k, s, 4) \
+    RUN_FUNCTION(name, k, s, 5) RUN_FUNCTION(name, k, s, 6) RUN_FUNCTION(name, k, s, 7) \
+    static involve_function *const name##_##k##_##s[RUN] = { \
+        name##_##k##_##s##_1, name##_##k##_##s##_2, name##_##k##_##s##_3, name##_##k##_##s##_4, \
+        name##_##k##_##s##_5, name##_##k##_##s##_6, name##_##k##_##s##_7, \
     };
 /* clang-format on */
-INVOLVES(3, 1)
-INVOLVES(7, 1)
-INVOLVES(7, 2)
+RUN_FUNCTIONS(involve, 3, 1)
+RUN_FUNCTIONS(involve, 7, 1)
+RUN_FUNCTIONS(involve, 7, 2)
 
 /* The functions for runs of 1 to RUN pixels, or NULL where there are none for this kernel size and stride. */
 static involve_function *const *involve_functions(int size, int stride) {

@@ -78,19 +78,9 @@ ALWAYS_INLINE void spread_run(const int size, const int stride, const int pixels
 CORRELATE(3, 4)
 CORRELATE(7, 8)
 
-#define SPREAD(k, s, n) \
-    static __attribute__((noinline)) void spread_##k##_##s##_##n(const struct window *w) { spread_run(k, s, n, w); }
-/* clang-format off */
-#define SPREADS(k, s) \
-    SPREAD(k, s, 1) SPREAD(k, s, 2) SPREAD(k, s, 3) SPREAD(k, s, 4) SPREAD(k, s, 5) SPREAD(k, s, 6) SPREAD(k, s, 7) \
-    static involve_function *const spread_##k##_##s[RUN] = { \
-        spread_##k##_##s##_1, spread_##k##_##s##_2, spread_##k##_##s##_3, spread_##k##_##s##_4, \
-        spread_##k##_##s##_5, spread_##k##_##s##_6, spread_##k##_##s##_7, \
-    };
-/* clang-format on */
-SPREADS(3, 1)
-SPREADS(7, 1)
-SPREADS(7, 2)
+RUN_FUNCTIONS(spread, 3, 1)
+RUN_FUNCTIONS(spread, 7, 1)
+RUN_FUNCTIONS(spread, 7, 2)
 
 static bool operator_fast(const struct operation *o, size_t real) {
     return real == sizeof(float) && o->width == GROUP && involve_functions(o->size, o->stride);
