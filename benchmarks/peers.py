@@ -1,7 +1,6 @@
 """RedNet in what a user would pick instead of our engine: plain torch, its compiler, ONNX Runtime, OpenVINO."""
 
 import copy
-import os
 import tempfile
 from collections.abc import Callable
 
@@ -21,11 +20,11 @@ Run = Callable[[Pixels], object]
 
 
 class Shifted(nn.Module):
-    """An involution layer in operators that every exporter knows: 49 shifted products, or the definition's unfold."""
+    """An involution layer in operators that every exporter knows: 49 shifted products."""
 
-    def __init__(self, layer: Involution, unfold: bool) -> None:
+    def __init__(self, layer: Involution) -> None:
         super().__init__()
-        self.layer, self.unfold = layer, unfold
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         layer, k = self.layer, self.layer.kernel_size
@@ -33,10 +32,6 @@ class Shifted(nn.Module):
         batch, _, h, w = kernel.shape
         grouped = x.reshape(batch, layer.groups, -1, *x.shape[2:])
         kernel = kernel.reshape(batch, layer.groups, 1, k * k, h, w)
-        if self.unfold:
-            windows = F.unfold(x, k, padding=k // 2, stride=layer.stride)
-            weighted: Tensor = kernel * windows.reshape(batch, layer.groups, -1, k * k, h, w)
-            return weighted.sum(dim=3).reshape(batch, -1, h, w)
         padded = F.pad(grouped, (k // 2,) * 4)
         s = layer.stride
         total = torch.zeros(())
@@ -47,35 +42,30 @@ class Shifted(nn.Module):
         return total.reshape(batch, -1, h, w)
 
 
-def exportable(net: RedNet, unfold: bool = False) -> RedNet:
+def exportable(net: RedNet) -> RedNet:
     """A copy of the network, batch norms folded, without our operator."""
     net = folded(net)
     for name, module in list(net.named_modules()):
         if isinstance(module, Involution):
-            net.set_submodule(name, Shifted(module, unfold))
+            net.set_submodule(name, Shifted(module))
     return net
 
 
 def definition(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
     """The paper's algorithm 1, eager."""
-    plain = copy.deepcopy(net).eval()
-
-    @torch.inference_mode()
-    def run(pixels: Pixels) -> object:
-        with use("reference"):
-            return plain(preprocess.normalise(torch.from_numpy(pixels)))
-
-    return run
+    return _eager(copy.deepcopy(net).eval(), preprocess, "reference")
 
 
 def portable(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
     """Our form for where there is no native library, eager."""
-    plain = folded(net)
+    return _eager(folded(net), preprocess, "portable")
 
+
+def _eager(net: RedNet, preprocess: Preprocess, implementation: str) -> Run:
     @torch.inference_mode()
     def run(pixels: Pixels) -> object:
-        with use("portable"):
-            return plain(preprocess.normalise(torch.from_numpy(pixels)))
+        with use(implementation):
+            return net(preprocess.normalise(torch.from_numpy(pixels)))
 
     return run
 
@@ -85,7 +75,6 @@ def compiled(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
 
     Without the operator it would compile 49 products per involution: minutes for every batch size, for the same speed.
     """
-    os.environ["TORCHINDUCTOR_FREEZING"] = "1"
     from torch._inductor import config
 
     config.freezing = True

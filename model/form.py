@@ -13,9 +13,7 @@ class Output(NamedTuple):
     logits: Tensor  # [B, num_classes]
     features: Tensor  # [B, feature_channels]
     stages: Maps | None = None  # each [B, C, h, w]
-    kernel_sums: Maps | None = (
-        None  # each [B, G, h, w]: the kernels of the stage's last involution, summed over K*K taps
-    )
+    kernel_sums: Maps | None = None  # each [B, G, h, w]: the stage's last kernels, summed over their K*K taps
 
 
 class Form(Protocol):

@@ -6,7 +6,6 @@ any other value raises ValueError.
 """
 
 import ctypes
-import importlib.machinery
 import importlib.util
 import os
 import threading
