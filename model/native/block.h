@@ -37,12 +37,6 @@ static int kernel_tile(const struct involution *layer) {
     return most(KERNEL_TILE / 2, least(KERNEL_TILE, KERNEL_TILE_FLOATS / columns(&layer->span)));
 }
 
-/* Part `index` of `parts` nearly equal ones. */
-ALWAYS_INLINE struct range part(struct range all, int index, int parts) {
-    int64_t length = all.end - all.first;
-    return (struct range){all.first + (int)(length * index / parts), all.first + (int)(length * (index + 1) / parts)};
-}
-
 /* In how many items a team shares pixels: as many for each thread, none of more than `limit` pixels. */
 ALWAYS_INLINE int shares(const struct worker *worker, int pixels, int limit) {
     int size = worker->team->barrier.size;

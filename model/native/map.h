@@ -27,6 +27,12 @@ ALWAYS_INLINE int least(int a, int b) { return a < b ? a : b; }
 ALWAYS_INLINE int most(int a, int b) { return a > b ? a : b; }
 ALWAYS_INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+/* Part `index` of `parts` nearly equal ones. */
+ALWAYS_INLINE struct range part(struct range all, int index, int parts) {
+    int64_t length = all.end - all.first;
+    return (struct range){all.first + (int)(length * index / parts), all.first + (int)(length * (index + 1) / parts)};
+}
+
 static struct map plain_map(float *data, int height, int width, int channels) {
     size_t pixel = (size_t)channels, row = pixel * (size_t)width;
     return (struct map){data, height, width, row * (size_t)height, row, pixel, GROUP, 0};

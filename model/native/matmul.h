@@ -146,8 +146,8 @@ static void multiply(const struct product *p, struct range pixels, struct range 
     int chunk = most(96, least(CHUNK, CACHE_FLOATS / m->inputs));
     int chunks = ceil_div(pixels.end - pixels.first, chunk);
     for (int c = 0; c < chunks; c++) {
-        int first = pixels.first + (int)((int64_t)(pixels.end - pixels.first) * c / chunks);
-        int count = pixels.first + (int)((int64_t)(pixels.end - pixels.first) * (c + 1) / chunks) - first;
+        struct range piece = part(pixels, c, chunks);
+        int first = piece.first, count = piece.end - piece.first;
         locate(p->in, first, count, in);
         locate(p->out, first, count, out);
         if (p->residual) locate(*p->residual, first, count, residual);
