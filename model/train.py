@@ -1,19 +1,17 @@
-"""A short, honest recipe: a folder of class folders in, a checkpoint that can be served out.
+"""Training: a folder of class folders in, a checkpoint that can be served out.
 
-SGD with Nesterov momentum, a cosine schedule after a warm-up, weight decay on weight matrices only, label smoothing,
-random resized crops and flips. The order of photos and every crop follow from (seed, epoch, photo) alone, so that a run
-that was killed and resumed, or read by another number of threads, sees exactly what an unbroken one sees.
+The order of photos, every crop and every blend follow from (seed, epoch, photo) alone, so that a run that was killed
+and resumed, or read by another number of threads, sees exactly what an unbroken one sees.
 """
 
+import copy
 import ctypes
-import hashlib
-import io
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,63 +21,25 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from model.checkpoint import Checkpoint, save_checkpoint, write_atomically
+from model.checkpoint import Checkpoint, save_checkpoint
 from model.evaluate import evaluate
 from model.labels import named
 from model.photos import Batch, Photo, PhotoError, batches, find_photos, read_photo
-from model.preprocess import Pixels, Preprocess, scaled_box, upright_rgb
+from model.prepare import prepare
+from model.preprocess import Pixels, scaled_box, upright_rgb
 from model.progress import progress
+from model.recipe import Recipe
 from model.rednet import RedNet, RedNetConfig
+from model.resume import ResumeFile, State
 
 SMALLEST_CROP = 0.35  # of the photo's area
 SAVE_EVERY_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that a training run follows from. Two runs of one recipe on one machine end with the same weights.
-
-    Raises:
-        ValueError: it cannot be followed.
-    """
-
-    depth: int = 26
-    base_channels: int = 64
-    epochs: int = 30
-    size: int = 128  # pixels of a training crop; served at 8/7 of it or a little more: random crops enlarge
-    batch_size: int = 64
-    learning_rate: float = 0.15
-    warmup_epochs: float = 2.0
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.size) < 1 or self.batch_size < 2:  # batch norm needs two
-            raise ValueError(f"epochs and size must be at least 1 and batch_size 2, got {self}")
-        if not 0 < self.learning_rate < math.inf or self.seed < 0:
-            raise ValueError(f"learning_rate must be above 0 and seed not below, got {self}")
-
-    @property
-    def preprocess(self) -> Preprocess:
-        crop = math.ceil(self.size * 8 / 7 / 32) * 32
-        return Preprocess(resize=round(crop * 8 / 7), crop=crop)
-
-
-@dataclass
-class State:
-    """All that changes while a run goes on."""
-
-    net: RedNet
-    optimizer: torch.optim.SGD
-    epoch: int = 0
-    step: int = 0  # batches of this epoch that are done
-    loss_sum: float = 0.0  # over this epoch's batches
-    history: list[dict[str, float]] = field(default_factory=list)
+HELD_OUT_EVERY = 20  # one photo in so many is kept from training, to watch it and to fit the temperature
+FEWEST_HELD_OUT = 100  # fewer photos could say little: then none are kept
 
 
 def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, workers: int = 2) -> Checkpoint:
-    """Train on `data/train/<class>/*`, watch `data/val/<class>/*`, write `output`.
+    """Train on `data/train/<class>/*`, try the result on `data/val/<class>/*`, write `output`.
 
     While it runs, `output` + ".training" holds all that is needed to go on after a kill; run the same command again.
 
@@ -93,40 +53,57 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
     classes, photos = find_photos(data / "train")
     if len(photos) < 2:
         raise PhotoError(f"{data / 'train'} holds a single photo, from which nothing can be learned")
-    _, watched = find_photos(data / "val", classes)
+    _, validation = find_photos(data / "val", classes)
+    photos, held_out = hold_out(photos)
     torch.manual_seed(recipe.seed)
     stem_channels = max(32, recipe.base_channels)  # the involution of the stem has half of them, in groups of 16
-    config = RedNetConfig(
-        depth=recipe.depth, num_classes=len(classes), base_channels=recipe.base_channels, stem_channels=stem_channels
+    net = RedNet(
+        RedNetConfig(
+            depth=recipe.depth,
+            num_classes=len(classes),
+            base_channels=recipe.base_channels,
+            stem_channels=stem_channels,
+        )
     )
     # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
-    net = RedNet(config).to(device)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     keep_freed_memory()
-
-    def logits_of(pixels: Tensor) -> Tensor:
-        logits: Tensor = net(recipe.preprocess.normalise(pixels.to(device)))
-        return logits
-
-    state = State(net, _optimizer(net, recipe))
+    state = State(net, copy.deepcopy(net).eval(), _optimizer(net, recipe))
     resume = ResumeFile(output.with_name(output.name + ".training"), recipe, photos)
     resume.load(state)
+    run = Run(state, recipe, photos, device, workers)
     while state.epoch < recipe.epochs:
-        _train_epoch(state, photos, recipe, device, workers, resume)
-        net.eval()
-        result = evaluate(logits_of, recipe.preprocess, watched, workers=workers, describe="  validation")
-        _finish_epoch(state, result["top1"])
+        run.epoch(resume)
+        watched = evaluate(run.logits, recipe.preprocess, held_out or validation, workers=workers, describe="  check")
+        _finish_epoch(state, watched["top1"])
         resume.save(state)
+    net = state.averaged.cpu()
+    prepared = prepare(net, recipe.preprocess, device)
+    result = evaluate(
+        lambda pixels: prepared(pixels).logits,
+        recipe.preprocess,
+        validation,
+        workers=workers,
+        describe="validation",
+    )
     checkpoint = Checkpoint(
-        net=net.cpu().eval(),
+        net=net,
         labels=named(classes),
         preprocess=recipe.preprocess,
         name=output.name.removesuffix(".safetensors"),
-        provenance=_provenance(data, recipe, state),
+        provenance=_provenance(data, recipe, state) | {"accuracy": result},
     )
     save_checkpoint(output, checkpoint, half=True)
     resume.path.unlink(missing_ok=True)
     return checkpoint
+
+
+def hold_out(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
+    """The photos to train on, and those kept from it: evenly from all classes, because they come class by class."""
+    kept = photos[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
+    if len(kept) < FEWEST_HELD_OUT:
+        return list(photos), []
+    return [photo for photo in photos if photo not in set(kept)], list(kept)
 
 
 def keep_freed_memory() -> None:
@@ -141,64 +118,114 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, most)
 
 
-def _train_epoch(
-    state: State, photos: list[Photo], recipe: Recipe, device: torch.device, workers: int, resume: "ResumeFile"
-) -> None:
-    state.net.train()
-    steps = _steps(photos, recipe)
-    saved_at = time.monotonic()
-    label = f"epoch {state.epoch + 1}/{recipe.epochs}"
-    for batch in progress(_epoch(photos, state, recipe, workers), total=steps, done=state.step, describe=label):
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, state.epoch + state.step / steps)
-        state.loss_sum += _step(state, recipe, batch, device)
-        state.step += 1
-        if time.monotonic() - saved_at > SAVE_EVERY_S:
-            resume.save(state)
-            saved_at = time.monotonic()
+class Run:
+    """The steps of a run.
+
+    Args:
+        state: where it is; changes.
+        recipe: what it follows.
+        photos: what it learns from.
+        device: where the network is.
+        workers: threads that read photos.
+    """
+
+    def __init__(
+        self, state: State, recipe: Recipe, photos: Sequence[Photo], device: torch.device, workers: int
+    ) -> None:
+        self.state, self.recipe, self.photos, self.device, self.workers = state, recipe, photos, device, workers
+        # A last photo alone is left out: batch norm could learn nothing from it.
+        full, rest = divmod(len(photos), recipe.batch_size)
+        self.steps = full + (rest > 1)  # batches in an epoch
+        bf16 = fast_bf16(device) if recipe.precision == "auto" else recipe.precision == "bf16"
+        self.precision = "bf16" if bf16 else "fp32"
+
+    def epoch(self, resume: ResumeFile) -> None:
+        """Do what is left of this epoch, saving now and then."""
+        state = self.state
+        state.net.train()
+        saved_at = time.monotonic()
+        label = f"epoch {state.epoch + 1}/{self.recipe.epochs}"
+        for batch in progress(self._batches(), total=self.steps, done=state.step, describe=label):
+            for group in state.optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate_at(state.epoch + state.step / self.steps)
+            state.loss_sum += self._step(batch)
+            state.step += 1
+            average(state.averaged, state.net, state.epoch * self.steps + state.step)
+            if time.monotonic() - saved_at > SAVE_EVERY_S:
+                resume.save(state)
+                saved_at = time.monotonic()
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """What the averaged network says of uint8 pixels [B, 3, H, W]: [B, classes]."""
+        with self._autocast():
+            logits: Tensor = self.state.averaged(self.recipe.preprocess.normalise(pixels.to(self.device)))
+        return logits.float()
+
+    def _step(self, batch: Batch) -> float:
+        state, recipe = self.state, self.recipe
+        x = recipe.preprocess.normalise(batch.pixels.to(self.device))
+        targets = batch.targets.to(self.device)
+        share = self._share()
+        with self._autocast():
+            logits = state.net(x.lerp(x.flip(0), 1 - share)).float()
+        loss, other = (
+            F.cross_entropy(logits, each, label_smoothing=recipe.label_smoothing) for each in (targets, targets.flip(0))
+        )
+        loss = share * loss + (1 - share) * other
+        state.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        state.optimizer.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError("the loss is no longer finite; a lower learning rate may help")
+        return value
+
+    def _share(self) -> float:
+        """The larger part of a blend of two photos."""
+        if self.recipe.mixup == 0:
+            return 1.0
+        rng = np.random.default_rng((self.recipe.seed, self.state.epoch, self.state.step, 1))
+        share = float(rng.beta(self.recipe.mixup, self.recipe.mixup))
+        return max(share, 1 - share)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of this epoch that are not done yet."""
+        epoch, recipe = self.state.epoch, self.recipe
+        order = np.random.default_rng((recipe.seed, epoch)).permutation(len(self.photos))
+        size = recipe.size_at(epoch)
+
+        def read(index: int) -> tuple[Pixels, int]:
+            rng = np.random.default_rng((recipe.seed, epoch, index))
+            photo = self.photos[index]
+            return read_photo(photo.path, lambda image: augmented(upright_rgb(image), size, rng)), photo.target
+
+        end = self.steps * recipe.batch_size
+        rest = [int(index) for index in order[self.state.step * recipe.batch_size : end]]
+        return batches(rest, read, recipe.batch_size, self.workers)
 
 
-def _step(state: State, recipe: Recipe, batch: Batch, device: torch.device) -> float:
-    x = recipe.preprocess.normalise(batch.pixels.to(device))
-    logits = state.net(x)
-    loss = F.cross_entropy(logits, batch.targets.to(device), label_smoothing=recipe.label_smoothing)
-    state.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    state.optimizer.step()
-    value = loss.item()
-    if not math.isfinite(value):
-        raise ValueError("the loss is no longer finite; a lower learning rate may help")
-    return value
+@torch.no_grad()
+def average(averaged: RedNet, net: RedNet, step: int) -> None:
+    """Move the averaged weights towards those after `step` (from 1 on) steps: in effect, the mean of the last tenth.
+
+    Polynomial-decay averaging, Shamir and Zhang, 2013, https://arxiv.org/abs/1212.1824, with eta = 9.
+    """
+    for mean, new in zip(averaged.state_dict().values(), net.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(new, 10 / (step + 9))
+        else:  # a counter
+            mean.copy_(new)
 
 
-def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Linear warm-up, then half a cosine down to zero, at a (fractional) epoch."""
-    warmup = min(recipe.warmup_epochs, recipe.epochs / 5)
-    if epoch < warmup:
-        return recipe.learning_rate * (epoch + 0.01) / (warmup + 0.01)
-    done = (epoch - warmup) / (recipe.epochs - warmup)
-    return recipe.learning_rate * (1 + math.cos(math.pi * done)) / 2
-
-
-def _epoch(photos: list[Photo], state: State, recipe: Recipe, workers: int) -> Iterator[Batch]:
-    """The batches of this epoch that are not done yet."""
-    epoch = state.epoch
-    order = np.random.default_rng((recipe.seed, epoch)).permutation(len(photos))
-
-    def read(index: int) -> tuple[Pixels, int]:
-        rng = np.random.default_rng((recipe.seed, epoch, index))
-        pixels = read_photo(photos[index].path, lambda image: augmented(upright_rgb(image), recipe.size, rng))
-        return pixels, photos[index].target
-
-    end = _steps(photos, recipe) * recipe.batch_size
-    rest = [int(index) for index in order[state.step * recipe.batch_size : end]]
-    return batches(rest, read, recipe.batch_size, workers)
-
-
-def _steps(photos: Sequence[Photo], recipe: Recipe) -> int:
-    """Batches in an epoch. A last one of a single photo is left out: batch norm could learn nothing from it."""
-    full, rest = divmod(len(photos), recipe.batch_size)
-    return full + (rest > 1)
+def fast_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def augmented(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
@@ -222,56 +249,7 @@ def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 def _finish_epoch(state: State, top1: float) -> None:
     state.history.append({"loss": state.loss_sum / state.step, "top1": top1})
     state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
-    print(f"epoch {state.epoch}: loss {state.history[-1]['loss']:.4f}, validation top-1 {top1:.4f}", file=sys.stderr)
-
-
-class ResumeFile:
-    """All that a killed run needs to go on, beside the file it was going to write.
-
-    Args:
-        path: the file.
-        recipe, photos: what the run follows; a run that followed others is not taken up.
-    """
-
-    def __init__(self, path: Path, recipe: Recipe, photos: Sequence[Photo]) -> None:
-        self.path = path
-        data = "\n".join(f"{photo.target} {photo.path.parent.name}/{photo.path.name}" for photo in photos)
-        self._follows = {"recipe": asdict(recipe), "photos": hashlib.sha256(data.encode()).hexdigest()}
-
-    def save(self, state: State) -> None:
-        content = io.BytesIO()
-        torch.save(
-            {
-                **self._follows,
-                "net": state.net.state_dict(),
-                "optimizer": state.optimizer.state_dict(),
-                "epoch": state.epoch,
-                "step": state.step,
-                "loss_sum": state.loss_sum,
-                "history": state.history,
-            },
-            content,
-        )
-        write_atomically(self.path, content.getvalue())
-
-    def load(self, state: State) -> None:
-        """Take up an unfinished run, if there is one."""
-        if not self.path.exists():
-            return
-        try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            follows = {key: saved[key] for key in self._follows}
-            if follows == self._follows:
-                state.net.load_state_dict(saved["net"])
-                state.optimizer.load_state_dict(saved["optimizer"])
-                state.epoch, state.step = saved["epoch"], saved["step"]
-                state.loss_sum, state.history = saved["loss_sum"], saved["history"]
-        except Exception as error:  # a damaged zip archive or pickle raises nearly anything
-            raise ValueError(f"{self.path} is damaged; remove it to start anew") from error
-        if follows != self._follows:
-            what = "options" if follows["recipe"] != self._follows["recipe"] else "photos"
-            raise ValueError(f"{self.path} is an unfinished run with other {what}; finish that one or remove it")
-        print(f"resuming in epoch {state.epoch + 1}, after {state.step} batches", file=sys.stderr)
+    print(f"epoch {state.epoch}: loss {state.history[-1]['loss']:.4f}, check top-1 {top1:.4f}", file=sys.stderr)
 
 
 def _provenance(data: Path, recipe: Recipe, state: State) -> dict[str, Any]:

@@ -89,17 +89,19 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The fields of `model.train.Recipe`, not imported here because torch comes with it: two seconds for a `--help`."""
+    """The fields of `model.recipe.Recipe`, not imported because torch comes with it: two seconds for a `--help`."""
     for flag, default, description in (
         ("--depth", 26, "26, 38, 50, 101 or 152"),
         ("--base-channels", 64, "width of the network; 64 is the paper's"),
-        ("--epochs", 30, "passes over the photos"),
-        ("--size", 128, "pixels of a training crop; the network is served at 8/7 of it or a little more"),
+        ("--epochs", 18, "passes over the photos"),
+        ("--size", 192, "pixels of the largest training crops; the network is served at 8/7 of it or a little more"),
         ("--batch-size", 64, "photos per step"),
         ("--learning-rate", 0.15, "at its peak"),
         ("--warmup-epochs", 2.0, "until the peak is reached"),
         ("--weight-decay", 5e-4, "on weight matrices"),
         ("--label-smoothing", 0.1, "share of the target spread over all classes"),
+        ("--mixup", 0.1, "how much photos are blended into one another; 0: not at all"),
+        ("--precision", "auto", "auto, fp32 or bf16: of the activations"),
         ("--seed", 0, "order, crops and first weights follow from it"),
     ):
         parser.add_argument(
@@ -214,7 +216,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from model.prepare import resolve_device
-    from model.train import Recipe, train
+    from model.recipe import Recipe
+    from model.train import train
     from service.runner import set_threads
 
     set_threads(usable_cores())

@@ -61,7 +61,20 @@ MODEL = {
     "prepare": {"form", "kernels", "native_form", "preprocess", "rednet", "torch_form"},
     "photos": {"preprocess"},
     "evaluate": {"photos", "preprocess", "progress"},
-    "train": {"checkpoint", "evaluate", "labels", "photos", "preprocess", "progress", "rednet"},
+    "recipe": {"preprocess"},
+    "resume": {"checkpoint", "photos", "recipe", "rednet"},
+    "train": {
+        "checkpoint",
+        "evaluate",
+        "labels",
+        "photos",
+        "prepare",
+        "preprocess",
+        "progress",
+        "recipe",
+        "rednet",
+        "resume",
+    },
 }
 
 

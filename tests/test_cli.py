@@ -11,7 +11,7 @@ import torch
 
 from model import load_checkpoint
 from model.native import unavailable
-from model.train import Recipe
+from model.recipe import Recipe
 from service.cli import _parser, main
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, ServerProcess

@@ -16,7 +16,8 @@ from PIL import Image
 from model import load_checkpoint
 from model.photos import PhotoError, batches, find_photos
 from model.preprocess import Pixels
-from model.train import Recipe, augmented, learning_rate, train
+from model.recipe import Recipe
+from model.train import augmented, train
 from service.cli import main
 from tests.conftest import photo
 from tests.servers import REDNET, wait_until
@@ -225,7 +226,7 @@ def test_random_crops_are_of_the_photo() -> None:
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     """Linear warm-up, half a cosine."""
     recipe = Recipe(epochs=20, learning_rate=0.2, warmup_epochs=2.0)
-    rates = [learning_rate(recipe, epoch / 10) for epoch in range(201)]
+    rates = [recipe.learning_rate_at(epoch / 10) for epoch in range(201)]
     assert max(rates) == rates[20] == 0.2
     assert rates[:21] == sorted(rates[:21])
     assert rates[20:] == sorted(rates[20:], reverse=True)

@@ -49,7 +49,7 @@ def implementation_name(device: torch.device, dtype: torch.dtype) -> str:
     if _forced:
         return _forced
     name = BY_DEVICE.get(device.type, "portable")
-    return "portable" if name == "native" and dtype not in native.DTYPES else name
+    return "portable" if name == "native" and dtype not in (*native.DTYPES, *native.HALVES) else name
 
 
 @torch.library.custom_op("rednet::involution", mutates_args=())

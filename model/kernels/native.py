@@ -1,6 +1,6 @@
 """C on the CPU, in float32 and float64, channels-last inside. The fast case: float32 and 16 channels per group.
 
-What it is not made for takes the portable form.
+Half precisions are computed in float32. What it is not made for takes the portable form.
 """
 
 import os
@@ -14,11 +14,14 @@ from model.kernels import portable
 from model.native import Operators
 
 DTYPES = (torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
 LARGEST_KERNEL, LARGEST_SIZE = 63, 1 << 24
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
+    if x.dtype in HALVES:
+        return forward(x.float(), kernel.float(), stride).to(x.dtype)
     if not _fits(x, kernel):
         return portable.forward(x, kernel, stride)
     x, kernel = _channels_last(x), _taps_last(kernel)
@@ -30,6 +33,9 @@ def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
 
 def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel from grad [B, C, h, w]."""
+    if x.dtype in HALVES:
+        grad_x, grad_kernel = backward(grad.float(), x.float(), kernel.float(), stride)
+        return grad_x.to(x.dtype), grad_kernel.to(x.dtype)
     if not _fits(grad, x, kernel):
         return portable.backward(grad, x, kernel, stride)
     grad, x, kernel = _channels_last(grad), _channels_last(x), _taps_last(kernel)

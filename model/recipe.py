@@ -1,0 +1,67 @@
+"""What a training run follows, and nothing that changes while it runs."""
+
+import math
+from dataclasses import dataclass
+
+from model.preprocess import Preprocess
+
+PRECISIONS = ("auto", "fp32", "bf16")
+GROWING = 0.8  # of the epochs; the rest is trained at full size
+SIZE_UNIT = 16  # crops grow in steps of so many pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """SGD with Nesterov momentum, a cosine schedule after a warm-up, weight decay on weight matrices only, label
+    smoothing, mixup (Zhang et al., 2018, https://arxiv.org/abs/1710.09412), random resized crops that grow from half
+    size, and flips.
+
+    Two runs of one recipe on one machine, with the same number of threads, end with the same weights.
+
+    Raises:
+        ValueError: it cannot be followed.
+    """
+
+    depth: int = 26
+    base_channels: int = 64
+    epochs: int = 18
+    size: int = 192  # pixels of the last, largest training crops; served at 8/7 of it or a little more
+    batch_size: int = 64
+    learning_rate: float = 0.15
+    warmup_epochs: float = 2.0
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    mixup: float = 0.1  # how much of one photo is blended into another: Beta(mixup, mixup); 0: none
+    precision: str = "auto"  # of the activations; auto: bf16 where the processor multiplies it faster
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.size) < 1 or self.batch_size < 2:  # batch norm needs two
+            raise ValueError(f"epochs and size must be at least 1 and batch_size 2, got {self}")
+        if not 0 < self.learning_rate < math.inf or self.seed < 0:
+            raise ValueError(f"learning_rate must be above 0 and seed not below, got {self}")
+        if not 0 <= self.mixup < math.inf:
+            raise ValueError(f"mixup must not be below 0, got {self}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What the trained network is served with. Random crops enlarge what is in a photo, so that a network is best
+        on larger inputs than it was trained on (Touvron et al., 2019, https://arxiv.org/abs/1906.06423)."""
+        crop = math.ceil(self.size * 8 / 7 / 32) * 32
+        return Preprocess(resize=round(crop * 8 / 7), crop=crop)
+
+    def learning_rate_at(self, epoch: float) -> float:
+        """Linear warm-up, then half a cosine down to zero, at a (fractional) epoch."""
+        warmup = min(self.warmup_epochs, self.epochs / 5)
+        if epoch < warmup:
+            return self.learning_rate * (epoch + 0.01) / (warmup + 0.01)
+        done = (epoch - warmup) / (self.epochs - warmup)
+        return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+    def size_at(self, epoch: int) -> int:
+        """Side of the training crops: early epochs learn from small ones, at a quarter of the cost."""
+        grown = min(1.0, (epoch + 1) / (GROWING * self.epochs))
+        side = int(self.size * (1 + grown) / 2)
+        return side if grown == 1 else min(self.size, max(2 * SIZE_UNIT, side // SIZE_UNIT * SIZE_UNIT))

@@ -1,0 +1,83 @@
+"""All that changes while a training run goes on, and the file that lets a killed run go on."""
+
+import hashlib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from model.checkpoint import write_atomically
+from model.photos import Photo
+from model.recipe import Recipe
+from model.rednet import RedNet
+
+
+@dataclass
+class State:
+    """All that changes while a run goes on."""
+
+    net: RedNet
+    averaged: RedNet  # the network that will be served
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    step: int = 0  # batches of this epoch that are done
+    loss_sum: float = 0.0  # over this epoch's batches
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class ResumeFile:
+    """All that a killed run needs to go on, beside the file it was going to write.
+
+    Args:
+        path: the file.
+        recipe, photos: what the run follows; a run that followed others is not taken up.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, photos: Sequence[Photo]) -> None:
+        self.path = path
+        data = "\n".join(f"{photo.target} {photo.path.parent.name}/{photo.path.name}" for photo in photos)
+        self._follows = {"recipe": asdict(recipe), "photos": hashlib.sha256(data.encode()).hexdigest()}
+
+    def save(self, state: State) -> None:
+        content = io.BytesIO()
+        torch.save(
+            {
+                **self._follows,
+                "net": state.net.state_dict(),
+                "averaged": state.averaged.state_dict(),
+                "optimizer": state.optimizer.state_dict(),
+                "epoch": state.epoch,
+                "step": state.step,
+                "loss_sum": state.loss_sum,
+                "history": state.history,
+            },
+            content,
+        )
+        write_atomically(self.path, content.getvalue())
+
+    def load(self, state: State) -> None:
+        """Take up an unfinished run, if there is one.
+
+        Raises:
+            ValueError: it is damaged, or follows another recipe or other photos.
+        """
+        if not self.path.exists():
+            return
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            follows = {key: saved[key] for key in self._follows}
+            if follows == self._follows:
+                state.net.load_state_dict(saved["net"])
+                state.averaged.load_state_dict(saved["averaged"])
+                state.optimizer.load_state_dict(saved["optimizer"])
+                state.epoch, state.step = saved["epoch"], saved["step"]
+                state.loss_sum, state.history = saved["loss_sum"], saved["history"]
+        except Exception as error:  # a damaged zip archive or pickle raises nearly anything
+            raise ValueError(f"{self.path} is damaged; remove it to start anew") from error
+        if follows != self._follows:
+            what = "options" if follows["recipe"] != self._follows["recipe"] else "photos"
+            raise ValueError(f"{self.path} is an unfinished run with other {what}; finish that one or remove it")
+        print(f"resuming in epoch {state.epoch + 1}, after {state.step} batches", file=sys.stderr)
