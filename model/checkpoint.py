@@ -1,4 +1,4 @@
-"""Checkpoints that describe themselves, and readers for the official ones. Nothing that is read is ever executed.
+"""Checkpoints that describe themselves, and readers for published ones. Nothing that is read is ever executed.
 
 Ours is one safetensors file: the tensors under their official names, and in the metadata entry `rednet` a JSON text
 with architecture, labels, preprocessing and provenance.
@@ -22,11 +22,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from model.labels import Label, imagenet_labels, numbered_labels
+from model.paddle import PaddleError, read_pdparams
 from model.preprocess import Preprocess
 from model.rednet import BLOCKS, RedNet, RedNetConfig
 
 FORMAT = 1
 METADATA_KEY = "rednet"
+TORCH_PICKLE = b"\x80\x02\x8a\x0a"  # torch before 1.6 wrote pickles, a long magic number first
 EMBEDDED = "weights/rednet26-imagenette.safetensors"
 
 
@@ -46,7 +48,9 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
-    """A checkpoint from a file of ours or an official `.pth`, told apart by their first bytes; None: the embedded one.
+    """A checkpoint from a file of ours, an official `.pth` or a PaddleClas `.pdparams`; None: the embedded one.
+
+    Their first bytes tell them apart.
 
     Raises:
         CheckpointError: the file is missing, damaged, hostile or no RedNet.
@@ -60,8 +64,10 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
             start = file.read(9)
         if start[8:] == b"{":  # eight bytes of length, which may be any, then JSON: safetensors
             return _load_own(path)
-        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip archive, as torch writes it, or a bare pickle
+        if start[:4] == b"PK\x03\x04" or start[:4] == TORCH_PICKLE:  # a zip archive, as torch writes it, or as it did
             return _load_official(path)
+        if start[:1] == b"\x80":  # any other pickle
+            return _load_paddle(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
@@ -184,6 +190,14 @@ def _load_official(path: Path) -> Checkpoint:
     if not isinstance(tensors, dict) or not all(_is_entry(key, value) for key, value in tensors.items()):
         raise CheckpointError(f"{path} holds no state dict of plain tensors")
     return _describe_tensors(path, tensors, meta if isinstance(meta, dict) else {})
+
+
+def _load_paddle(path: Path) -> Checkpoint:
+    try:
+        tensors = read_pdparams(path.read_bytes())
+    except PaddleError as error:
+        raise CheckpointError(f"{path} was not loaded: {error}") from error
+    return _describe_tensors(path, tensors, {})
 
 
 def _describe_tensors(path: Path, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> Checkpoint:

@@ -1,15 +1,42 @@
-"""Accuracy on folders of photos."""
+"""Accuracy and calibration on folders of photos."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.calibrate import expected_calibration_error
 from model.photos import Photo, batches, read_photo
 from model.preprocess import Pixels, Preprocess
 from model.progress import progress
 
 BATCH_SIZE = 32
+
+
+class Answers(NamedTuple):
+    """What a network said of photos, and what they are."""
+
+    logits: Tensor  # float32 [N, classes]
+    targets: Tensor  # int64 [N]
+
+    def summary(self) -> dict[str, float]:
+        """Number of photos; share of those whose class is the likeliest (`top1`) or among the five likeliest (`top5`);
+        expected calibration error of their probabilities (`ece`)."""
+        best = self.logits.topk(min(5, self.logits.shape[1]), dim=1).indices == self.targets[:, None]  # [N, 5]
+        return {
+            "images": len(self.targets),
+            "top1": float(best[:, 0].double().mean()),
+            "top5": float(best.any(dim=1).double().mean()),
+            "ece": expected_calibration_error(self.logits.softmax(dim=1), self.targets),
+        }
+
+    def confusion(self) -> Tensor:
+        """How many photos of class i were taken for class j: int64 [classes, classes]."""
+        classes = self.logits.shape[1]
+        return torch.bincount(self.targets * classes + self.logits.argmax(dim=1), minlength=classes**2).reshape(
+            classes, classes
+        )
 
 
 @torch.inference_mode()
@@ -20,8 +47,8 @@ def evaluate(
     *,
     workers: int = 2,
     describe: str = "evaluating",
-) -> dict[str, float]:
-    """Share of photos whose class is the likeliest (`top1`) or among the five likeliest (`top5`).
+) -> Answers:
+    """Ask a network about photos.
 
     Args:
         logits_of: the network, from uint8 pixels [B, 3, H, W] to logits [B, classes].
@@ -37,11 +64,9 @@ def evaluate(
     def read(photo: Photo) -> tuple[Pixels, int]:
         return read_photo(photo.path, preprocess.pixels), photo.target
 
-    hits1 = hits5 = 0
     steps = -(-len(photos) // BATCH_SIZE)
-    for batch in progress(batches(photos, read, BATCH_SIZE, workers), total=steps, describe=describe):
-        logits = logits_of(batch.pixels).cpu()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.targets[:, None]  # [B, 5]
-        hits1 += int(best[:, 0].sum())
-        hits5 += int(best.any(dim=1).sum())
-    return {"images": len(photos), "top1": hits1 / len(photos), "top5": hits5 / len(photos)}
+    answers = [
+        Answers(logits_of(batch.pixels).float().cpu(), batch.targets)
+        for batch in progress(batches(photos, read, BATCH_SIZE, workers), total=steps, describe=describe)
+    ]
+    return Answers(*(torch.cat(column) for column in zip(*answers, strict=True)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from model.preprocess import Preprocess
 
+FINE_TUNING_RATE = 0.02  # a learning rate that keeps what a network has learned
 PRECISIONS = ("auto", "fp32", "bf16")
 GROWING = 0.8  # of the epochs; the rest is trained at full size
 SIZE_UNIT = 16  # crops grow in steps of so many pixels

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import write_atomically
+from model.checkpoint import Checkpoint, write_atomically
 from model.photos import Photo
 from model.recipe import Recipe
 from model.rednet import RedNet
@@ -33,13 +33,17 @@ class ResumeFile:
 
     Args:
         path: the file.
-        recipe, photos: what the run follows; a run that followed others is not taken up.
+        recipe, photos, start: what the run follows; a run that followed others is not taken up.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, photos: Sequence[Photo]) -> None:
+    def __init__(self, path: Path, recipe: Recipe, photos: Sequence[Photo], start: Checkpoint | None) -> None:
         self.path = path
         data = "\n".join(f"{photo.target} {photo.path.parent.name}/{photo.path.name}" for photo in photos)
-        self._follows = {"recipe": asdict(recipe), "photos": hashlib.sha256(data.encode()).hexdigest()}
+        self._follows = {
+            "recipe": asdict(recipe),
+            "set of photos": hashlib.sha256(data.encode()).hexdigest(),
+            "starting point": start and fingerprint(start.net),
+        }
 
     def save(self, state: State) -> None:
         content = io.BytesIO()
@@ -78,6 +82,14 @@ class ResumeFile:
         except Exception as error:  # a damaged zip archive or pickle raises nearly anything
             raise ValueError(f"{self.path} is damaged; remove it to start anew") from error
         if follows != self._follows:
-            what = "options" if follows["recipe"] != self._follows["recipe"] else "photos"
-            raise ValueError(f"{self.path} is an unfinished run with other {what}; finish that one or remove it")
+            what = next(name for name in follows if follows[name] != self._follows[name])
+            raise ValueError(f"{self.path} is an unfinished run of another {what}; finish that one or remove it")
         print(f"resuming in epoch {state.epoch + 1}, after {state.step} batches", file=sys.stderr)
+
+
+def fingerprint(net: RedNet) -> str:
+    """Changes with any of a network's weights."""
+    digest = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

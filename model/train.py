@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from model.calibrate import fit_temperature
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.evaluate import evaluate
 from model.labels import named
 from model.photos import Batch, Photo, PhotoError, batches, find_photos, read_photo
 from model.prepare import prepare
-from model.preprocess import Pixels, scaled_box, upright_rgb
+from model.preprocess import Pixels, Preprocess, scaled_box, upright_rgb
 from model.progress import progress
 from model.recipe import Recipe
 from model.rednet import RedNet, RedNetConfig
@@ -38,10 +39,26 @@ HELD_OUT_EVERY = 20  # one photo in so many is kept from training, to watch it a
 FEWEST_HELD_OUT = 100  # fewer photos could say little: then none are kept
 
 
-def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, workers: int = 2) -> Checkpoint:
+def train(
+    data: Path,
+    output: Path,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    start: Checkpoint | None = None,
+    workers: int = 2,
+) -> Checkpoint:
     """Train on `data/train/<class>/*`, try the result on `data/val/<class>/*`, write `output`.
 
     While it runs, `output` + ".training" holds all that is needed to go on after a kill; run the same command again.
+
+    Args:
+        data: the folder of both.
+        output: the checkpoint to write.
+        recipe: what to follow.
+        device: where to compute.
+        start: begin with these weights, instead of random ones; the last layer only if the classes are the same.
+        workers: threads that read photos.
 
     Raises:
         PhotoError: a folder or photo cannot be used.
@@ -56,42 +73,46 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
     _, validation = find_photos(data / "val", classes)
     photos, held_out = hold_out(photos)
     torch.manual_seed(recipe.seed)
-    stem_channels = max(32, recipe.base_channels)  # the involution of the stem has half of them, in groups of 16
-    net = RedNet(
-        RedNetConfig(
-            depth=recipe.depth,
-            num_classes=len(classes),
-            base_channels=recipe.base_channels,
-            stem_channels=stem_channels,
-        )
-    )
+    preprocess = recipe.preprocess
+    if start is None:
+        net = fresh_network(recipe, len(classes))
+    else:
+        net = with_classes(start, classes)
+        mean, std = start.preprocess.mean, start.preprocess.std
+        preprocess = replace(preprocess, mean=mean, std=std)
     # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
     net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     keep_freed_memory()
     state = State(net, copy.deepcopy(net).eval(), _optimizer(net, recipe))
-    resume = ResumeFile(output.with_name(output.name + ".training"), recipe, photos)
+    resume = ResumeFile(output.with_name(output.name + ".training"), recipe, photos, start)
     resume.load(state)
-    run = Run(state, recipe, photos, device, workers)
+    run = Run(state, recipe, preprocess, photos, device, workers)
     while state.epoch < recipe.epochs:
         run.epoch(resume)
-        watched = evaluate(run.logits, recipe.preprocess, held_out or validation, workers=workers, describe="  check")
-        _finish_epoch(state, watched["top1"])
+        watched = evaluate(run.logits, preprocess, held_out or validation, workers=workers, describe="  check")
+        _finish_epoch(state, watched.summary()["top1"])
         resume.save(state)
     net = state.averaged.cpu()
-    prepared = prepare(net, recipe.preprocess, device)
-    result = evaluate(
-        lambda pixels: prepared(pixels).logits,
-        recipe.preprocess,
-        validation,
-        workers=workers,
-        describe="validation",
-    )
+    run_fast = prepare(net, preprocess, device)
+    ask = partial(evaluate, lambda pixels: run_fast(pixels).logits, preprocess, workers=workers)
+    temperature = fit_temperature(*ask(held_out, describe="calibration")) if held_out else 1.0
+    answers = ask(validation, describe="validation")
+    cool(net, temperature)
     checkpoint = Checkpoint(
         net=net,
         labels=named(classes),
-        preprocess=recipe.preprocess,
+        preprocess=preprocess,
         name=output.name.removesuffix(".safetensors"),
-        provenance=_provenance(data, recipe, state) | {"accuracy": result},
+        provenance={
+            "data": data.resolve().name,
+            **({"from": start.name} if start else {}),
+            "recipe": asdict(recipe),
+            "precision": run.precision,
+            "torch": torch.__version__,
+            "temperature": temperature,
+            "accuracy": answers._replace(logits=answers.logits / temperature).summary(),
+            "history": state.history,
+        },
     )
     save_checkpoint(output, checkpoint, half=True)
     resume.path.unlink(missing_ok=True)
@@ -100,10 +121,35 @@ def train(data: Path, output: Path, recipe: Recipe, *, device: torch.device, wor
 
 def hold_out(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
     """The photos to train on, and those kept from it: evenly from all classes, because they come class by class."""
-    kept = photos[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
-    if len(kept) < FEWEST_HELD_OUT:
-        return list(photos), []
-    return [photo for photo in photos if photo not in set(kept)], list(kept)
+    some = slice(HELD_OUT_EVERY // 2, None, HELD_OUT_EVERY)
+    learned, held_out = list(photos), list(photos[some])
+    if len(held_out) < FEWEST_HELD_OUT:
+        return learned, []
+    del learned[some]
+    return learned, held_out
+
+
+def fresh_network(recipe: Recipe, num_classes: int) -> RedNet:
+    """A network with random weights."""
+    stem_channels = max(32, recipe.base_channels)  # the involution of the stem has half of them, in groups of 16
+    return RedNet(
+        RedNetConfig(
+            depth=recipe.depth,
+            num_classes=num_classes,
+            base_channels=recipe.base_channels,
+            stem_channels=stem_channels,
+        )
+    )
+
+
+def with_classes(start: Checkpoint, classes: Sequence[str]) -> RedNet:
+    """A copy of a trained network for these classes: with a fresh last layer, unless they are its own."""
+    net = RedNet(replace(start.net.config, num_classes=len(classes)))
+    weights = start.net.state_dict()
+    if [label.id for label in start.labels] != list(classes):
+        weights = {key: tensor for key, tensor in weights.items() if not key.startswith("head.")}
+    net.load_state_dict(weights, strict=False)
+    return net
 
 
 def keep_freed_memory() -> None:
@@ -124,15 +170,23 @@ class Run:
     Args:
         state: where it is; changes.
         recipe: what it follows.
+        preprocess: what the network will be served with.
         photos: what it learns from.
         device: where the network is.
         workers: threads that read photos.
     """
 
     def __init__(
-        self, state: State, recipe: Recipe, photos: Sequence[Photo], device: torch.device, workers: int
+        self,
+        state: State,
+        recipe: Recipe,
+        preprocess: Preprocess,
+        photos: Sequence[Photo],
+        device: torch.device,
+        workers: int,
     ) -> None:
-        self.state, self.recipe, self.photos, self.device, self.workers = state, recipe, photos, device, workers
+        self.state, self.recipe, self.preprocess = state, recipe, preprocess
+        self.photos, self.device, self.workers = photos, device, workers
         # A last photo alone is left out: batch norm could learn nothing from it.
         full, rest = divmod(len(photos), recipe.batch_size)
         self.steps = full + (rest > 1)  # batches in an epoch
@@ -158,12 +212,12 @@ class Run:
     def logits(self, pixels: Tensor) -> Tensor:
         """What the averaged network says of uint8 pixels [B, 3, H, W]: [B, classes]."""
         with self._autocast():
-            logits: Tensor = self.state.averaged(self.recipe.preprocess.normalise(pixels.to(self.device)))
+            logits: Tensor = self.state.averaged(self.preprocess.normalise(pixels.to(self.device)))
         return logits.float()
 
     def _step(self, batch: Batch) -> float:
         state, recipe = self.state, self.recipe
-        x = recipe.preprocess.normalise(batch.pixels.to(self.device))
+        x = self.preprocess.normalise(batch.pixels.to(self.device))
         targets = batch.targets.to(self.device)
         share = self._share()
         with self._autocast():
@@ -205,6 +259,13 @@ class Run:
         end = self.steps * recipe.batch_size
         rest = [int(index) for index in order[self.state.step * recipe.batch_size : end]]
         return batches(rest, read, recipe.batch_size, self.workers)
+
+
+@torch.no_grad()
+def cool(net: RedNet, temperature: float) -> None:
+    """Divide logits by a temperature, in the weights: then whatever runs them answers with calibrated probabilities."""
+    net.head.fc.weight.div_(temperature)
+    net.head.fc.bias.div_(temperature)
 
 
 @torch.no_grad()
@@ -250,12 +311,3 @@ def _finish_epoch(state: State, top1: float) -> None:
     state.history.append({"loss": state.loss_sum / state.step, "top1": top1})
     state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
     print(f"epoch {state.epoch}: loss {state.history[-1]['loss']:.4f}, check top-1 {top1:.4f}", file=sys.stderr)
-
-
-def _provenance(data: Path, recipe: Recipe, state: State) -> dict[str, Any]:
-    return {
-        "data": data.resolve().name,
-        "recipe": asdict(recipe),
-        "torch": torch.__version__,
-        "history": state.history,
-    }

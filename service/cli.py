@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(info)
     _add_json(info)
 
-    convert = _command(commands, "convert", _convert, "an official .pth checkpoint into ours")
+    convert = _command(commands, "convert", _convert, "an official .pth or PaddleClas .pdparams checkpoint into ours")
     convert.add_argument("input", metavar="IN", type=Path)
     convert.add_argument("output", metavar="OUT.safetensors", type=Path)
     convert.add_argument("--depth", type=int, metavar="N", help="refuse anything but RedNet-N")
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train on DATA_DIR/train/<class>/*; resumes after a kill")
     train.add_argument("data", metavar="DATA_DIR", type=Path)
+    train.add_argument("--from", dest="start", type=Path, metavar="F", help="a checkpoint to begin with (fine-tuning)")
     train.add_argument("--output", required=True, type=Path, metavar="F", help="the checkpoint to write (.safetensors)")
     _add_recipe(train)
     _add_device(train)
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", _evaluate, "accuracy on DATA_DIR/val/<class>/*")
     evaluate.add_argument("data", metavar="DATA_DIR", type=Path)
     _add_checkpoint(evaluate)
+    evaluate.add_argument("--confusion", type=Path, metavar="F.png", help="draw which classes are taken for which")
     evaluate.add_argument("--precision", default="auto", metavar="P", help="auto, fp32, bf16 or fp16 (default: auto)")
     _add_device(evaluate)
     _add_json(evaluate)
@@ -88,25 +90,27 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
+    # The fields of `model.recipe.Recipe`, not imported because torch comes with it: two seconds for a `--help`.
+    ("--depth", 26, "26, 38, 50, 101 or 152"),
+    ("--base-channels", 64, "width of the network; 64 is the paper's"),
+    ("--epochs", 18, "passes over the photos"),
+    ("--size", 192, "pixels of the largest training crops; the network is served at 8/7 of it or a little more"),
+    ("--batch-size", 64, "photos per step"),
+    ("--learning-rate", 0.15, "at its peak; with --from it is 0.02, unless given"),
+    ("--warmup-epochs", 2.0, "until the peak is reached"),
+    ("--weight-decay", 5e-4, "on weight matrices"),
+    ("--label-smoothing", 0.1, "share of the target spread over all classes"),
+    ("--mixup", 0.1, "how much photos are blended into one another; 0: not at all"),
+    ("--precision", "auto", "auto, fp32 or bf16: of the activations"),
+    ("--seed", 0, "order, crops and first weights follow from it"),
+)
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The fields of `model.recipe.Recipe`, not imported because torch comes with it: two seconds for a `--help`."""
-    for flag, default, description in (
-        ("--depth", 26, "26, 38, 50, 101 or 152"),
-        ("--base-channels", 64, "width of the network; 64 is the paper's"),
-        ("--epochs", 18, "passes over the photos"),
-        ("--size", 192, "pixels of the largest training crops; the network is served at 8/7 of it or a little more"),
-        ("--batch-size", 64, "photos per step"),
-        ("--learning-rate", 0.15, "at its peak"),
-        ("--warmup-epochs", 2.0, "until the peak is reached"),
-        ("--weight-decay", 5e-4, "on weight matrices"),
-        ("--label-smoothing", 0.1, "share of the target spread over all classes"),
-        ("--mixup", 0.1, "how much photos are blended into one another; 0: not at all"),
-        ("--precision", "auto", "auto, fp32 or bf16: of the activations"),
-        ("--seed", 0, "order, crops and first weights follow from it"),
-    ):
-        parser.add_argument(
-            flag, type=type(default), default=default, metavar="N", help=f"{description} (default: {default})"
-        )
+    for flag, default, description in RECIPE_FLAGS:
+        shown = f"{description} (default: {default})"
+        parser.add_argument(flag, type=type(default), default=argparse.SUPPRESS, metavar="N", help=shown)
 
 
 def _at_least_one(text: str) -> int:
@@ -215,20 +219,39 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from model import load_checkpoint
     from model.prepare import resolve_device
-    from model.recipe import Recipe
+    from model.recipe import FINE_TUNING_RATE, Recipe
     from model.train import train
     from service.runner import set_threads
 
     set_threads(usable_cores())
-    recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
-    train(options.data, options.output, recipe, device=resolve_device(options.device), workers=usable_cores())
+    fields: dict[str, Any] = {
+        name: value for name, value in vars(options).items() if name in Recipe.__dataclass_fields__
+    }
+    start = None
+    if options.start is not None:
+        if fields.keys() & {"depth", "base_channels"}:
+            raise ValueError("--depth and --base-channels are those of the checkpoint that --from names")
+        start = load_checkpoint(options.start)
+        config = start.net.config
+        its_own = {"depth": config.depth, "base_channels": config.base_channels, "learning_rate": FINE_TUNING_RATE}
+        fields = its_own | fields
+    train(
+        options.data,
+        options.output,
+        Recipe(**fields),
+        device=resolve_device(options.device),
+        start=start,
+        workers=usable_cores(),
+    )
     print(f"{options.output}: done")
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from model import load_checkpoint, prepare
+    from model.confusion import draw_confusion
     from model.evaluate import evaluate
     from model.photos import find_photos
     from service.runner import set_threads
@@ -237,12 +260,20 @@ def _evaluate(options: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(options.checkpoint)
     run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision)
     _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
-    accuracy = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
-    result = {"model": checkpoint.name, "precision": run.precision, **accuracy}
+    answers = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
+    result: dict[str, Any] = {"model": checkpoint.name, "precision": run.precision} | answers.summary()
+    confusion = answers.confusion()
+    names = [label.name for label in checkpoint.labels]
+    rows = zip(names, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist(), strict=True)
+    by_class = [{"label": name, "images": count, "top1": hits / count} for name, hits, count in rows if count]
+    if options.confusion is not None:
+        draw_confusion(confusion.numpy(), names).save(options.confusion, "png")
     if options.json:
-        print(json.dumps(result))
-    else:
-        print(f"{result['images']} photos: top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}")
+        print(json.dumps(result | {"classes": by_class}))
+        return 0
+    for row in sorted(by_class, key=lambda row: row["top1"]):
+        print(f"{row['top1']:8.4f}  {row['label']} ({row['images']} photos)")
+    print("{images} photos: top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**result))
     return 0
 
 

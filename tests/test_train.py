@@ -104,12 +104,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 def test_an_unfinished_run_of_another_recipe_is_not_touched(data: Path, tmp_path: Path) -> None:
     """Nor one that is damaged; the message says what to do."""
     unfinished = tmp_path / "x.training"
-    torch.save({"recipe": {"depth": 50}, "photos": ""}, unfinished)
-    with pytest.raises(ValueError, match="other options"):
+    torch.save({"recipe": {"depth": 50}, "set of photos": "", "starting point": None}, unfinished)
+    with pytest.raises(ValueError, match="another recipe"):
         train(data, tmp_path / "x", RECIPE, device=CPU)
-    train_of_other_data = {"recipe": asdict(RECIPE), "photos": "of others"}
-    torch.save(train_of_other_data, unfinished)
-    with pytest.raises(ValueError, match="other photos"):
+    torch.save({"recipe": asdict(RECIPE), "set of photos": "others", "starting point": None}, unfinished)
+    with pytest.raises(ValueError, match="another set of photos"):
         train(data, tmp_path / "x", RECIPE, device=CPU)
     unfinished.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="damaged; remove it"):
