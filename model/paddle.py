@@ -36,7 +36,7 @@ class _Dtype:
 
     def resolve(self) -> np.dtype[Any]:
         if self.code not in DTYPES or self.order not in ("<", "|", "="):
-            raise PaddleError(f"it holds an array of type {self.order}{self.code}, not of plain numbers")
+            raise PaddleError(f"it holds an array of {self.order}{self.code}, not of plain numbers")
         return np.dtype(f"<{self.code}")
 
 
@@ -53,7 +53,7 @@ class _Array:
 
     def resolve(self) -> Tensor:
         if not isinstance(self.dtype, _Dtype) or not isinstance(self.content, bytes | bytearray):
-            raise PaddleError("it holds an array of something else than plain numbers")
+            raise PaddleError("it holds an array of objects, not of plain numbers")
         dtype = self.dtype.resolve()
         if not all(isinstance(size, int) and size >= 0 for size in self.shape):
             raise PaddleError(f"it holds an array of shape {self.shape}")

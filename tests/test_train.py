@@ -1,10 +1,12 @@
 """Training and evaluation, on photos that a test can make: clouds around a colour, one colour a class."""
 
 import json
+import random
+import shutil
 import signal
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from model import load_checkpoint
-from model.photos import PhotoError, batches, find_photos
+from model import create_rednet, load_checkpoint, prepare
+from model.confusion import draw_confusion
+from model.evaluate import Answers, evaluate
+from model.photos import Photo, PhotoError, batches, find_photos
 from model.preprocess import Pixels
-from model.recipe import Recipe
-from model.train import augmented, train
+from model.recipe import FINE_TUNING_RATE, Recipe
+from model.train import augmented, average, hold_out, train, with_classes
 from service.cli import main
 from tests.conftest import photo
 from tests.servers import REDNET, wait_until
@@ -78,7 +82,7 @@ def test_a_seed_determines_everything(data: Path, tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real process, killed for good in the middle of an epoch, resumed by the same command: the same weights."""
+    """A real process, killed for good twice at random, resumed by the same command: the same weights and history."""
     train(data, tmp_path / "unbroken", RECIPE, device=CPU)
     broken = tmp_path / "broken"
     # The process saves after every batch, so that a kill in the middle of an epoch finds something to go on from.
@@ -88,12 +92,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     )
     command = [str(REDNET.with_name("python")), "-c", script]
     command += ["train", str(data), "--output", str(broken), *FLAGS, "--seed", "5"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     resume_file = tmp_path / "broken.training"
-    wait_until(lambda: resume_file.exists() and torch.load(resume_file, weights_only=True)["step"] >= 2, "two batches")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not broken.exists()
+
+    def batches_done() -> int:
+        if not resume_file.exists():
+            return 0
+        saved = torch.load(resume_file, weights_only=True)
+        return int(saved["epoch"] * 9 + saved["step"])
+
+    first = random.randint(1, 8)
+    for moment in (first, first + random.randint(1, 7)):  # of 18 batches in two epochs
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wait_until(lambda moment=moment: batches_done() >= moment, f"{moment} batches")  # type: ignore[misc]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not broken.exists()
     subprocess.run([str(REDNET), *command[3:]], check=True, capture_output=True)
     expected, resumed = weights(tmp_path / "unbroken"), weights(broken)
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
@@ -139,6 +152,103 @@ def test_evaluate_prints_json_that_counts_every_photo(
     assert result["top5"] == 1.0
     last = load_checkpoint(tmp_path / "x").provenance["history"][-1]["top1"]
     assert result["top1"] == pytest.approx(last, abs=0.05)  # the weights were rounded to half precision
+
+
+def test_evaluate_says_which_classes_are_confused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Accuracy by class, calibration error and a picture; for people the weakest class comes first."""
+    train(data, tmp_path / "x", RECIPE, device=CPU)
+    picture = tmp_path / "confusion.png"
+    command = ["evaluate", str(data), "--checkpoint", str(tmp_path / "x"), "--confusion", str(picture)]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["label"], row["images"]) for row in result["classes"]] == [("blue", 8), ("green", 8), ("red", 8)]
+    assert sum(row["top1"] for row in result["classes"]) / 3 == pytest.approx(result["top1"])
+    assert 0 <= result["ece"] <= 1
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shares = [float(line.split()[0]) for line in lines[:3]]
+    assert shares == sorted(shares)
+    assert lines[3].startswith("24 photos: top-1")
+
+
+def test_a_confusion_matrix_shows_what_was_taken_for_what() -> None:
+    """Rows are what photos are; a thousand classes are a picture without names."""
+    answers = Answers(torch.eye(3)[[0, 0, 2, 2]], torch.tensor([0, 0, 0, 2]))
+    counts = answers.confusion()
+    assert counts.tolist() == [[2, 0, 1], [0, 0, 0], [0, 0, 1]]
+    named_picture = draw_confusion(counts.numpy(), ["a", "bb", "a long name"])
+    assert named_picture.width == named_picture.height > 3 * 40
+    assert draw_confusion(np.zeros((1000, 1000), np.int64), [""] * 1000).size == (1000, 1000)
+
+
+def test_fine_tuning_begins_with_what_was_learned(data: Path, tmp_path: Path) -> None:
+    """The same classes keep the last layer; others get a fresh one, and all else from the file."""
+    train(data, tmp_path / "start", RECIPE, device=CPU)
+    start = load_checkpoint(tmp_path / "start")
+    trained = start.net.state_dict()
+    same, other = with_classes(start, ["blue", "green", "red"]), with_classes(start, ["black", "white"])
+    assert torch.equal(same.head.fc.weight, trained["head.fc.weight"])
+    assert other.head.fc.weight.shape == (2, 512)
+    assert all(torch.equal(other.state_dict()[key], trained[key]) for key in trained if key.startswith("backbone."))
+    for split in ("train", "val"):  # two of the three classes, under other names
+        for old, new in (("blue", "cold"), ("red", "warm")):
+            shutil.copytree(data / split / old, tmp_path / "two" / split / new)
+    command = ["train", str(tmp_path / "two"), "--from", str(tmp_path / "start"), "--output", str(tmp_path / "tuned")]
+    assert main([*command, "--epochs", "2", "--size", "32", "--batch-size", "8"]) == 0
+    tuned = load_checkpoint(tmp_path / "tuned")
+    assert [label.name for label in tuned.labels] == ["cold", "warm"]
+    assert tuned.net.config == replace(start.net.config, num_classes=2)
+    assert tuned.provenance["from"] == "start"
+    assert tuned.provenance["recipe"]["learning_rate"] == FINE_TUNING_RATE
+    assert main([*command, "--depth", "50"]) == 2
+
+
+def test_enough_photos_let_some_be_held_out() -> None:
+    """One in twenty of every class; none where they would be too few to say anything."""
+    photos = [Photo(Path(f"{target}/{index}.png"), target) for target in range(4) for index in range(500)]
+    learned, held_out = hold_out(photos)
+    assert len(held_out) == 100
+    assert [sum(photo.target == target for photo in held_out) for target in range(4)] == [25, 25, 25, 25]
+    assert sorted(learned + held_out) == photos
+    assert hold_out(photos[:1900]) == (photos[:1900], [])
+
+
+def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the weights: the accuracy stated in the file is that of the probabilities it answers with."""
+    monkeypatch.setattr("model.train.HELD_OUT_EVERY", 3)
+    monkeypatch.setattr("model.train.FEWEST_HELD_OUT", 10)
+    train(data, tmp_path / "x", RECIPE, device=CPU)
+    checkpoint = load_checkpoint(tmp_path / "x")
+    assert checkpoint.provenance["temperature"] not in (1.0, pytest.approx(0.1))
+    _, photos = find_photos(data / "val")
+    run = prepare(checkpoint.net, checkpoint.preprocess)
+    summary = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos).summary()
+    assert summary["ece"] == pytest.approx(checkpoint.provenance["accuracy"]["ece"], abs=0.02)
+
+
+def test_crops_grow_to_full_size() -> None:
+    """From little more than half, never shrinking; the last fifth of the epochs is at full size. Tiny ones stay."""
+    sizes = [Recipe(epochs=20, size=160).size_at(epoch) for epoch in range(20)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[15], sizes[-1]) == (80, 160, 160)
+    assert Recipe(epochs=1, size=100).size_at(0) == 100
+    assert Recipe(epochs=20, size=24).size_at(0) == 24
+
+
+def test_averaged_weights_are_about_the_mean_of_the_last_tenth() -> None:
+    """After steps whose weights are their number, the mean lies a tenth back; the first step counts whole."""
+    net, averaged = (create_rednet("rednet26", num_classes=2, base_channels=16, stem_channels=32) for _ in range(2))
+    for step in range(1, 201):
+        with torch.no_grad():
+            net.head.fc.bias.fill_(step)
+        average(averaged, net, step)
+        if step == 1:
+            assert torch.equal(averaged.head.fc.bias, net.head.fc.bias)
+    assert averaged.head.fc.bias[0].item() == pytest.approx(200 * 10 / 11, rel=0.01)
 
 
 def test_classes_are_matched_by_folder_name(data: Path, tmp_path: Path) -> None:
