@@ -47,6 +47,7 @@ MODEL = {
     "kernels.reference": set(),
     "kernels.portable": set(),
     "kernels.native": {"kernels", "native"},
+    "kernels.cuda": {"kernels"},
     "native": set(),
     "kernels": {"kernels", "native"},
     "involution": {"kernels"},

@@ -6,6 +6,8 @@ decided inside it, by the one table below.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +25,18 @@ class Implementation(Protocol):
     def backward(self, grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]: ...
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = {"reference": reference, "portable": portable} | (
-    {} if unavailable() else {"native": native}
-)
-BY_DEVICE: Mapping[str, str] = {"cpu": "portable" if unavailable() else "native"}  # any other device: portable
+def _found() -> dict[str, Implementation]:
+    """Those that can run here."""
+    found: dict[str, Implementation] = {"reference": reference, "portable": portable}
+    if not unavailable():
+        found["native"] = native
+    if torch.cuda.is_available() and find_spec("triton"):
+        found["cuda"] = import_module("model.kernels.cuda")
+    return found
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = _found()
+BY_DEVICE: Mapping[str, str] = {"cpu": "native", "cuda": "cuda"}  # where it was found; else, and elsewhere: portable
 
 _forced: str | None = None
 
@@ -49,6 +59,8 @@ def implementation_name(device: torch.device, dtype: torch.dtype) -> str:
     if _forced:
         return _forced
     name = BY_DEVICE.get(device.type, "portable")
+    if name not in IMPLEMENTATIONS:
+        return "portable"
     return "portable" if name == "native" and dtype not in (*native.DTYPES, *native.HALVES) else name
 
 

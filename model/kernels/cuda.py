@@ -1,0 +1,196 @@
+"""Triton on CUDA, for every shape by one compilation per kernel size, stride, group width and dtype.
+
+Everything lies channels-last in memory, as convolutions leave it there: then the channels of a group at a pixel are one
+short contiguous run, and so are the taps of its kernel. A program computes some pixels of one group. Sums are kept in
+float32 (float64 for float64).
+
+Batch, height and width are plain arguments, and Triton is told not to compile anew for values it finds special.
+"""
+
+from math import isqrt
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels import portable
+
+PIXELS = 64  # of a program
+SHAPES = ("pixels", "height", "width", "h", "w", "groups")  # the arguments that no compilation may depend on
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _forward(
+    x,  # [B, height, width, C]
+    kernel,  # [B, h, w, groups, K * K]
+    out,  # [B, h, w, C]
+    pixels,  # B * h * w
+    height,
+    width,
+    h,
+    w,
+    groups,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    group = tl.program_id(1)
+    lane = tl.arange(0, LANES)
+    inside = pixel < pixels
+    image, top, left = pixel // (h * w), pixel // w % h * STRIDE - K // 2, pixel % w * STRIDE - K // 2
+    channel = group * GROUP + lane
+    total = tl.zeros((PIXELS, LANES), SUM)
+    for u in range(K):
+        for v in tl.static_range(K):
+            y, z = top + u, left + v
+            valid = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+            weight = tl.load(kernel + (pixel * groups + group) * K * K + u * K + v, valid, 0).to(SUM)
+            start = ((image * height + y) * width + z) * groups * GROUP
+            values = tl.load(x + start[:, None] + channel[None, :], valid[:, None] & (lane < GROUP)[None, :], 0)
+            total += values.to(SUM) * weight[:, None]
+    place = out + (pixel * groups * GROUP)[:, None] + channel[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), inside[:, None] & (lane < GROUP)[None, :])
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _kernel_gradient(
+    grad,  # [B, h, w, C]
+    x,  # [B, height, width, C]
+    grad_kernel,  # [B, h, w, groups, K * K]
+    pixels,
+    height,
+    width,
+    h,
+    w,
+    groups,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    """A tap's gradient is the product of what it multiplied and what came of it, summed over the group."""
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    group = tl.program_id(1)
+    lane = tl.arange(0, LANES)
+    inside = pixel < pixels
+    image, top, left = pixel // (h * w), pixel // w % h * STRIDE - K // 2, pixel % w * STRIDE - K // 2
+    channel = group * GROUP + lane
+    there = inside[:, None] & (lane < GROUP)[None, :]
+    came = tl.load(grad + (pixel * groups * GROUP)[:, None] + channel[None, :], there, 0).to(SUM)
+    for u in range(K):
+        for v in tl.static_range(K):
+            y, z = top + u, left + v
+            valid = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+            start = ((image * height + y) * width + z) * groups * GROUP
+            values = tl.load(x + start[:, None] + channel[None, :], valid[:, None] & (lane < GROUP)[None, :], 0)
+            product = tl.sum(values.to(SUM) * came, axis=1)
+            place = grad_kernel + (pixel * groups + group) * K * K + u * K + v
+            tl.store(place, product.to(grad_kernel.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _input_gradient(
+    grad,  # [B, h, w, C]
+    kernel,  # [B, h, w, groups, K * K]
+    grad_x,  # [B, height, width, C]
+    pixels,  # B * height * width
+    height,
+    width,
+    h,
+    w,
+    groups,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    """Gathered from all outputs that a pixel went into, so that nothing is added by two programs at once."""
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    group = tl.program_id(1)
+    lane = tl.arange(0, LANES)
+    inside = pixel < pixels
+    image, bottom, right = pixel // (height * width), pixel // width % height + K // 2, pixel % width + K // 2
+    channel = group * GROUP + lane
+    total = tl.zeros((PIXELS, LANES), SUM)
+    for u in range(K):
+        for v in tl.static_range(K):
+            # the output at (y, z) took this pixel by its tap (u, v): y * STRIDE + u - K // 2 is the pixel's row
+            far_y, far_z = bottom - u, right - v
+            y, z = far_y // STRIDE, far_z // STRIDE
+            valid = inside & (far_y >= 0) & (far_z >= 0) & (y < h) & (z < w)
+            valid = valid & (far_y % STRIDE == 0) & (far_z % STRIDE == 0)
+            output = (image * h + y) * w + z
+            weight = tl.load(kernel + (output * groups + group) * K * K + u * K + v, valid, 0).to(SUM)
+            start = output * groups * GROUP
+            came = tl.load(grad + start[:, None] + channel[None, :], valid[:, None] & (lane < GROUP)[None, :], 0)
+            total += came.to(SUM) * weight[:, None]
+    place = grad_x + (pixel * groups * GROUP)[:, None] + channel[None, :]
+    tl.store(place, total.to(grad_x.dtype.element_ty), inside[:, None] & (lane < GROUP)[None, :])
+
+
+def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
+    if not _fits(x, kernel):
+        return portable.forward(x, kernel, stride)
+    x, kernel = _channels_last(x), _taps_last(kernel)
+    batch, h, w = kernel.shape[:3]
+    out = x.new_empty(batch, h, w, x.shape[3])
+    _launch(_forward, (x, kernel, out), x, kernel, stride, batch * h * w)
+    return out.permute(0, 3, 1, 2)
+
+
+def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Gradients of x and kernel from grad [B, C, h, w]."""
+    if not _fits(grad, x, kernel):
+        return portable.backward(grad, x, kernel, stride)
+    grad, x, kernel = _channels_last(grad), _channels_last(x), _taps_last(kernel)
+    grad_x, grad_kernel = torch.empty_like(x), torch.empty_like(kernel)
+    batch, h, w = kernel.shape[:3]
+    _launch(_kernel_gradient, (grad, x, grad_kernel), x, kernel, stride, batch * h * w)
+    _launch(_input_gradient, (grad, kernel, grad_x), x, kernel, stride, batch * x.shape[1] * x.shape[2])
+    return grad_x.permute(0, 3, 1, 2), grad_kernel.permute(0, 3, 4, 1, 2)
+
+
+def _fits(*tensors: Tensor) -> bool:
+    """Triton computes where its tensors are, which must be a CUDA device, unless its interpreter runs on the CPU."""
+    return all(tensor.is_cuda or triton.knobs.runtime.interpret for tensor in tensors)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()  # [B, H, W, C]
+
+
+def _taps_last(kernel: Tensor) -> Tensor:
+    return kernel.permute(0, 3, 4, 1, 2).contiguous()  # [B, h, w, G, K*K]
+
+
+def _launch(run: Any, tensors: tuple[Tensor, Tensor, Tensor], x: Tensor, kernel: Tensor, stride: int, n: int) -> None:
+    _, height, width, channels = x.shape
+    _, h, w, groups, taps = kernel.shape
+    if n == 0 or channels == 0:
+        return
+    run[(triton.cdiv(n, PIXELS), groups)](
+        *tensors,
+        n,
+        height,
+        width,
+        h,
+        w,
+        groups,
+        K=isqrt(taps),
+        STRIDE=stride,
+        GROUP=channels // groups,
+        LANES=triton.next_power_of_2(channels // groups),
+        PIXELS=PIXELS,
+        SUM=tl.float64 if x.dtype == torch.float64 else tl.float32,
+    )

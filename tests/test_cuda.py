@@ -1,0 +1,98 @@
+"""The Triton kernels: in Triton's interpreter where there is no card, and compiled for one all the same."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from model.kernels import reference
+from tests.test_involution import inputs
+
+cuda = pytest.importorskip("model.kernels.cuda", reason="no Triton here", exc_type=ImportError)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter cuts float32 to bfloat16 where a card rounds.
+ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7}
+
+
+def results(x: Tensor, kernel: Tensor, stride: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Output and both gradients from the Triton kernels, beside the definition's in float64."""
+    x, kernel = x.to(DEVICE, dtype), kernel.to(DEVICE, dtype)
+    out = cuda.forward(x, kernel, stride)
+    grad = torch.randn_like(out)
+    ours = (out, *cuda.backward(grad, x, kernel, stride))
+    x, kernel, grad = x.double(), kernel.double(), grad.double()
+    exact = (reference.forward(x, kernel, stride), *reference.backward(grad, x, kernel, stride))
+    return list(zip(ours, exact, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(inputs())
+def test_values_and_gradients_are_the_definitions(case: tuple[Tensor, Tensor, int]) -> None:
+    """Over random shapes, strides, group widths, memory layouts and empty batches."""
+    x, kernel, stride = case
+    if 0 in x.shape:
+        assert cuda.forward(x.to(DEVICE), kernel.to(DEVICE), stride).shape[0] == 0
+        return
+    for dtype in (torch.float64, torch.float32):
+        for ours, exact in results(x, kernel, stride, dtype):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype, stride: int) -> None:
+    """The result is the exact sum, rounded once."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(2, 32, 9, 7), torch.randn(2, 2, 49, -(-9 // stride), -(-7 // stride))
+    for ours, exact in results(x, kernel, stride, dtype):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), exact, rtol=1.01 * ROUNDING[dtype], atol=1e-5)
+
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from model.kernels import cuda
+
+constants = dict(K=7, STRIDE=1, GROUP=16, LANES=16, PIXELS=cuda.PIXELS, SUM=tl.float32)
+for kernel in (cuda._forward, cuda._kernel_gradient, cuda._input_gradient):
+    for dtype in ("fp32", "fp16", "bf16"):
+        signature = {name: f"*{dtype}" for name in kernel.arg_names[:3]} | dict.fromkeys(cuda.SHAPES, "i32")
+        source = ASTSource(
+            fn=kernel,
+            signature=signature | dict.fromkeys(constants, "constexpr"),
+            constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            attrs={(index,): [["tt.divisibility", 16]] for index in range(3)},  # tensors begin where caches do
+        )
+        code = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert "ld.global.v4.b32" in code, (kernel, dtype)
+"""
+
+
+def test_the_kernels_compile_for_a_card() -> None:
+    """Triton's compiler accepts them for Hopper without one, and reads sixteen bytes at a time."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device here")
+@pytest.mark.gpu
+def test_no_shape_is_compiled_for() -> None:
+    """Batch, height and width that Triton finds special (1, multiples of 16) reuse what others compiled."""
+
+    def forward(batch: int, side: int) -> None:
+        x = torch.randn(batch, 64, side, side, device=DEVICE)
+        cuda.forward(x, torch.randn(batch, 4, 9, side, side, device=DEVICE), 1)
+
+    forward(3, 5)
+    compiled = sum(len(cache[0]) for cache in cuda._forward.device_caches.values())
+    for batch, side in ((1, 5), (16, 5), (3, 1), (3, 16), (32, 64), (7, 33)):
+        forward(batch, side)
+    assert sum(len(cache[0]) for cache in cuda._forward.device_caches.values()) == compiled
