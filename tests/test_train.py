@@ -209,7 +209,7 @@ def test_fine_tuning_begins_with_what_was_learned(data: Path, tmp_path: Path) ->
 
 def test_enough_photos_let_some_be_held_out() -> None:
     """One in twenty of every class; none where they would be too few to say anything."""
-    photos = [Photo(Path(f"{target}/{index}.png"), target) for target in range(4) for index in range(500)]
+    photos = [Photo(Path(f"{target}/{index:03}.png"), target) for target in range(4) for index in range(500)]
     learned, held_out = hold_out(photos)
     assert len(held_out) == 100
     assert [sum(photo.target == target for photo in held_out) for target in range(4)] == [25, 25, 25, 25]
