@@ -31,6 +31,10 @@ class Answers(NamedTuple):
             "ece": expected_calibration_error(self.logits.softmax(dim=1), self.targets),
         }
 
+    def cooled(self, temperature: float) -> "Answers":
+        """The same answers with their logits divided by a temperature."""
+        return Answers(self.logits / temperature, self.targets)
+
     def confusion(self) -> Tensor:
         """How many photos of class i were taken for class j: int64 [classes, classes]."""
         classes = self.logits.shape[1]

@@ -73,13 +73,10 @@ def train(
     _, validation = find_photos(data / "val", classes)
     photos, held_out = hold_out(photos)
     torch.manual_seed(recipe.seed)
-    preprocess = recipe.preprocess
-    if start is None:
-        net = fresh_network(recipe, len(classes))
-    else:
+    net, preprocess = fresh_network(recipe, len(classes)), recipe.preprocess
+    if start is not None:
         net = with_classes(start, classes)
-        mean, std = start.preprocess.mean, start.preprocess.std
-        preprocess = replace(preprocess, mean=mean, std=std)
+        preprocess = replace(preprocess, mean=start.preprocess.mean, std=start.preprocess.std)
     # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
     net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     keep_freed_memory()
@@ -93,10 +90,10 @@ def train(
         _finish_epoch(state, watched.summary()["top1"])
         resume.save(state)
     net = state.averaged.cpu()
-    run_fast = prepare(net, preprocess, device)
-    ask = partial(evaluate, lambda pixels: run_fast(pixels).logits, preprocess, workers=workers)
+    prepared = prepare(net, preprocess, device)
+    ask = partial(evaluate, lambda pixels: prepared(pixels).logits, preprocess, workers=workers)
     temperature = fit_temperature(*ask(held_out, describe="calibration")) if held_out else 1.0
-    answers = ask(validation, describe="validation")
+    accuracy = ask(validation, describe="validation").cooled(temperature).summary()
     cool(net, temperature)
     checkpoint = Checkpoint(
         net=net,
@@ -110,7 +107,7 @@ def train(
             "precision": run.precision,
             "torch": torch.__version__,
             "temperature": temperature,
-            "accuracy": answers._replace(logits=answers.logits / temperature).summary(),
+            "accuracy": accuracy,
             "history": state.history,
         },
     )
