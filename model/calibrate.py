@@ -18,7 +18,8 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
         targets: [N], their classes.
     """
     temperatures = torch.logspace(-1, 1, 801).tolist()
-    losses = [float(F.cross_entropy(logits.double() / each, targets)) for each in temperatures]
+    logits = logits.double()
+    losses = [float(F.cross_entropy(logits / each, targets)) for each in temperatures]
     return float(temperatures[losses.index(min(losses))])
 
 

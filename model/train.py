@@ -73,8 +73,10 @@ def train(
     _, validation = find_photos(data / "val", classes)
     photos, held_out = hold_out(photos)
     torch.manual_seed(recipe.seed)
-    net, preprocess = fresh_network(recipe, len(classes)), recipe.preprocess
-    if start is not None:
+    preprocess = recipe.preprocess
+    if start is None:
+        net = fresh_network(recipe, len(classes))
+    else:
         net = with_classes(start, classes)
         preprocess = replace(preprocess, mean=start.preprocess.mean, std=start.preprocess.std)
     # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.

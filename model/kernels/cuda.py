@@ -21,6 +21,20 @@ PIXELS = 64  # of a program
 SHAPES = ("pixels", "height", "width", "h", "w", "groups")  # the arguments that no compilation may depend on
 
 
+@triton.jit
+def _window(pixel, h, w, K: tl.constexpr, STRIDE: tl.constexpr):
+    """Image, row and column of the first tap of outputs that are numbered through [B, h, w]."""
+    return pixel // (h * w), pixel // w % h * STRIDE - K // 2, pixel % w * STRIDE - K // 2
+
+
+@triton.jit
+def _channels(tensor, pixel, valid, group, groups, GROUP: tl.constexpr, LANES: tl.constexpr):
+    """Addresses of a group's channels at pixels of a tensor [pixels, C], and which of them exist: [PIXELS, LANES]."""
+    lane = tl.arange(0, LANES)
+    start = (pixel * groups + group) * GROUP
+    return tensor + start[:, None] + lane[None, :], valid[:, None] & (lane < GROUP)[None, :]
+
+
 @triton.jit(do_not_specialize=SHAPES)
 def _forward(
     x,  # [B, height, width, C]
@@ -41,21 +55,19 @@ def _forward(
 ):
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     group = tl.program_id(1)
-    lane = tl.arange(0, LANES)
     inside = pixel < pixels
-    image, top, left = pixel // (h * w), pixel // w % h * STRIDE - K // 2, pixel % w * STRIDE - K // 2
-    channel = group * GROUP + lane
+    image, top, left = _window(pixel, h, w, K, STRIDE)
     total = tl.zeros((PIXELS, LANES), SUM)
     for u in range(K):
         for v in tl.static_range(K):
             y, z = top + u, left + v
             valid = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
             weight = tl.load(kernel + (pixel * groups + group) * K * K + u * K + v, valid, 0).to(SUM)
-            start = ((image * height + y) * width + z) * groups * GROUP
-            values = tl.load(x + start[:, None] + channel[None, :], valid[:, None] & (lane < GROUP)[None, :], 0)
+            place, exists = _channels(x, (image * height + y) * width + z, valid, group, groups, GROUP, LANES)
+            values = tl.load(place, exists, 0)
             total += values.to(SUM) * weight[:, None]
-    place = out + (pixel * groups * GROUP)[:, None] + channel[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), inside[:, None] & (lane < GROUP)[None, :])
+    place, exists = _channels(out, pixel, inside, group, groups, GROUP, LANES)
+    tl.store(place, total.to(out.dtype.element_ty), exists)
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -79,21 +91,19 @@ def _kernel_gradient(
     """A tap's gradient is the product of what it multiplied and what came of it, summed over the group."""
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     group = tl.program_id(1)
-    lane = tl.arange(0, LANES)
     inside = pixel < pixels
-    image, top, left = pixel // (h * w), pixel // w % h * STRIDE - K // 2, pixel % w * STRIDE - K // 2
-    channel = group * GROUP + lane
-    there = inside[:, None] & (lane < GROUP)[None, :]
-    came = tl.load(grad + (pixel * groups * GROUP)[:, None] + channel[None, :], there, 0).to(SUM)
+    image, top, left = _window(pixel, h, w, K, STRIDE)
+    place, exists = _channels(grad, pixel, inside, group, groups, GROUP, LANES)
+    came = tl.load(place, exists, 0).to(SUM)
     for u in range(K):
         for v in tl.static_range(K):
             y, z = top + u, left + v
             valid = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-            start = ((image * height + y) * width + z) * groups * GROUP
-            values = tl.load(x + start[:, None] + channel[None, :], valid[:, None] & (lane < GROUP)[None, :], 0)
+            place, exists = _channels(x, (image * height + y) * width + z, valid, group, groups, GROUP, LANES)
+            values = tl.load(place, exists, 0)
             product = tl.sum(values.to(SUM) * came, axis=1)
-            place = grad_kernel + (pixel * groups + group) * K * K + u * K + v
-            tl.store(place, product.to(grad_kernel.dtype.element_ty), inside)
+            tap = grad_kernel + (pixel * groups + group) * K * K + u * K + v
+            tl.store(tap, product.to(grad_kernel.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -117,10 +127,8 @@ def _input_gradient(
     """Gathered from all outputs that a pixel went into, so that nothing is added by two programs at once."""
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     group = tl.program_id(1)
-    lane = tl.arange(0, LANES)
     inside = pixel < pixels
     image, bottom, right = pixel // (height * width), pixel // width % height + K // 2, pixel % width + K // 2
-    channel = group * GROUP + lane
     total = tl.zeros((PIXELS, LANES), SUM)
     for u in range(K):
         for v in tl.static_range(K):
@@ -131,11 +139,11 @@ def _input_gradient(
             valid = valid & (far_y % STRIDE == 0) & (far_z % STRIDE == 0)
             output = (image * h + y) * w + z
             weight = tl.load(kernel + (output * groups + group) * K * K + u * K + v, valid, 0).to(SUM)
-            start = output * groups * GROUP
-            came = tl.load(grad + start[:, None] + channel[None, :], valid[:, None] & (lane < GROUP)[None, :], 0)
+            place, exists = _channels(grad, output, valid, group, groups, GROUP, LANES)
+            came = tl.load(place, exists, 0)
             total += came.to(SUM) * weight[:, None]
-    place = grad_x + (pixel * groups * GROUP)[:, None] + channel[None, :]
-    tl.store(place, total.to(grad_x.dtype.element_ty), inside[:, None] & (lane < GROUP)[None, :])
+    place, exists = _channels(grad_x, pixel, inside, group, groups, GROUP, LANES)
+    tl.store(place, total.to(grad_x.dtype.element_ty), exists)
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
