@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model import Preprocess, RedNet, prepare
+from model.folded import folded
 from model.involution import Involution
 from model.kernels import use
-from model.torch_form import folded
 
 Pixels = NDArray[np.uint8]  # [B, 3, H, W]
 Run = Callable[[Pixels], object]

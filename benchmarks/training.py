@@ -36,7 +36,7 @@ def child(form: str) -> dict[str, object]:
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(net(x), targets).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(net(x), targets).backward()
         optimizer.step()
 
     with use(implementation):

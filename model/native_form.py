@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.folded import folded, scale_and_shift
 from model.form import Maps, Output
 from model.involution import Involution
 from model.native import Engine, Floats, unavailable
 from model.preprocess import Preprocess
 from model.rednet import BLOCKS, Bottleneck, RedNet, RedNetConfig
-from model.torch_form import folded
 
 GROUP_CHANNELS = 16  # what the engine is built for: one vector register of floats
 
@@ -112,11 +112,6 @@ def _convolution(conv: nn.Module) -> Iterator[Tensor]:
 
 def _involution(layer: nn.Module, bn: nn.Module) -> Iterator[Tensor]:
     assert isinstance(layer, Involution)
-    assert isinstance(bn, nn.BatchNorm2d)
     yield from _convolution(layer.get_submodule("conv1.conv"))
     yield from _convolution(layer.get_submodule("conv2.conv"))
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
-    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    yield scale
-    yield bn.bias - bn.running_mean * scale
+    yield from scale_and_shift(bn)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.exact import exact_float32
 from model.form import Form, Output
-from model.kernels import use
+from model.kernels import IMPLEMENTATIONS, use
 from model.native_form import NativeForm
 from model.preprocess import Preprocess
 from model.rednet import RedNet
@@ -128,9 +129,14 @@ def _forms(
     net: RedNet, preprocess: Preprocess, device: torch.device, precision: str
 ) -> Iterator[tuple[str, Callable[[], Form]]]:
     """The forms that may run a network, best first."""
+    dtype = DTYPES[precision]
     if device.type == "cpu" and precision == "fp32":
         yield "native engine", lambda: NativeForm(net, preprocess)
-    yield "torch", lambda: TorchForm(net, preprocess, device, DTYPES[precision])
+    if "cuda" in IMPLEMENTATIONS and device.type == "cuda":
+        from model.cuda_form import CudaForm  # noqa: PLC0415  (Triton is where CUDA is, and takes a second to import)
+
+        yield "CUDA graphs", lambda: CudaForm(net, preprocess, device, dtype)
+    yield "torch", lambda: TorchForm(net, preprocess, device, dtype)
 
 
 class Yardstick(NamedTuple):
@@ -180,7 +186,8 @@ def plain_answer(net: RedNet, preprocess: Preprocess, pixels: Tensor) -> Yardsti
     if net.head.fc.weight.dtype.itemsize < 4:
         net = copy.deepcopy(net).float()
     weight, bias = net.head.fc.weight, net.head.fc.bias
-    with _evaluating(net), use("portable"), torch.inference_mode(), torch.autocast(weight.device.type, enabled=False):
+    no_autocast = torch.autocast(weight.device.type, enabled=False)
+    with _evaluating(net), use("portable"), torch.inference_mode(), no_autocast, exact_float32():
         features = net.features(preprocess.normalise(pixels.to(weight.device)).to(weight.dtype))
         logits = net.head(features)
         # of random directions, a weight and a feature vector of D numbers have a product of about this size

@@ -1,18 +1,17 @@
 """The inference form that torch runs: anywhere, in any precision."""
 
-import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from model.exact import exact_float32
+from model.folded import folded
 from model.form import Output
-from model.involution import ConvModule
 from model.kernels import implementation_name
 from model.preprocess import Preprocess
-from model.rednet import BLOCKS, Bottleneck, RedNet
+from model.rednet import BLOCKS, RedNet
 
 
 class TorchForm:
@@ -27,7 +26,8 @@ class TorchForm:
     def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
         x = pixels.to(self._device, non_blocking=True)
         x = (self._preprocess.normalise(x) if x.dtype == torch.uint8 else x).to(self._dtype)
-        with torch.autocast(self._device.type, enabled=False), self._summed_kernels(kernel_sums) as sums:
+        exact = exact_float32() if self._dtype == torch.float32 else nullcontext()
+        with exact, torch.autocast(self._device.type, enabled=False), self._summed_kernels(kernel_sums) as sums:
             maps = self.net.stages(x)
             features = maps[-1].mean(dim=(2, 3))
             logits = self.net.head(features)
@@ -57,25 +57,3 @@ class TorchForm:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def folded(net: RedNet) -> RedNet:
-    """A float32 copy in evaluation mode whose convolutions have taken in the batch norms that follow them."""
-    net = copy.deepcopy(net).eval().requires_grad_(False).float()
-    for module in net.modules():
-        if isinstance(module, ConvModule) and isinstance(module.bn, nn.BatchNorm2d):
-            _fuse(module, "conv", "bn")
-        elif isinstance(module, Bottleneck):
-            _fuse(module, "conv1", "bn1")
-            _fuse(module, "conv3", "bn3")
-            if module.downsample is not None:
-                _fuse(module.downsample, "0", "1")
-    return net
-
-
-def _fuse(parent: nn.Module, conv_name: str, bn_name: str) -> None:
-    conv, bn = parent.get_submodule(conv_name), parent.get_submodule(bn_name)
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(bn, nn.BatchNorm2d)
-    parent.set_submodule(conv_name, fuse_conv_bn_eval(conv, bn))
-    parent.set_submodule(bn_name, nn.Identity())

@@ -226,7 +226,7 @@ class Run:
         )
         loss = share * loss + (1 - share) * other
         state.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         state.optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
@@ -299,11 +299,11 @@ def augmented(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels
     return pixels[:, :, ::-1].copy() if rng.random() < 0.5 else pixels
 
 
-def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [parameter for parameter in net.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in net.parameters() if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), eps=1e-6, fused=True)
 
 
 def _finish_epoch(state: State, top1: float) -> None:

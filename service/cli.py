@@ -94,12 +94,12 @@ RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     # The fields of `model.recipe.Recipe`, not imported because torch comes with it: two seconds for a `--help`.
     ("--depth", 26, "26, 38, 50, 101 or 152"),
     ("--base-channels", 64, "width of the network; 64 is the paper's"),
-    ("--epochs", 18, "passes over the photos"),
-    ("--size", 192, "pixels of the largest training crops; the network is served at 8/7 of it or a little more"),
+    ("--epochs", 20, "passes over the photos"),
+    ("--size", 176, "pixels of the largest training crops; the network is served at 8/7 of it or a little more"),
     ("--batch-size", 64, "photos per step"),
-    ("--learning-rate", 0.15, "at its peak; with --from it is 0.02, unless given"),
+    ("--learning-rate", 2e-3, "at its peak; with --from it is 3e-4, unless given"),
     ("--warmup-epochs", 2.0, "until the peak is reached"),
-    ("--weight-decay", 5e-4, "on weight matrices"),
+    ("--weight-decay", 0.05, "on weight matrices"),
     ("--label-smoothing", 0.1, "share of the target spread over all classes"),
     ("--mixup", 0.1, "how much photos are blended into one another; 0: not at all"),
     ("--precision", "auto", "auto, fp32 or bf16: of the activations"),
@@ -145,7 +145,7 @@ def _predict(options: argparse.Namespace) -> int:
     for photo in options.photos:
         try:
             pixels = decode_image(photo.read_bytes(), checkpoint.preprocess, Settings().max_pixels)
-            logits = runner.run([pixels]).logits[0]
+            logits = runner.launch([pixels]).wait().logits[0]
             predictions.append({"classes": top_classes(logits, names, options.top_k)})
         except OSError as error:
             failed = True
@@ -180,7 +180,7 @@ def _info(options: argparse.Namespace) -> int:
     set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
     prepared = prepare(checkpoint.net, checkpoint.preprocess)
-    model = describe(checkpoint, prepared).model_dump(exclude={"max_batch_size", "cost_s"})  # a server measures those
+    model = describe(checkpoint, [prepared]).model_dump(exclude={"max_batch_size", "cost_s"})  # a server measures those
     model["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     if options.json:
         print(json.dumps(model))

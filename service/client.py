@@ -1,7 +1,9 @@
-"""The engine as asyncio sees it."""
+"""The engines as asyncio sees them."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from service.cost import CostTable
@@ -14,28 +16,33 @@ LAST_BATCH_S = 1.0  # how long closing waits for the batch that is running, whos
 
 
 class LocalClient:
-    """An `EngineClient` for an engine in a thread of this process. Used from one event loop.
+    """An `EngineClient` for engines in threads of this process, one for each device. Used from one event loop.
 
     Args:
-        engine: started by `start`, stopped by `close`.
+        engines: at least one; started by `start`, stopped by `close`. An image goes where it is answered first.
         max_queue: how many images may be accepted and unanswered at once.
     """
 
-    def __init__(self, engine: Engine, max_queue: int) -> None:
-        self._engine = engine
+    def __init__(self, engines: Sequence[Engine], max_queue: int) -> None:
+        self._engines = engines
         self._max_queue = max_queue
+        self._loads: Counter[Engine] = Counter()  # images given to each engine and not yet answered
         self._draining = False
         self._admitted = 0
         self._waiting: set[asyncio.Future[Inference]] = set()
 
     def start(self) -> None:
-        self._engine.start()
+        for engine in self._engines:
+            engine.start()
 
     @property
     def state(self) -> State:
-        if self._draining and self._engine.state is not State.FAILED:
+        states = {engine.state for engine in self._engines}
+        if State.FAILED in states:
+            return State.FAILED
+        if self._draining:
             return State.DRAINING
-        return self._engine.state
+        return State.STARTING if State.STARTING in states else State.READY
 
     @property
     def max_images(self) -> int:
@@ -47,11 +54,11 @@ class LocalClient:
 
     @property
     def backlog_s(self) -> float:
-        return self.costs.queue_s(self._admitted) * self._engine.slowdown
+        return max(engine.backlog_s(math.ceil(self._admitted / len(self._engines))) for engine in self._engines)
 
     @property
     def costs(self) -> CostTable:
-        return self._engine.costs
+        return self._engines[0].costs
 
     @contextmanager
     def admit(self) -> Iterator[Callable[[int], None]]:
@@ -80,13 +87,16 @@ class LocalClient:
             with suppress(RuntimeError):  # the loop is closed: the process ends and nobody waits for this answer
                 loop.call_soon_threadsafe(_settle, future, outcome)
 
-        job_id = self._engine.submit(pixels, deadline, reply)
+        engine = min(self._engines, key=lambda engine: engine.backlog_s(self._loads[engine] + 1))
+        self._loads[engine] += 1
+        job_id = engine.submit(pixels, deadline, reply)
         try:
             return await future
         except asyncio.CancelledError:
-            self._engine.cancel(job_id)
+            engine.cancel(job_id)
             raise
         finally:
+            self._loads[engine] -= 1
             self._waiting.discard(future)
 
     def begin_drain(self) -> None:
@@ -96,7 +106,7 @@ class LocalClient:
         self.begin_drain()
         for future in self._waiting:  # not left to the engine, which may hang
             _settle(future, Draining())
-        await asyncio.to_thread(self._engine.stop, LAST_BATCH_S)
+        await asyncio.gather(*(asyncio.to_thread(engine.stop, LAST_BATCH_S) for engine in self._engines))
 
     def _refuse_unless_ready(self) -> None:
         match self.state:

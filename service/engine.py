@@ -1,22 +1,40 @@
-"""One thread that owns the batcher and the device: schedule, run, answer. Others hand it messages."""
+"""One thread that owns the batcher and the device: schedule, launch, answer. Others hand it messages.
+
+A device that computes by itself (a GPU) is given the next batch shortly before it has finished one, so that it never
+waits for the host; one that computes in the call (a CPU) has always finished.
+"""
 
 import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from service.batcher import Batcher
 from service.cost import CostTable
 from service.errors import DeadlineExceeded, Draining, Internal, ServiceError
-from service.types import EngineEvents, Inference, Job, ModelRunner, Pixels, RunnerOutput, State
+from service.types import EngineEvents, Inference, Job, ModelRunner, Pixels, RunnerOutput, Running, State
 
 log = logging.getLogger(__name__)
 
-SMOOTHING = 0.2  # weight of the newest batch in the running estimate of the slowdown
+SMOOTHING = 0.2  # weight of the newest batch in running estimates
+
+# How long before a device has finished a batch it gets the next one: for predictions and wake-ups that come late. What
+# arrives after that waits for one batch more; a device that waits for the host loses as much for everybody.
+LEAD_S, LEAD_SHARE = 0.001, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A batch on the device."""
+
+    jobs: Sequence[Job]
+    running: Running
+    launched: float
 
 
 class Engine:
@@ -41,6 +59,9 @@ class Engine:
         self.state = State.STARTING
         self.costs = CostTable()  # filled when warm-up has ended
         self.slowdown = 1.0  # running estimate of how much longer than that batches take
+        self._launch_s = 0.0  # running estimate of what it takes to launch a batch while another one runs
+        self._flight: Flight | None = None  # what the device works on
+        self._landed = time.monotonic()  # when it had finished the one before
 
     def start(self) -> None:
         self._thread.start()
@@ -56,6 +77,10 @@ class Engine:
         if not self._send(job):
             reply(self._why_closed())
         return job.id
+
+    def backlog_s(self, images: int) -> float:
+        """Predicted time for so many images."""
+        return self.costs.queue_s(images) * self.slowdown
 
     def cancel(self, job_id: int) -> None:
         """Drop an image, if its batch has not been cut; nobody waits for its answer any more."""
@@ -76,6 +101,7 @@ class Engine:
             log.info("ready")
             while not self._stopping:
                 self._step(runner)
+            self._finish(runner)
         except BaseException:
             self.state = State.FAILED
             log.exception("the engine has failed")
@@ -91,12 +117,35 @@ class Engine:
             job.reply(DeadlineExceeded("the deadline passed while the image waited in the queue"))
         if late:
             self._events.dropped("queue", len(late))
-        if batch := self._batcher.next_batch(time.monotonic()):
-            self._execute(runner, batch)
+        now = time.monotonic()
+        if now < self._due():
+            return
+        batch = self._batcher.next_batch(now)
+        launched = self._launch(runner, batch) if batch else None
+        self._finish(runner)
+        self._flight = launched
+
+    def _finish(self, runner: ModelRunner) -> None:
+        """Wait for what the device works on, if it does."""
+        if self._flight:
+            self._land(runner, self._flight)
+            self._flight = None
+
+    def _due(self) -> float:
+        """When the device wants its next batch: until then the one in the queue can grow."""
+        if self._flight is None:
+            return 0.0
+        predicted_s = self.costs.batch_s(len(self._flight.jobs)) * self.slowdown
+        lead_s = self._launch_s + max(LEAD_S, LEAD_SHARE * predicted_s)
+        return self._began(self._flight) + predicted_s - lead_s
+
+    def _began(self, flight: Flight) -> float:
+        """When the device came to a batch: it runs one after the other."""
+        return max(flight.launched, self._landed)
 
     def _receive(self) -> None:
-        """Take in all messages; where there is nothing to do, wait for one, or until the batcher has something."""
-        wake_at = self._batcher.wake_at()
+        """Take in all messages; where there is nothing to do, wait for one, or until there is."""
+        wake_at = self._due() if self._flight else self._batcher.wake_at()
         try:
             self._handle(self._inbox.get(timeout=None if wake_at is None else max(0.0, wake_at - time.monotonic())))
             while True:
@@ -114,28 +163,55 @@ class Engine:
             case None:
                 self._stopping = True
 
-    def _execute(self, runner: ModelRunner, batch: list[Job]) -> None:
-        """Run a batch and answer every job in it. A batch that fails is halved, until what fails is alone."""
-        started = time.monotonic()
+    def _launch(self, runner: ModelRunner, batch: Sequence[Job]) -> Flight | None:
+        """Give a batch to the device; None if that is over already."""
+        launched = time.monotonic()
         try:
-            output = runner.run([job.pixels for job in batch])
-            _check(output, len(batch))
-        except Exception:
-            if len(batch) == 1:
-                log.exception("the network failed on one image")
-                batch[0].reply(Internal())
-            else:
-                log.warning("a batch of %d failed; running its halves", len(batch), exc_info=True)
-                self._execute(runner, batch[: len(batch) // 2])
-                self._execute(runner, batch[len(batch) // 2 :])
+            running = runner.launch([job.pixels for job in batch])
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is logged, and its neighbours go on)
+            self._halve(runner, batch, error)
+            return None
+        flight = Flight(batch, running, launched)
+        if running.done():
+            self._land(runner, flight)
+            return None
+        self._launch_s += (time.monotonic() - launched - self._launch_s) * SMOOTHING
+        return flight
+
+    def _land(self, runner: ModelRunner, flight: Flight) -> None:
+        """Wait for a batch and answer every job in it."""
+        jobs = flight.jobs
+        try:
+            output = flight.running.wait()
+            _check(output, len(jobs))
+        except Exception as error:  # noqa: BLE001  (likewise)
+            self._halve(runner, jobs, error)
             return
-        inference_s = time.monotonic() - started
-        queue_s = [started - job.enqueued for job in batch]
-        for index, job in enumerate(batch):
+        landed = time.monotonic()
+        began = self._began(flight)
+        inference_s = landed - began
+        queue_s = [began - job.enqueued for job in jobs]
+        for index, job in enumerate(jobs):
             logits, features = output.logits[index], output.features[index]
-            job.reply(Inference(logits, features, queue_s[index], inference_s, len(batch)))
-        self.slowdown += (inference_s / max(self.costs.batch_s(len(batch)), 1e-6) - self.slowdown) * SMOOTHING
-        self._events.batch_done(batch, queue_s, inference_s)
+            job.reply(Inference(logits, features, queue_s[index], inference_s, len(jobs)))
+        self.slowdown += (inference_s / max(self.costs.batch_s(len(jobs)), 1e-6) - self.slowdown) * SMOOTHING
+        starved_s = max(0.0, began - max(self._landed, jobs[0].enqueued))
+        self._landed = landed
+        self._events.batch_done(queue_s, inference_s, starved_s)
+
+    def _halve(self, runner: ModelRunner, batch: Sequence[Job], error: Exception) -> None:
+        """Run the halves of a batch that failed, one after the other, until what fails is alone."""
+        if len(batch) == 1:
+            log.error("the network failed on one image", exc_info=error)
+            batch[0].reply(Internal())
+            return
+        log.warning("a batch of %d failed; running its halves", len(batch), exc_info=error)
+        half = len(batch) // 2
+        if isinstance(error, MemoryError):  # it would fail every time
+            self._batcher.max_batch_size = min(self._batcher.max_batch_size, half)
+        for part in (batch[:half], batch[half:]):
+            if flight := self._launch(runner, part):
+                self._land(runner, flight)
 
     def _close(self) -> None:
         """From here on nothing is accepted; nothing that was accepted stays unanswered."""
@@ -146,7 +222,8 @@ class Engine:
                 self._handle(self._inbox.get_nowait())
             except queue.Empty:
                 break
-        for job in self._batcher.clear():
+        unanswered = (*(self._flight.jobs if self._flight else ()), *self._batcher.clear())
+        for job in unanswered:
             job.reply(self._why_closed())
 
     def _why_closed(self) -> ServiceError:

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import FrameType
 
@@ -17,8 +18,9 @@ from service.client import LocalClient
 from service.cores import usable_cores
 from service.decode import Decoder
 from service.engine import Engine
-from service.metrics import Metrics
-from service.runner import PreparedRunner, set_threads
+from service.gpus import watch_gpus
+from service.metrics import DeviceEvents, Metrics
+from service.runner import PreparedRunner, driver_name, set_threads
 from service.schemas import LabelBody, ModelBody
 from service.settings import Settings
 from service.types import EngineClient, State
@@ -29,7 +31,8 @@ logger = logging.getLogger(__name__)
 # connection gets an answer that closes it, instead of a connection that breaks under the request.
 SHORTEST_DRAIN_S = 1.0
 
-LARGEST_BATCH = 64  # that is ever chosen; warm-up stops long before where larger batches gain nothing
+# That is ever chosen, by kind of device; warm-up stops long before where larger batches gain nothing.
+LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 
 
 class Server(uvicorn.Server):
@@ -76,16 +79,15 @@ def serve(settings: Settings) -> int:
     log.configure(settings.log_level)
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
-    prepared = prepare(checkpoint.net, checkpoint.preprocess, settings.device, settings.precision)
-    for reason in prepared.passed_over:
+    prepared = prepare_each(checkpoint, settings)
+    for reason in prepared[0].passed_over:
         logger.warning("passed over: %s", reason)
     model = describe(checkpoint, prepared)
     metrics = Metrics()
     metrics.model(model)
-    largest = min(settings.max_queue, LARGEST_BATCH if settings.max_batch_size == "auto" else settings.max_batch_size)
-    runner = PreparedRunner(prepared, largest, auto=settings.max_batch_size == "auto")
-    engine = Engine(lambda: runner, Batcher(largest, settings.max_wait_ms / 1000), metrics)
-    client = LocalClient(engine, settings.max_queue)
+    if gpus := [each.device for each in prepared if each.device.type == "cuda"]:
+        watch_gpus(metrics.registry, {str(device): driver_name(device) for device in gpus})
+    client = LocalClient([_engine(each, settings, metrics) for each in prepared], settings.max_queue)
     decoder = Decoder(checkpoint.preprocess, settings.max_pixels, threads=usable_cores())
     del checkpoint  # the plain network's weights are not needed any more
     app = create_app(settings, client, decoder, metrics, model)
@@ -96,9 +98,34 @@ def serve(settings: Settings) -> int:
     return server.exit_code
 
 
-def describe(checkpoint: Checkpoint, prepared: Prepared) -> ModelBody:
-    """What `/v1/model` and `rednet info` say."""
-    net = checkpoint.net
+def prepare_each(checkpoint: Checkpoint, settings: Settings) -> list[Prepared]:
+    """The network on every device that was asked for, in one precision: the one that is best on the first.
+
+    Raises:
+        ValueError: a device is named twice, is not here, or has not that precision.
+    """
+    names = settings.device.split(",")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--device {settings.device} names one device twice")
+    prepared: list[Prepared] = []
+    for name in names:
+        precision = prepared[0].precision if prepared else settings.precision
+        prepared.append(prepare(checkpoint.net, checkpoint.preprocess, name.strip(), precision))
+    return prepared
+
+
+def _engine(prepared: Prepared, settings: Settings, metrics: Metrics) -> Engine:
+    wanted = settings.max_batch_size
+    largest = min(settings.max_queue, LARGEST_BATCH[prepared.device.type] if wanted == "auto" else wanted)
+    runner = PreparedRunner(prepared, largest, auto=wanted == "auto")
+    batcher = Batcher(largest, settings.max_wait_ms / 1000)
+    return Engine(lambda: runner, batcher, DeviceEvents(metrics, str(prepared.device)))
+
+
+def describe(checkpoint: Checkpoint, prepared: Sequence[Prepared]) -> ModelBody:
+    """What `/v1/model` and `rednet info` say of a network and where it runs; precision and backend are the same on all
+    devices."""
+    net, first = checkpoint.net, prepared[0]
     return ModelBody(
         name=checkpoint.name,
         architecture=net.config.name,
@@ -107,11 +134,11 @@ def describe(checkpoint: Checkpoint, prepared: Prepared) -> ModelBody:
         labels=[LabelBody(index=i, id=label.id, label=label.name) for i, label in enumerate(checkpoint.labels)],
         preprocess=asdict(checkpoint.preprocess),
         provenance=dict(checkpoint.provenance),
-        device=str(prepared.device),
-        precision=prepared.precision,
-        backend=prepared.backend,
-        passed_over=list(prepared.passed_over),
-        deviation=prepared.deviation,
+        device=",".join(str(each.device) for each in prepared),
+        precision=first.precision,
+        backend=first.backend,
+        passed_over=list(first.passed_over),
+        deviation=max(each.deviation for each in prepared),
     )
 
 

@@ -15,7 +15,7 @@ from prometheus_client import (
 )
 
 from service.schemas import ModelBody
-from service.types import EngineClient, Job, State
+from service.types import EngineClient, State
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -24,7 +24,7 @@ Stage = Literal["decode", "queue", "inference", "respond"]
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own. Also the engine's `EngineEvents`."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every first one, which nobody asked for
@@ -59,6 +59,13 @@ class Metrics:
             "rednet_cancelled",
             "Images dropped because their caller left or their deadline passed, by the stage they were in.",
             ("stage",),
+            registry=registry,
+        )
+        self._busy = Counter("rednet_device_busy_seconds", "Time spent on batches.", ("device",), registry=registry)
+        self._starved = Counter(
+            "rednet_device_starved_seconds",
+            "Time with nothing to do although an image of the next batch was there.",
+            ("device",),
             registry=registry,
         )
         self._ready = Gauge("rednet_ready", "1 while requests are taken.", registry=registry)
@@ -103,11 +110,26 @@ class Metrics:
     def dropped(self, stage: Literal["decode", "queue"], count: int) -> None:
         self._cancelled.labels(stage).inc(count)
 
-    def batch_done(self, jobs: Sequence[Job], queue_s: Sequence[float], inference_s: float) -> None:
-        self._batch_size.observe(len(jobs))
+    def batch_done(self, device: str, queue_s: Sequence[float], inference_s: float, starved_s: float) -> None:
+        self._batch_size.observe(len(queue_s))
         for waited_s in queue_s:
             self.stage("queue", waited_s)
             self.stage("inference", inference_s)
+        self._busy.labels(device).inc(inference_s)
+        self._starved.labels(device).inc(starved_s)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class DeviceEvents:
+    """The `EngineEvents` of one device."""
+
+    def __init__(self, metrics: Metrics, device: str) -> None:
+        self._metrics, self._device = metrics, device
+
+    def batch_done(self, queue_s: Sequence[float], inference_s: float, starved_s: float) -> None:
+        self._metrics.batch_done(self._device, queue_s, inference_s, starved_s)
+
+    def dropped(self, stage: Literal["queue"], count: int) -> None:
+        self._metrics.dropped(stage, count)

@@ -8,7 +8,8 @@ import torch
 
 from model.prepare import Prepared
 from service.cost import CostTable, measure
-from service.types import Pixels, RunnerOutput
+from service.transfer import Direct, Overlapped
+from service.types import Pixels, Running
 
 MEASURED_S = 0.1  # runs of one batch size go on for so long; a batch that takes longer by itself runs once
 
@@ -24,6 +25,7 @@ class PreparedRunner:
 
     def __init__(self, prepared: Prepared, largest: int, auto: bool = False) -> None:
         self._prepared, self._largest, self._auto = prepared, largest, auto
+        self._transfer = Overlapped(prepared.device) if prepared.device.type == "cuda" else Direct()
 
     def warm_up(self) -> CostTable:
         """Run batches of rising sizes, which loads kernels and grows memory pools to what will be needed."""
@@ -39,14 +41,21 @@ class PreparedRunner:
         batch_s(1)  # what is slow only once
         return measure(batch_s, self._largest, self._auto)
 
-    def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
-        output = self._prepared(torch.from_numpy(np.stack(pixels)))
-        return RunnerOutput(output.logits.cpu().numpy(), output.features.cpu().numpy())
+    def launch(self, pixels: Sequence[Pixels]) -> Running:
+        try:
+            return self._transfer.download(self._prepared(self._transfer.upload(pixels)))
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"a batch of {len(pixels)} needs more memory than the device has") from error
 
     def _time(self, pixels: Sequence[Pixels]) -> float:
         started = time.monotonic()
-        self.run(pixels)
+        self.launch(pixels).wait()
         return time.monotonic() - started
+
+
+def driver_name(device: torch.device) -> str:
+    """What the driver calls a CUDA device: other than its number, that is the same for whoever asks."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def set_threads(threads: int) -> None:

@@ -54,26 +54,42 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+class Running(Protocol):
+    """A batch that was given to the device."""
+
+    def done(self) -> bool:
+        """Whether `wait` returns at once."""
+
+    def wait(self) -> RunnerOutput:
+        """The answers; may raise what `ModelRunner.launch` may."""
+
+
 class ModelRunner(Protocol):
     """The device. Used from one thread only."""
 
     def warm_up(self) -> CostTable:
         """Do everything that makes a first call slower than later ones, and measure what batches cost."""
 
-    def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
-        """One forward pass over images of one size."""
+    def launch(self, pixels: Sequence[Pixels]) -> Running:
+        """Begin one forward pass over images of one size, behind those that were launched before.
+
+        Raises:
+            MemoryError: there is no memory for so many.
+        """
 
 
 class EngineEvents(Protocol):
     """What the engine tells those who watch it. Called on the engine's thread; must be quick and must not raise."""
 
-    def batch_done(self, jobs: Sequence[Job], queue_s: Sequence[float], inference_s: float) -> None: ...
+    def batch_done(self, queue_s: Sequence[float], inference_s: float, starved_s: float) -> None:
+        """A batch has run: how long each of its images waited for that, how long it kept the device busy, and how long
+        the device had nothing to do before although one of its images was there."""
 
     def dropped(self, stage: Literal["queue"], count: int) -> None: ...
 
 
 class EngineClient(Protocol):
-    """The engine as the routes see it, wherever it runs."""
+    """The engine, or several, as the routes see it, wherever it runs."""
 
     @property
     def state(self) -> State: ...

@@ -24,10 +24,11 @@ from service.cost import CostTable
 from service.decode import Decoder
 from service.engine import Engine
 from service.main import Server
-from service.metrics import Metrics
+from service.metrics import DeviceEvents, Metrics
 from service.schemas import LabelBody, ModelBody
 from service.settings import Settings
-from service.types import ModelRunner, Pixels, RunnerOutput
+from service.transfer import Finished
+from service.types import ModelRunner, Pixels, RunnerOutput, Running
 
 REDNET = Path(sys.executable).with_name("rednet")
 PATIENCE_S = 60.0
@@ -97,14 +98,14 @@ class FakeRunner:
         assert self.warm.wait(PATIENCE_S)
         return CostTable({1: 0.01, 8: 0.08}, self.max_batch_size)
 
-    def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
+    def launch(self, pixels: Sequence[Pixels]) -> Running:
         self.running.set()
         assert self.go_on.wait(PATIENCE_S)
         self.batches.append(len(pixels))
         if self.fail_on(pixels):
             raise RuntimeError("a failure that the test asked for")
         means = np.stack([image.mean(axis=(1, 2), dtype=np.float32) for image in pixels])
-        return RunnerOutput(means, means[:, :2])
+        return Finished(RunnerOutput(means, means[:, :2]))
 
 
 class ServerThread:
@@ -114,8 +115,8 @@ class ServerThread:
         settings = Settings.model_validate(options)
         preprocess = Preprocess(resize=32, crop=32)
         metrics = Metrics()
-        engine = Engine(lambda: runner, Batcher(1, settings.max_wait_ms / 1000), metrics)
-        self.engine_client = LocalClient(engine, settings.max_queue)
+        engine = Engine(lambda: runner, Batcher(1, settings.max_wait_ms / 1000), DeviceEvents(metrics, "fake"))
+        self.engine_client = LocalClient([engine], settings.max_queue)
         labels = [LabelBody(index=index, id=name, label=name) for index, name in enumerate(("red", "green", "blue"))]
         model = ModelBody(
             name="fake",

@@ -54,16 +54,45 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype, stride: int) ->
         torch.testing.assert_close(ours.double(), exact, rtol=1.01 * ROUNDING[dtype], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_surrounds_involution_is_done_by_its_kernel(dtype: torch.dtype) -> None:
+    """The kernels' bias, the batch norm's scale and shift, and the ReLU, with a group that fills no power of two."""
+    torch.manual_seed(0)
+    groups, width = 2, 12
+    x, kernel = torch.randn(2, groups * width, 6, 7), torch.randn(2, groups, 9, 3, 4)
+    bias, scale, shift = torch.randn(groups * 9), torch.randn(groups * width), torch.randn(groups * width)
+    halves = [tensor.to(DEVICE, dtype) for tensor in (x, kernel, bias)]
+    ours = cuda.fused(halves[0], halves[1], 2, halves[2], scale.to(DEVICE), shift.to(DEVICE))
+    x, kernel, bias = (tensor.double().cpu() for tensor in halves)
+    exact = reference.forward(x, kernel + bias.reshape(1, groups, 9, 1, 1), 2)
+    exact = (exact * scale.double()[:, None, None] + shift.double()[:, None, None]).relu()
+    torch.testing.assert_close(ours.double().cpu(), exact, rtol=1.01 * ROUNDING.get(dtype, 1e-5), atol=1e-5)
+
+
+def test_a_relu_does_not_hide_nans() -> None:
+    """A broken input shows."""
+    nothing = torch.zeros(16, device=DEVICE)
+    x = torch.full((1, 16, 1, 1), torch.nan, device=DEVICE)
+    out = cuda.fused(x, torch.ones(1, 1, 1, 1, 1, device=DEVICE), 1, nothing[:1], nothing + 1, nothing)
+    assert out.isnan().all()
+
+
 COMPILE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from model.kernels import cuda
 
-constants = dict(K=7, STRIDE=1, GROUP=16, LANES=16, PIXELS=cuda.PIXELS, SUM=tl.float32)
-for kernel in (cuda._forward, cuda._kernel_gradient, cuda._input_gradient):
+common = dict(K=7, STRIDE=1, GROUP=16, LANES=16, PIXELS=cuda.PIXELS, SUM=tl.float32)
+around = ("bias", "scale", "shift")
+bare = dict.fromkeys(around)
+gradients = [(cuda._kernel_gradient, {}), (cuda._input_gradient, {})]
+for kernel, more in [(cuda._forward, {}), (cuda._forward, bare), *gradients]:
+    constants = common | more
     for dtype in ("fp32", "fp16", "bf16"):
         signature = {name: f"*{dtype}" for name in kernel.arg_names[:3]} | dict.fromkeys(cuda.SHAPES, "i32")
+        if kernel is cuda._forward:
+            signature |= {"bias": f"*{dtype}", "scale": "*fp32", "shift": "*fp32"}
         source = ASTSource(
             fn=kernel,
             signature=signature | dict.fromkeys(constants, "constexpr"),

@@ -75,7 +75,7 @@ def test_maps_come_out_of_the_same_pass(net: RedNet, native: bool) -> None:
     for ours, exact in zip(output.stages, stages, strict=True):
         assert_close(ours, exact, 1e-5)
     for sums, kernel in zip(output.kernel_sums, kernels, strict=True):
-        assert_close(sums, kernel.unflatten(1, (-1, 49)).sum(dim=2), 1e-5)  # type: ignore[no-untyped-call]
+        assert_close(sums, kernel.unflatten(1, (-1, 49)).sum(dim=2), 1e-5)
 
 
 def test_the_network_itself_stays_as_it_is(net: RedNet) -> None:

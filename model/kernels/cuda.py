@@ -7,6 +7,7 @@ float32 (float64 for float64).
 Batch, height and width are plain arguments, and Triton is told not to compile anew for values it finds special.
 """
 
+from collections.abc import Sequence
 from math import isqrt
 from typing import Any
 
@@ -40,6 +41,9 @@ def _forward(
     x,  # [B, height, width, C]
     kernel,  # [B, h, w, groups, K * K]
     out,  # [B, h, w, C]
+    bias,  # [groups, K * K], added to every kernel, and
+    scale,  # [C], and
+    shift,  # [C], after which comes a ReLU; None, all three: the bare involution
     pixels,  # B * h * w
     height,
     width,
@@ -63,9 +67,18 @@ def _forward(
             y, z = top + u, left + v
             valid = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
             weight = tl.load(kernel + (pixel * groups + group) * K * K + u * K + v, valid, 0).to(SUM)
+            if bias is not None:
+                weight += tl.load(bias + group * K * K + u * K + v).to(SUM)
             place, exists = _channels(x, (image * height + y) * width + z, valid, group, groups, GROUP, LANES)
             values = tl.load(place, exists, 0)
             total += values.to(SUM) * weight[:, None]
+    if scale is not None:
+        lane = tl.arange(0, LANES)
+        channel = group * GROUP + lane
+        factor = tl.load(scale + channel, lane < GROUP, 0).to(SUM)
+        offset = tl.load(shift + channel, lane < GROUP, 0).to(SUM)
+        total = total * factor[None, :] + offset[None, :]
+        total = tl.where(total < 0, 0, total)  # a maximum would hide NaNs
     place, exists = _channels(out, pixel, inside, group, groups, GROUP, LANES)
     tl.store(place, total.to(out.dtype.element_ty), exists)
 
@@ -150,11 +163,23 @@ def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
     if not _fits(x, kernel):
         return portable.forward(x, kernel, stride)
-    x, kernel = _channels_last(x), _taps_last(kernel)
-    batch, h, w = kernel.shape[:3]
-    out = x.new_empty(batch, h, w, x.shape[3])
-    _launch(_forward, (x, kernel, out), x, kernel, stride, batch * h * w)
-    return out.permute(0, 3, 1, 2)
+    return _involution(_channels_last(x), _taps_last(kernel), stride, (None, None, None))
+
+
+def fused(x: Tensor, kernel: Tensor, stride: int, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """relu(scale * involution(x, kernel + bias) + shift), without gradients: [B, C, h, w].
+
+    What surrounds involution in a network is done where its values are at hand: the bias of the convolution that makes
+    the kernels, which else takes a pass over the largest of all tensors, and the batch norm and ReLU that follow.
+
+    Args:
+        x: [B, C, H, W].
+        kernel: [B, G, K*K, h, w].
+        stride: as in `forward`.
+        bias: [G * K * K].
+        scale, shift: [C], float32, of the batch norm.
+    """
+    return _involution(_channels_last(x), _taps_last(kernel), stride, (bias, scale, shift))
 
 
 def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -167,6 +192,16 @@ def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tens
     _launch(_kernel_gradient, (grad, x, grad_kernel), x, kernel, stride, batch * h * w)
     _launch(_input_gradient, (grad, kernel, grad_x), x, kernel, stride, batch * x.shape[1] * x.shape[2])
     return grad_x.permute(0, 3, 1, 2), grad_kernel.permute(0, 3, 4, 1, 2)
+
+
+def _involution(
+    x: Tensor, kernel: Tensor, stride: int, around: tuple[Tensor | None, Tensor | None, Tensor | None]
+) -> Tensor:
+    """Of x [B, H, W, C] with kernel [B, h, w, G, K*K] and what is around it: bias, scale, shift."""
+    batch, h, w = kernel.shape[:3]
+    out = x.new_empty(batch, h, w, x.shape[3])
+    _launch(_forward, (x, kernel, out, *around), x, kernel, stride, batch * h * w)
+    return out.permute(0, 3, 1, 2)
 
 
 def _fits(*tensors: Tensor) -> bool:
@@ -182,7 +217,7 @@ def _taps_last(kernel: Tensor) -> Tensor:
     return kernel.permute(0, 3, 4, 1, 2).contiguous()  # [B, h, w, G, K*K]
 
 
-def _launch(run: Any, tensors: tuple[Tensor, Tensor, Tensor], x: Tensor, kernel: Tensor, stride: int, n: int) -> None:
+def _launch(run: Any, tensors: Sequence[Tensor | None], x: Tensor, kernel: Tensor, stride: int, n: int) -> None:
     _, height, width, channels = x.shape
     _, h, w, groups, taps = kernel.shape
     if n == 0 or channels == 0:

@@ -1,0 +1,41 @@
+"""Batch norms of a trained network, taken into what is before them."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from model.involution import ConvModule
+from model.rednet import Bottleneck, RedNet
+
+
+def folded(net: RedNet) -> RedNet:
+    """A float32 copy in evaluation mode whose convolutions have taken in the batch norms that follow them."""
+    net = copy.deepcopy(net).eval().requires_grad_(False).float()
+    for module in net.modules():
+        if isinstance(module, ConvModule) and isinstance(module.bn, nn.BatchNorm2d):
+            _fuse(module, "conv", "bn")
+        elif isinstance(module, Bottleneck):
+            _fuse(module, "conv1", "bn1")
+            _fuse(module, "conv3", "bn3")
+            if module.downsample is not None:
+                _fuse(module.downsample, "0", "1")
+    return net
+
+
+def scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a batch norm after an involution does to each channel, [C] both: no convolution is there to take it in."""
+    assert isinstance(bn, nn.BatchNorm2d)
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    return scale, bn.bias - bn.running_mean * scale
+
+
+def _fuse(parent: nn.Module, conv_name: str, bn_name: str) -> None:
+    conv, bn = parent.get_submodule(conv_name), parent.get_submodule(bn_name)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(bn, nn.BatchNorm2d)
+    parent.set_submodule(conv_name, fuse_conv_bn_eval(conv, bn))
+    parent.set_submodule(bn_name, nn.Identity())

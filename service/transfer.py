@@ -1,0 +1,77 @@
+"""Pixels to the device and answers back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.form import Output
+from service.types import Pixels, RunnerOutput, Running
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A batch that has run when it comes back."""
+
+    output: RunnerOutput
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> RunnerOutput:
+        return self.output
+
+
+class Direct:
+    """For the CPU, where everything is in place already."""
+
+    def upload(self, pixels: Sequence[Pixels]) -> Tensor:
+        return torch.from_numpy(np.stack(pixels))
+
+    def download(self, output: Output) -> Running:
+        return Finished(RunnerOutput(output.logits.numpy(), output.features.numpy()))
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A batch whose answers are on their way into memory of the host."""
+
+    logits: Tensor
+    features: Tensor
+    arrived: torch.cuda.Event
+
+    def done(self) -> bool:
+        return bool(self.arrived.query())
+
+    def wait(self) -> RunnerOutput:
+        self.arrived.synchronize()
+        return RunnerOutput(self.logits.numpy(), self.features.numpy())
+
+
+class Overlapped:
+    """For a CUDA device: pixels travel while it computes another batch, and nothing waits for anything else.
+
+    Both ways lead through pinned memory, which torch keeps and hands out again once a transfer is over.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._uploads = torch.cuda.Stream(device)
+
+    def upload(self, pixels: Sequence[Pixels]) -> Tensor:
+        host = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=True)
+        np.stack(pixels, out=host.numpy())
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._uploads):
+            uploaded = host.to(self._device, non_blocking=True)
+        computing.wait_stream(self._uploads)
+        uploaded.record_stream(computing)  # its memory is not to be used again before the computation has read it
+        return uploaded
+
+    def download(self, output: Output) -> Running:
+        logits, features = (each.to("cpu", non_blocking=True) for each in (output.logits, output.features))
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(self._device))
+        return InFlight(logits, features, arrived)

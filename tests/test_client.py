@@ -1,0 +1,82 @@
+"""Several engines behind one client."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from service.batcher import Batcher
+from service.client import LocalClient
+from service.engine import Engine
+from service.metrics import DeviceEvents, Metrics
+from service.types import State
+from tests.servers import PATIENCE_S, FakeRunner, wait_until
+
+PIXELS = np.zeros((3, 2, 2), np.uint8)
+
+
+def client_of(*runners: FakeRunner) -> LocalClient:
+    metrics = Metrics()
+    engines = [
+        Engine(lambda runner=runner: runner, Batcher(8), DeviceEvents(metrics, f"fake:{index}"))  # type: ignore[misc]
+        for index, runner in enumerate(runners)
+    ]
+    return LocalClient(engines, 100)
+
+
+async def _past_a_busy_device(client: LocalClient, busy: FakeRunner) -> None:
+    busy.go_on.clear()
+    deadline = time.monotonic() + PATIENCE_S
+    held = asyncio.create_task(client.infer(PIXELS, deadline))  # the first engine is as good as any: it gets this one
+    await asyncio.sleep(0)
+    for _ in range(5):
+        await client.infer(PIXELS, deadline)  # each has an answer before the next is sent: they all went past it
+    busy.go_on.set()
+    await held
+    await client.close()
+
+
+def test_an_image_goes_where_it_is_answered_first() -> None:
+    """While one device is held by a batch, the other gets what comes."""
+    busy, free = FakeRunner(), FakeRunner()
+    client = client_of(busy, free)
+    client.start()
+    wait_until(lambda: client.state is State.READY, "readiness")
+    asyncio.run(_past_a_busy_device(client, busy))
+    assert (busy.batches, free.batches) == ([1], [1] * 5)
+
+
+def test_it_is_ready_when_all_are_and_has_failed_when_one_has() -> None:
+    """A server with a dead device must be restarted, whatever the others do."""
+    slow, broken = FakeRunner(), FakeRunner()
+    slow.warm.clear()
+    client = client_of(slow, FakeRunner())
+    client.start()
+    assert client.state is State.STARTING
+    slow.warm.set()
+    wait_until(lambda: client.state is State.READY, "readiness")
+    asyncio.run(client.close())
+
+    def fail() -> None:
+        raise RuntimeError("a failure that the test asked for")
+
+    broken.warm_up = fail  # type: ignore[method-assign,assignment]
+    client = client_of(FakeRunner(), broken)
+    client.start()
+    wait_until(lambda: client.state is State.FAILED, "the failure")
+    asyncio.run(client.close())
+
+
+def test_backlog_is_worked_off_together() -> None:
+    """Two devices need half the time of one for the same queue."""
+    one, two = client_of(FakeRunner()), client_of(FakeRunner(), FakeRunner())
+    for client in (one, two):
+        client.start()
+        wait_until(lambda client=client: client.state is State.READY, "readiness")  # type: ignore[misc]
+        with client.admit() as hold:
+            hold(16)
+            assert client.queue_depth == 16
+            assert client.backlog_s == pytest.approx(0.16 if client is one else 0.08)
+        assert client.backlog_s == 0
+        asyncio.run(client.close())

@@ -1,0 +1,40 @@
+"""Metrics that the driver knows."""
+
+import logging
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from service.gpus import GpuCollector, watch_gpus
+
+NO_DRIVER = not torch.cuda.is_available()
+
+
+@pytest.mark.skipif(not NO_DRIVER, reason="there is a driver here")
+def test_without_a_driver_there_are_no_such_metrics(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says why; nothing fails, neither at start nor when metrics are scraped."""
+    registry = CollectorRegistry()
+    with caplog.at_level(logging.WARNING):
+        watch_gpus(registry, {"cuda": "GPU-0"})
+    assert "no metrics of memory and utilisation" in caplog.text
+    assert list(registry.collect()) == []
+    assert [family.samples for family in GpuCollector({"cuda": "GPU-0"}).collect()] == [[], []]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_DRIVER, reason="no CUDA device here")
+def test_memory_and_utilisation_are_the_devices() -> None:
+    """What this process holds is among the memory in use."""
+    from service.runner import driver_name
+
+    device = torch.device("cuda")
+    held = torch.zeros(64 << 20, dtype=torch.uint8, device=device)
+    registry = CollectorRegistry()
+    watch_gpus(registry, {"cuda": driver_name(device)})
+    used = registry.get_sample_value("rednet_device_memory_bytes", {"device": "cuda"})
+    assert used is not None
+    assert used >= held.numel()
+    utilisation = registry.get_sample_value("rednet_device_utilization_ratio", {"device": "cuda"})
+    assert utilisation is not None
+    assert 0 <= utilisation <= 1

@@ -1,0 +1,80 @@
+"""Batches padded to sizes that were made ready; on a device that runs out of memory when it is told to."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.ladder import Ladder, Program, rung
+
+
+class Device:
+    """Makes programs that add one to each image, and remembers which it made and what ran on them."""
+
+    def __init__(self, room: int = 1 << 20) -> None:
+        self.room = room
+        self.made: list[int] = []
+        self.ran: list[tuple[int, int]] = []  # size, images
+
+    def make(self, size: int) -> Program:
+        if size > self.room:
+            raise MemoryError
+        self.made.append(size)
+
+        def program(pixels: Tensor) -> tuple[Tensor, ...]:
+            assert len(pixels) <= size
+            self.ran.append((size, len(pixels)))
+            return pixels + 1, pixels * 2
+
+        return program
+
+
+def test_sizes_are_close_to_one_another() -> None:
+    """No batch is padded by half as much again, and there are few sizes."""
+    sizes = [rung(images) for images in range(1, 257)]
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert all(images <= size < 1.5 * images for images, size in enumerate(sizes, start=1))
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=8), st.integers(1, 80))
+def test_every_batch_gets_its_answers(batches: list[int], room: int) -> None:
+    """Whatever came before, and however little memory there is; nothing is made twice."""
+    device = Device(room)
+    ladder = Ladder(device.make)
+    for images in batches:
+        pixels = torch.arange(images)
+        plus, doubled = ladder(pixels)
+        assert plus.tolist() == (pixels + 1).tolist()
+        assert doubled.tolist() == (pixels * 2).tolist()
+    assert len(device.made) == len(set(device.made))
+
+
+def test_after_the_largest_batch_nothing_is_made() -> None:
+    """What later batches need was made with the largest, beginning with it, because the others fit into its memory."""
+    device = Device()
+    ladder = Ladder(device.make)
+    ladder(torch.zeros(24))
+    assert device.made == [24, 16, 12, 8, 6, 4, 3, 2, 1]
+    for images in range(1, 25):
+        ladder(torch.zeros(images))
+    assert len(device.made) == 9
+    assert device.ran[-3:] == [(24, 22), (24, 23), (24, 24)]
+
+
+def test_where_memory_ends_batches_run_in_parts() -> None:
+    """It is tried once, and the largest size that had room is used from then on."""
+    device = Device(room=9)
+    ladder = Ladder(device.make)
+    ladder(torch.zeros(20))
+    assert device.made == [8, 6, 4, 3, 2, 1]
+    assert device.ran == [(8, 8), (8, 8), (4, 4)]
+    device.room = 100
+    ladder(torch.zeros(64))
+    assert max(device.made) == 8
+
+
+def test_no_memory_at_all_is_an_error() -> None:
+    """Not even one image: the caller must know."""
+    with pytest.raises(MemoryError):
+        Ladder(Device(room=0).make)(torch.zeros(3))
