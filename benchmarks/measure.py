@@ -75,7 +75,7 @@ def report(name: str, heading: str, rows: Sequence[Mapping[str, Any]], **more: A
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def bars(name: str, heading: str, unit: str, series: Mapping[str, Mapping[str, float]]) -> None:

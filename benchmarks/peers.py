@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model import Preprocess, RedNet, prepare
 from model.folded import folded
 from model.involution import Involution
-from model.kernels import use
+from model.kernels import reference, use
 
 Pixels = NDArray[np.uint8]  # [B, 3, H, W]
 Run = Callable[[Pixels], object]
@@ -42,13 +42,31 @@ class Shifted(nn.Module):
         return total.reshape(batch, -1, h, w)
 
 
-def exportable(net: RedNet) -> RedNet:
-    """A copy of the network, batch norms folded, without our operator."""
-    net = folded(net)
+class Unfolded(nn.Module):
+    """An involution layer by its definition, unfolding, without our operator."""
+
+    def __init__(self, layer: Involution) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        kernel = layer.conv2(layer.conv1(layer.avgpool(x)))
+        kernel = kernel.reshape(kernel.shape[0], layer.groups, layer.kernel_size**2, *kernel.shape[2:])
+        return reference.forward(x, kernel, layer.stride)
+
+
+def with_involution(net: RedNet, kind: Callable[[Involution], nn.Module]) -> RedNet:
+    """The network with its involution layers replaced."""
     for name, module in list(net.named_modules()):
         if isinstance(module, Involution):
-            net.set_submodule(name, Shifted(module))
+            net.set_submodule(name, kind(module))
     return net
+
+
+def exportable(net: RedNet) -> RedNet:
+    """A copy of the network, batch norms folded, without our operator."""
+    return with_involution(folded(net), Shifted)
 
 
 def definition(net: RedNet, preprocess: Preprocess, batch: int) -> Run:

@@ -1,22 +1,17 @@
 """From the start of the process to the first answer over HTTP, beside a bare `import torch, fastapi`."""
 
 import io
-import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 from PIL import Image
 
 from benchmarks.measure import report
+from benchmarks.server import post_when_ready, serving
 
 RUNS = 7
-REDNET = Path(sys.executable).with_name("rednet")
 
 
 def imports_s() -> float:
@@ -27,23 +22,9 @@ def imports_s() -> float:
 
 def first_answer_s(photo: bytes) -> float:
     started = time.perf_counter()
-    process = subprocess.Popen([REDNET, "serve", "--port", "0"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        url = next(found[1] for line in process.stderr if (found := re.search(r"running on (http://\S+)", line)))
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        request = urllib.request.Request(f"{url}/v1/predict", photo, {"Content-Type": "image/png"})
-        while True:
-            try:
-                urllib.request.urlopen(request).read()
-                return time.perf_counter() - started
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # not ready yet
-                    raise
-                time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
+    with serving() as url:
+        post_when_ready(f"{url}/v1/predict", photo)
+        return time.perf_counter() - started
 
 
 def main() -> None:

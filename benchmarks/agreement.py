@@ -1,0 +1,77 @@
+"""Whether every form of a network, and the server, answer like the plain network on real photos.
+
+    python -m benchmarks.agreement DATA_DIR [--checkpoint F]
+
+DATA_DIR/val/<class>/* are the photos. Not a matter of speed, but too long for a test: minutes.
+"""
+
+import argparse
+import http.client
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import report
+from benchmarks.server import post_when_ready, serving
+from model import Checkpoint, load_checkpoint, prepare
+from model.evaluate import Answers, evaluate
+from model.photos import Photo, find_photos
+
+CLIENTS = 4
+
+
+def plainly(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
+    """The network itself, neither folded nor prepared."""
+    return lambda pixels: checkpoint.net(checkpoint.preprocess.normalise(pixels))
+
+
+def over_http(photos: Sequence[Photo], classes: int, options: Sequence[object]) -> Answers:
+    """What a running server answers; logarithms of its probabilities serve as logits."""
+    local = threading.local()
+
+    def ask(photo: Photo) -> list[float]:
+        if not hasattr(local, "connection"):
+            local.connection = http.client.HTTPConnection(urlsplit(url).netloc)
+        local.connection.request("POST", f"/v1/predict?top_k={classes}", photo.path.read_bytes())
+        found = json.loads(local.connection.getresponse().read())["predictions"][0]["classes"]
+        by_index = {each["index"]: each["probability"] for each in found}
+        return [math.log(max(by_index[index], 1e-30)) for index in range(classes)]
+
+    with serving(*options) as url, ThreadPoolExecutor(CLIENTS) as pool:
+        post_when_ready(f"{url}/v1/predict", photos[0].path.read_bytes())
+        logits = torch.tensor(list(pool.map(ask, photos)))
+    return Answers(logits, torch.tensor([photo.target for photo in photos]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    options = parser.parse_args()
+    checkpoint = load_checkpoint(options.checkpoint)
+    _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
+    answers = {"plain network": evaluate(plainly(checkpoint), checkpoint.preprocess, photos)}
+    for precision in ("fp32", "bf16", "fp16"):
+        run = prepare(checkpoint.net, checkpoint.preprocess, precision=precision)
+        name = f"prepared, {precision}: {run.backend}"
+        answers[name] = evaluate(lambda pixels, run=run: run(pixels).logits, checkpoint.preprocess, photos)  # type: ignore[misc]
+    server_options = ["--checkpoint", options.checkpoint] if options.checkpoint else []
+    answers["server, over HTTP"] = over_http(photos, len(checkpoint.labels), server_options)
+    plain = answers["plain network"].logits.argmax(dim=1)
+    rows = [
+        {"answers of": name, **each.summary(), "as plain": float((each.logits.argmax(dim=1) == plain).double().mean())}
+        for name, each in answers.items()
+    ]
+    report("agreement", f"{checkpoint.name} on {len(photos)} photos, {os.fspath(options.data.name)}", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Requests with photos to a server with a GPU, beside what the host's cores can decode."""
+
+import http.client
+import io
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+import urllib.request
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.measure import report
+from benchmarks.server import post_when_ready, serving
+from model import Checkpoint, Preprocess, RedNet, save_checkpoint
+from model.labels import numbered_labels
+from service.decode import decode_image
+
+DURATION_S = 15.0
+CONNECTIONS = (1, 32, 128)
+PROCESSES = 4  # of clients: one interpreter alone cannot ask as fast as another answers
+
+
+def random_photos(count: int = 64) -> list[bytes]:
+    """Smooth pictures of an everyday size; their files are about as large as photos'."""
+    files = []
+    for seed in range(count):
+        coarse = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(content, "JPEG", quality=95)
+        files.append(content.getvalue())
+    return files
+
+
+def decoded(photos: list[bytes]) -> int:
+    """Decode for a while; how many."""
+    ends, count = time.monotonic() + DURATION_S / 3, 0
+    while time.monotonic() < ends:
+        decode_image(photos[count % len(photos)], Preprocess(), 50_000_000)
+        count += 1
+    return count
+
+
+def decode_rate(photos: list[bytes]) -> float:
+    """Photos a second that all cores decode together, with nothing else to do."""
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        return sum(pool.map(decoded, [photos] * cores)) / (DURATION_S / 3)
+
+
+def ask(address: str, photos: list[bytes], connections: int) -> list[float]:
+    """The time of every answer that so many connections got, one request after the other on each."""
+    times: list[float] = []
+    ends = time.monotonic() + DURATION_S
+
+    def loop(start: int) -> None:
+        connection = http.client.HTTPConnection(address)
+        for turn in range(start, 10**9):
+            began = time.monotonic()
+            if began > ends:
+                return
+            connection.request("POST", "/v1/predict", photos[turn % len(photos)])
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200, answer.status
+            times.append(time.monotonic() - began)
+
+    threads = [threading.Thread(target=loop, args=(index,)) for index in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return times
+
+
+def counters(url: str) -> dict[str, float]:
+    """Sums over all devices of how long they were busy, and idle although something waited."""
+    lines = urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines()
+    return {
+        name: sum(float(line.split()[-1]) for line in lines if line.startswith(f"rednet_device_{name}_seconds_total{{"))
+        for name in ("busy", "starved")
+    }
+
+
+def measure_serving(net: RedNet, folder: Path | None) -> None:
+    if not find_spec("fastapi"):
+        print("no FastAPI here: serving is left out")
+        return
+    photos = [path.read_bytes() for path in sorted(folder.glob("*.JP*G"))] if folder else random_photos()
+    decoding = decode_rate(photos)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "rednet50.safetensors"
+        save_checkpoint(path, Checkpoint(net=net, labels=numbered_labels(net.config.num_classes), name="rednet50"))
+        with serving("--checkpoint", path, "--max-queue", 1024) as url:
+            post_when_ready(f"{url}/v1/predict", photos[0])
+            rows = [measured(url, photos, connections) | {"host decodes/s": decoding} for connections in CONNECTIONS]
+    report("gpu-serving", f"rednet50 over HTTP, {len(photos)} JPEG photos", rows)
+
+
+def measured(url: str, photos: list[bytes], connections: int) -> dict[str, object]:
+    processes = min(PROCESSES, connections)
+    before = counters(url)
+    started = time.monotonic()
+    address, each = urlsplit(url).netloc, connections // processes
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        runs = list(pool.map(ask, [address] * processes, [photos] * processes, [each] * processes))
+    took_s = time.monotonic() - started
+    after = counters(url)
+    times = sorted(time_s for run in runs for time_s in run)
+    return {
+        "connections": connections,
+        "answers/s": len(times) / DURATION_S,
+        "p50 ms": 1000 * times[len(times) // 2],
+        "p99 ms": 1000 * times[int(0.99 * len(times))],
+        "device busy": (after["busy"] - before["busy"]) / took_s,
+        "device starved": (after["starved"] - before["starved"]) / took_s,
+    }
