@@ -4,7 +4,7 @@ from service.types import Job
 
 
 class Batcher:
-    """Jobs in order of arrival, cut into batches.
+    """Jobs, cut into batches: those with the earliest deadline first, and of those the oldest.
 
     Args:
         max_batch_size: no batch is larger. May be set again at any time.
@@ -44,7 +44,7 @@ class Batcher:
         """Take out the batch to run now; empty if there is none yet. Expire first: it does not look at deadlines."""
         if not self._jobs or now < self._due():
             return []
-        batch = list(self._jobs.values())[: self.max_batch_size]
+        batch = sorted(self._jobs.values(), key=lambda job: job.deadline)[: self.max_batch_size]
         for job in batch:
             del self._jobs[job.id]
         return batch

@@ -3,12 +3,13 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 
+from service.admission import Admission
 from service.cost import CostTable
 from service.engine import Engine
-from service.errors import Draining, Internal, NotReady, Overloaded, ServiceError
+from service.errors import Draining, Internal, NotReady, ServiceError
 from service.types import Inference, Pixels, State
 
 STARTING_RETRY_S = 2.0
@@ -25,10 +26,9 @@ class LocalClient:
 
     def __init__(self, engines: Sequence[Engine], max_queue: int) -> None:
         self._engines = engines
-        self._max_queue = max_queue
+        self._admission = Admission(max_queue, self._work_s)
         self._loads: Counter[Engine] = Counter()  # images given to each engine and not yet answered
         self._draining = False
-        self._admitted = 0
         self._waiting: set[asyncio.Future[Inference]] = set()
 
     def start(self) -> None:
@@ -46,37 +46,23 @@ class LocalClient:
 
     @property
     def max_images(self) -> int:
-        return self._max_queue
+        return self._admission.most
 
     @property
     def queue_depth(self) -> int:
-        return self._admitted
+        return self._admission.accepted
 
     @property
     def backlog_s(self) -> float:
-        return max(engine.backlog_s(math.ceil(self._admitted / len(self._engines))) for engine in self._engines)
+        return self._admission.backlog_s
 
     @property
     def costs(self) -> CostTable:
         return self._engines[0].costs
 
-    @contextmanager
-    def admit(self) -> Iterator[Callable[[int], None]]:
+    def admit(self, deadline: float) -> AbstractContextManager[Callable[[int], None]]:
         self._refuse_unless_ready()
-        held = 0
-
-        def hold(images: int) -> None:
-            nonlocal held
-            if self._admitted - held + images > self._max_queue:
-                raise Overloaded(f"{self._admitted} images are waiting; try again later", max(1.0, self.backlog_s))
-            self._admitted += images - held
-            held = images
-
-        hold(1)
-        try:
-            yield hold
-        finally:
-            self._admitted -= held
+        return self._admission.admit(deadline)
 
     async def infer(self, pixels: Pixels, deadline: float) -> Inference:
         loop = asyncio.get_running_loop()
@@ -104,9 +90,15 @@ class LocalClient:
 
     async def close(self) -> None:
         self.begin_drain()
+        reason = Internal() if self.state is State.FAILED else Draining()
         for future in self._waiting:  # not left to the engine, which may hang
-            _settle(future, Draining())
+            _settle(future, reason)
         await asyncio.gather(*(asyncio.to_thread(engine.stop, LAST_BATCH_S) for engine in self._engines))
+
+    def _work_s(self, images: int) -> float:
+        """The time of all devices together for so many images."""
+        share = math.ceil(images / len(self._engines))
+        return max(engine.backlog_s(share) for engine in self._engines)
 
     def _refuse_unless_ready(self) -> None:
         match self.state:

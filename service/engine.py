@@ -28,6 +28,9 @@ SMOOTHING = 0.2  # weight of the newest batch in running estimates
 LEAD_S, LEAD_SHARE = 0.001, 0.1
 
 
+HUNG_FACTOR = 20  # a batch that takes so many times what it should will not end: the process is better started anew
+
+
 @dataclass(frozen=True, slots=True)
 class Flight:
     """A batch on the device."""
@@ -44,10 +47,14 @@ class Engine:
         load: makes the runner; called, like everything of the runner's, on the engine's thread.
         batcher: the queue; nobody else may touch it. Warm-up decides how large its batches are.
         events: told what happens.
+        hung_s: a batch that takes longer, and far longer than it should, is taken for one that never ends.
     """
 
-    def __init__(self, load: Callable[[], ModelRunner], batcher: Batcher, events: EngineEvents) -> None:
+    def __init__(
+        self, load: Callable[[], ModelRunner], batcher: Batcher, events: EngineEvents, hung_s: float = 30.0
+    ) -> None:
         self._load = load
+        self._hung_s = hung_s
         self._batcher = batcher
         self._events = events
         self._inbox: queue.SimpleQueue[Job | int | None] = queue.SimpleQueue()  # a job, an id to cancel, None: stop
@@ -56,12 +63,22 @@ class Engine:
         self._closed = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.state = State.STARTING
+        self._state = State.STARTING
+        self._at_work_since: float | None = None  # on one batch; None: it waits for work, or warms up
         self.costs = CostTable()  # filled when warm-up has ended
         self.slowdown = 1.0  # running estimate of how much longer than that batches take
         self._launch_s = 0.0  # running estimate of what it takes to launch a batch while another one runs
         self._flight: Flight | None = None  # what the device works on
         self._landed = time.monotonic()  # when it had finished the one before
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life; failed also when a batch takes so long that the device must hang."""
+        since = self._at_work_since
+        longest_s = max(self._hung_s, HUNG_FACTOR * self.costs.batch_s(self.costs.max_batch_size))
+        if since is not None and time.monotonic() - since > longest_s:
+            return State.FAILED
+        return self._state
 
     def start(self) -> None:
         self._thread.start()
@@ -97,13 +114,13 @@ class Engine:
             runner = self._load()
             self.costs = runner.warm_up()
             self._batcher.max_batch_size = self.costs.max_batch_size
-            self.state = State.READY
+            self._state = State.READY
             log.info("ready")
             while not self._stopping:
                 self._step(runner)
             self._finish(runner)
         except BaseException:
-            self.state = State.FAILED
+            self._state = State.FAILED
             log.exception("the engine has failed")
         finally:
             self._close()
@@ -120,10 +137,12 @@ class Engine:
         now = time.monotonic()
         if now < self._due():
             return
+        self._at_work_since = now
         batch = self._batcher.next_batch(now)
         launched = self._launch(runner, batch) if batch else None
         self._finish(runner)
         self._flight = launched
+        self._at_work_since = None
 
     def _finish(self, runner: ModelRunner) -> None:
         """Wait for what the device works on, if it does."""

@@ -55,7 +55,7 @@ class Journey:
         timeout_s = self._timeout_s(request)
         ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
-        with self._client.admit() as hold:  # refuse before the body is read
+        with self._client.admit(deadline) as hold:  # refuse before the body is read
             try:
                 async with asyncio.timeout_at(ends):
                     uploads = await self._uploads(request)

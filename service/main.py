@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._client.state is State.FAILED:
+            await self._client.close()  # an engine that hangs would keep its callers waiting, and them the server
             return True
         if self._drain_since is not None:
             drained_s = time.monotonic() - self._drain_since

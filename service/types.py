@@ -110,14 +110,18 @@ class EngineClient(Protocol):
     def max_images(self) -> int:
         """How many images one request may hold: for more there would never be room."""
 
-    def admit(self) -> AbstractContextManager[Callable[[int], None]]:
+    def admit(self, deadline: float) -> AbstractContextManager[Callable[[int], None]]:
         """Hold a place in the queue for a request, before anything is done for it.
 
         The function that comes with it sets how many places are held, once the request's images have been counted.
         What was admitted is answered even when a drain begins.
 
+        Args:
+            deadline: by `time.monotonic()`, of the request.
+
         Raises:
-            Refused: there is no room (now, or for so many), or the server takes no work at all.
+            Refused: there is no room (now, or for so many), the answer would come too late, or the server takes no work
+                at all.
         """
 
     async def infer(self, pixels: Pixels, deadline: float) -> Inference:

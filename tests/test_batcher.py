@@ -30,6 +30,15 @@ def test_a_batch_is_cut_at_once_and_in_order() -> None:
     assert batcher.next_batch(0.0) == []
 
 
+def test_the_earliest_deadline_goes_first() -> None:
+    """Whoever has little time overtakes; between equals the older goes first."""
+    batcher = Batcher(max_batch_size=2)
+    for id_, deadline in ((1, 50.0), (2, 20.0), (3, 50.0), (4, 10.0)):
+        batcher.add(job(id_, deadline=deadline))
+    assert [job.id for job in batcher.next_batch(0.0)] == [4, 2]
+    assert [job.id for job in batcher.next_batch(0.0)] == [1, 3]
+
+
 def test_a_window_counts_from_the_oldest_job() -> None:
     """A batch that is not full waits until its oldest job has waited long enough, a full one not at all."""
     batcher = Batcher(max_batch_size=3, max_wait_s=5.0)
@@ -111,9 +120,10 @@ class Interleavings(RuleBasedStateMachine):
         self.expire()
         batch = self.batcher.next_batch(self.now)
         due = len(self.queued) >= 3 or (bool(self.queued) and self.jobs[self.queued[0]].enqueued + 2.0 <= self.now)
-        assert [job.id for job in batch] == (self.queued[:3] if due else [])
-        self.queued = self.queued[len(batch) :]
+        urgent = sorted(self.queued, key=lambda id_: self.jobs[id_].deadline)[:3]
+        assert [job.id for job in batch] == (urgent if due else [])
         for each in batch:
+            self.queued.remove(each.id)
             assert each.deadline > self.now
             assert each.id not in self.left
             each.reply(Internal() if fails else ANSWER)

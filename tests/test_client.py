@@ -13,6 +13,7 @@ from service.metrics import DeviceEvents, Metrics
 from service.types import State
 from tests.servers import PATIENCE_S, FakeRunner, wait_until
 
+FAR = 1e9
 PIXELS = np.zeros((3, 2, 2), np.uint8)
 
 
@@ -74,7 +75,7 @@ def test_backlog_is_worked_off_together() -> None:
     for client in (one, two):
         client.start()
         wait_until(lambda client=client: client.state is State.READY, "readiness")  # type: ignore[misc]
-        with client.admit() as hold:
+        with client.admit(FAR) as hold:
             hold(16)
             assert client.queue_depth == 16
             assert client.backlog_s == pytest.approx(0.16 if client is one else 0.08)

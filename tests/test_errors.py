@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.cost import CostTable
+from service.types import State
 from tests.asking import CUT, PREDICT, TEXT, assert_error, occupy, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
@@ -159,6 +160,34 @@ def test_a_caller_who_leaves_frees_the_queue(caplog: pytest.LogCaptureFixture) -
         assert sample(running.client, "rednet_inflight_requests") == 1  # this one
         assert sample(running.client, "rednet_cancelled_total", stage="queue") == 1
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_who_would_be_answered_too_late_is_refused_at_once() -> None:
+    """429 before anything is decoded, with the time after which it would be in time; the patient are let in."""
+    runner = FakeRunner()  # says that an image takes 10 ms
+    with ServerThread(runner) as running, ThreadPoolExecutor(100) as pool:
+        runner.go_on.clear()
+        held = [pool.submit(predict, running.client, encoded(photo())) for _ in range(100)]
+        wait_until(lambda: running.engine_client.queue_depth == 100, "a queue of a second")
+        response = predict(running.client, TEXT, **{"X-Request-Timeout-Ms": "500"})
+        assert_error(response, 429, "overloaded")
+        assert response.headers["retry-after"] == "1"
+        assert_error(predict(running.client, TEXT, **{"X-Request-Timeout-Ms": "5000"}), 415, "unsupported_media_type")
+        runner.go_on.set()
+        assert {future.result().status_code for future in held} == {200}
+        assert predict(running.client, encoded(photo()), **{"X-Request-Timeout-Ms": "500"}).status_code == 200
+
+
+def test_a_device_that_hangs_is_seen() -> None:
+    """Whoever waits gets an error, liveness ends, and the process ends with status 1 to be started anew."""
+    runner = FakeRunner()
+    with ServerThread(runner, hung_s=0.5) as running, ThreadPoolExecutor(1) as pool:
+        held = occupy(running, runner, pool)
+        assert_error(held.result(), 500, "internal")
+        assert running.engine_client.state is State.FAILED
+        running.wait_for_end()
+        assert running.exit_code == 1
+        runner.go_on.set()
 
 
 def test_an_engine_that_fails_is_seen() -> None:

@@ -1,0 +1,78 @@
+"""Who is let in: no more than may wait, and nobody who would be answered too late. Pure state; used from one thread."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from service.errors import Overloaded
+
+SHORTEST_RETRY_S = 1.0  # the header counts whole seconds
+SMOOTHING = 0.05  # weight of the newest answer in the running estimate
+
+
+class Admission:
+    """Counts the images that were accepted and not yet answered, and predicts when another would be.
+
+    Args:
+        most: how many there may be.
+        work_s: the device's time for so many images. What else an answer takes (decoding, sending, waiting for a core)
+            is learned from the answers themselves, as a factor.
+        clock: tells the time, in seconds.
+    """
+
+    def __init__(self, most: int, work_s: Callable[[int], float], clock: Callable[[], float] = time.monotonic) -> None:
+        self.most = most
+        self.accepted = 0
+        self._work_s = work_s
+        self._clock = clock
+        self._factor = 1.0
+
+    @property
+    def backlog_s(self) -> float:
+        """Predicted time to answer everything that was accepted."""
+        return self.predicted_s(self.accepted)
+
+    def predicted_s(self, images: int) -> float:
+        """Predicted time until the last of so many images is answered."""
+        return self._work_s(images) * self._factor
+
+    @contextmanager
+    def admit(self, deadline: float) -> Iterator[Callable[[int], None]]:
+        """Hold a place for a request while it lasts; the function sets for how many images, once they are counted.
+
+        Where nobody is ahead, every deadline is tried.
+
+        Raises:
+            Overloaded: there is no room, or no answer before the deadline; also from the function.
+        """
+        held, since, predicted_s = 0, 0.0, 0.0
+
+        def hold(images: int) -> None:
+            nonlocal held, since, predicted_s
+            others = self.accepted - held
+            if others + images > self.most:
+                wait_s = self.predicted_s(others) - self.predicted_s(max(0, self.most - images))
+                raise _overloaded(f"{others} images are waiting", wait_s)
+            since, predicted_s = self._clock(), self.predicted_s(others + images)
+            late_s = since + predicted_s - deadline
+            if others and late_s > 0:
+                raise _overloaded("the answer would come after the deadline", late_s)
+            self.accepted += images - held
+            held = images
+
+        hold(1)
+        try:
+            yield hold
+            self._learn(self._clock() - since, predicted_s)
+        finally:
+            self.accepted -= held
+
+    def _learn(self, took_s: float, predicted_s: float) -> None:
+        """Compare an answer's time with what was predicted when its images were counted."""
+        if predicted_s > 0:
+            ratio = min(10.0, max(0.1, took_s / predicted_s))  # one answer says only so much
+            self._factor *= 1 + (ratio - 1) * SMOOTHING
+
+
+def _overloaded(reason: str, wait_s: float) -> Overloaded:
+    return Overloaded(f"{reason}; try again later", max(SHORTEST_RETRY_S, wait_s))

@@ -1,0 +1,104 @@
+"""Who is let in, as pure state with a clock of the test's own."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
+
+import pytest
+
+from service.admission import Admission
+from service.errors import Overloaded
+
+FAR = 1e9
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def admission(clock: Clock) -> Admission:
+    """Room for ten images that take a second each."""
+    return Admission(10, float, clock)
+
+
+Holding = AbstractContextManager[Callable[[int], None]]
+
+
+def accepted(holding: Holding, stack: ExitStack, images: int = 1) -> None:
+    stack.enter_context(holding)(images)
+
+
+def test_places_are_held_while_a_request_lasts(admission: Admission) -> None:
+    """One while its images are not counted, then one for each, none when it has ended, in whatever way."""
+    with admission.admit(FAR) as hold:
+        assert admission.accepted == 1
+        hold(4)
+        assert admission.accepted == 4
+        assert admission.backlog_s == 4
+    with pytest.raises(KeyError), admission.admit(FAR):
+        raise KeyError
+    assert admission.accepted == 0
+
+
+def test_a_full_queue_says_when_there_is_room(admission: Admission) -> None:
+    """The time is that of the images that would have to go first, and at least a second."""
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack, images=10)
+        with pytest.raises(Overloaded) as refused, admission.admit(FAR):
+            pass
+        assert refused.value.retry_after_s == 1
+        assert admission.accepted == 10
+
+
+def test_a_large_request_waits_for_room_for_all_of_it(admission: Admission) -> None:
+    """Nine are waiting and seven more would come: six have to go first."""
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack, images=9)
+        with pytest.raises(Overloaded) as refused, admission.admit(FAR) as hold:
+            hold(7)
+        assert refused.value.retry_after_s == 6
+        assert admission.accepted == 9
+
+
+def test_who_would_be_late_is_refused(admission: Admission, clock: Clock) -> None:
+    """With five seconds of work ahead an answer comes after six: too late for four seconds, in time for seven; whoever
+    comes back after the time that was given is let in."""
+    clock.now = 100.0
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack, images=3)
+        with ExitStack() as others:
+            accepted(admission.admit(FAR), others, images=2)
+            accepted(admission.admit(107.0), others)
+            with pytest.raises(Overloaded) as refused, admission.admit(104.0):
+                pass
+            assert refused.value.retry_after_s == 3
+        clock.now += 3  # in which three images were answered
+        accepted(admission.admit(107.0), stack)
+
+
+def test_a_free_device_tries_anything(admission: Admission) -> None:
+    """A prediction may be wrong; with nobody ahead there is nothing to wait for."""
+    with admission.admit(0.1) as hold:
+        hold(1)
+
+
+def test_predictions_learn_from_answers(admission: Admission, clock: Clock) -> None:
+    """Where answers take three times the device's time, so do predictions, before long; failures teach nothing."""
+    for _ in range(100):
+        with admission.admit(FAR) as hold:
+            hold(2)
+            clock.now += 3 * admission.predicted_s(2) / admission.predicted_s(1)  # 6 s, whatever is predicted
+    assert admission.predicted_s(2) == pytest.approx(6, rel=0.1)
+    for _ in range(100):
+        with suppress(KeyError), admission.admit(FAR):
+            clock.now += 100
+            raise KeyError
+    assert admission.predicted_s(2) == pytest.approx(6, rel=0.1)
