@@ -12,7 +12,7 @@ from benchmarks.measure import bars, matrix_product_gflops, median_s, report
 from benchmarks.network import multiply_adds
 from model import create_rednet
 from model.kernels import use
-from model.train import keep_freed_memory
+from model.steps import keep_freed_memory
 
 BATCH, SIDE = 64, 128
 FORMS = {  # implementation, memory format, whether freed memory is kept

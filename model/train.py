@@ -1,40 +1,25 @@
-"""Training: a folder of class folders in, a checkpoint that can be served out.
-
-The order of photos, every crop and every blend follow from (seed, epoch, photo) alone, so that a run that was killed
-and resumed, or read by another number of threads, sees exactly what an unbroken one sees.
-"""
+"""Training: a folder of class folders in, a checkpoint that can be served out."""
 
 import copy
-import ctypes
-import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
 
 from model.calibrate import fit_temperature
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.evaluate import evaluate
 from model.labels import named
-from model.photos import Batch, Photo, PhotoError, batches, find_photos, read_photo
+from model.photos import Photo, PhotoError, find_photos
 from model.prepare import prepare
-from model.preprocess import Pixels, Preprocess, scaled_box, upright_rgb
-from model.progress import progress
 from model.recipe import Recipe
 from model.rednet import RedNet, RedNetConfig
 from model.resume import ResumeFile, State
+from model.steps import Run, keep_freed_memory, optimizer_for
 
-SMALLEST_CROP = 0.35  # of the photo's area
-SAVE_EVERY_S = 60.0
 HELD_OUT_EVERY = 20  # one photo in so many is kept from training, to watch it and to fit the temperature
 FEWEST_HELD_OUT = 100  # fewer photos could say little: then none are kept
 
@@ -82,7 +67,7 @@ def train(
     # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
     net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     keep_freed_memory()
-    state = State(net, copy.deepcopy(net).eval(), _optimizer(net, recipe))
+    state = State(net, copy.deepcopy(net).eval(), optimizer_for(net, recipe))
     resume = ResumeFile(output.with_name(output.name + ".training"), recipe, photos, start)
     resume.load(state)
     run = Run(state, recipe, preprocess, photos, device, workers)
@@ -91,14 +76,9 @@ def train(
         watched = evaluate(run.logits, preprocess, held_out or validation, workers=workers, describe="  check")
         _finish_epoch(state, watched.summary()["top1"])
         resume.save(state)
-    net = state.averaged.cpu()
-    prepared = prepare(net, preprocess, device)
-    ask = partial(evaluate, lambda pixels: prepared(pixels).logits, preprocess, workers=workers)
-    temperature = fit_temperature(*ask(held_out, describe="calibration")) if held_out else 1.0
-    accuracy = ask(validation, describe="validation").cooled(temperature).summary()
-    cool(net, temperature)
+    results = _calibrate(run, held_out, validation)
     checkpoint = Checkpoint(
-        net=net,
+        net=state.averaged,
         labels=named(classes),
         preprocess=preprocess,
         name=output.name.removesuffix(".safetensors"),
@@ -108,8 +88,7 @@ def train(
             "recipe": asdict(recipe),
             "precision": run.precision,
             "torch": torch.__version__,
-            "temperature": temperature,
-            "accuracy": accuracy,
+            **results,
             "history": state.history,
         },
     )
@@ -151,113 +130,15 @@ def with_classes(start: Checkpoint, classes: Sequence[str]) -> RedNet:
     return net
 
 
-def keep_freed_memory() -> None:
-    """Ask the C library to keep the memory of freed tensors for the next step (a fifth to a third of a step's time on a
-    CPU): it would give it back to the system, and get it again page by page. Only glibc has, and needs, the request.
-    """
-    mmap_threshold, trim_threshold, most = -3, -1, 2**31 - 1
-    with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        if not libc.mallopt(mmap_threshold, most):  # older versions take no more than this
-            libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, most)
-
-
-class Run:
-    """The steps of a run.
-
-    Args:
-        state: where it is; changes.
-        recipe: what it follows.
-        preprocess: what the network will be served with.
-        photos: what it learns from.
-        device: where the network is.
-        workers: threads that read photos.
-    """
-
-    def __init__(
-        self,
-        state: State,
-        recipe: Recipe,
-        preprocess: Preprocess,
-        photos: Sequence[Photo],
-        device: torch.device,
-        workers: int,
-    ) -> None:
-        self.state, self.recipe, self.preprocess = state, recipe, preprocess
-        self.photos, self.device, self.workers = photos, device, workers
-        # A last photo alone is left out: batch norm could learn nothing from it.
-        full, rest = divmod(len(photos), recipe.batch_size)
-        self.steps = full + (rest > 1)  # batches in an epoch
-        bf16 = fast_bf16(device) if recipe.precision == "auto" else recipe.precision == "bf16"
-        self.precision = "bf16" if bf16 else "fp32"
-
-    def epoch(self, resume: ResumeFile) -> None:
-        """Do what is left of this epoch, saving now and then."""
-        state = self.state
-        state.net.train()
-        saved_at = time.monotonic()
-        label = f"epoch {state.epoch + 1}/{self.recipe.epochs}"
-        for batch in progress(self._batches(), total=self.steps, done=state.step, describe=label):
-            for group in state.optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate_at(state.epoch + state.step / self.steps)
-            state.loss_sum += self._step(batch)
-            state.step += 1
-            average(state.averaged, state.net, state.epoch * self.steps + state.step)
-            if time.monotonic() - saved_at > SAVE_EVERY_S:
-                resume.save(state)
-                saved_at = time.monotonic()
-
-    def logits(self, pixels: Tensor) -> Tensor:
-        """What the averaged network says of uint8 pixels [B, 3, H, W]: [B, classes]."""
-        with self._autocast():
-            logits: Tensor = self.state.averaged(self.preprocess.normalise(pixels.to(self.device)))
-        return logits.float()
-
-    def _step(self, batch: Batch) -> float:
-        state, recipe = self.state, self.recipe
-        x = self.preprocess.normalise(batch.pixels.to(self.device))
-        targets = batch.targets.to(self.device)
-        share = self._share()
-        with self._autocast():
-            logits = state.net(x.lerp(x.flip(0), 1 - share)).float()
-        loss, other = (
-            F.cross_entropy(logits, each, label_smoothing=recipe.label_smoothing) for each in (targets, targets.flip(0))
-        )
-        loss = share * loss + (1 - share) * other
-        state.optimizer.zero_grad()
-        loss.backward()
-        state.optimizer.step()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ValueError("the loss is no longer finite; a lower learning rate may help")
-        return value
-
-    def _share(self) -> float:
-        """The larger part of a blend of two photos."""
-        if self.recipe.mixup == 0:
-            return 1.0
-        rng = np.random.default_rng((self.recipe.seed, self.state.epoch, self.state.step, 1))
-        share = float(rng.beta(self.recipe.mixup, self.recipe.mixup))
-        return max(share, 1 - share)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def _batches(self) -> Iterator[Batch]:
-        """The batches of this epoch that are not done yet."""
-        epoch, recipe = self.state.epoch, self.recipe
-        order = np.random.default_rng((recipe.seed, epoch)).permutation(len(self.photos))
-        size = recipe.size_at(epoch)
-
-        def read(index: int) -> tuple[Pixels, int]:
-            rng = np.random.default_rng((recipe.seed, epoch, index))
-            photo = self.photos[index]
-            return read_photo(photo.path, lambda image: augmented(upright_rgb(image), size, rng)), photo.target
-
-        end = self.steps * recipe.batch_size
-        rest = [int(index) for index in order[self.state.step * recipe.batch_size : end]]
-        return batches(rest, read, recipe.batch_size, self.workers)
+def _calibrate(run: Run, held_out: Sequence[Photo], validation: Sequence[Photo]) -> dict[str, object]:
+    """Fit the averaged network's temperature to the photos held out, put it into its weights, and try the result."""
+    net = run.state.averaged.cpu()
+    prepared = prepare(net, run.preprocess, run.device)
+    ask = partial(evaluate, lambda pixels: prepared(pixels).logits, run.preprocess, workers=run.workers)
+    temperature = fit_temperature(*ask(held_out, describe="calibration")) if held_out else 1.0
+    accuracy = ask(validation, describe="validation").cooled(temperature).summary()
+    cool(net, temperature)
+    return {"temperature": temperature, "accuracy": accuracy}
 
 
 @torch.no_grad()
@@ -265,45 +146,6 @@ def cool(net: RedNet, temperature: float) -> None:
     """Divide logits by a temperature, in the weights: then whatever runs them answers with calibrated probabilities."""
     net.head.fc.weight.div_(temperature)
     net.head.fc.bias.div_(temperature)
-
-
-@torch.no_grad()
-def average(averaged: RedNet, net: RedNet, step: int) -> None:
-    """Move the averaged weights towards those after `step` (from 1 on) steps: in effect, the mean of the last tenth.
-
-    Polynomial-decay averaging, Shamir and Zhang, 2013, https://arxiv.org/abs/1212.1824, with eta = 9.
-    """
-    for mean, new in zip(averaged.state_dict().values(), net.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(new, 10 / (step + 9))
-        else:  # a counter
-            mean.copy_(new)
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 faster than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
-def augmented(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-    """A random part of an upright RGB photo, of random area and aspect ratio, half of the time mirrored."""
-    width, height = image.size
-    area = width * height * rng.uniform(SMALLEST_CROP, 1)
-    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w, h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
-    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    pixels = scaled_box(image, (left, top, left + w, top + h), size)
-    return pixels[:, :, ::-1].copy() if rng.random() < 0.5 else pixels
-
-
-def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in net.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in net.parameters() if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), eps=1e-6, fused=True)
 
 
 def _finish_epoch(state: State, top1: float) -> None:

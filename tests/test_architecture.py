@@ -75,6 +75,7 @@ MODEL = {
     "evaluate": {"calibrate", "photos", "preprocess", "progress"},
     "recipe": {"preprocess"},
     "resume": {"checkpoint", "photos", "recipe", "rednet"},
+    "steps": {"photos", "preprocess", "progress", "recipe", "rednet", "resume"},
     "train": {
         "calibrate",
         "checkpoint",
@@ -82,11 +83,10 @@ MODEL = {
         "labels",
         "photos",
         "prepare",
-        "preprocess",
-        "progress",
         "recipe",
         "rednet",
         "resume",
+        "steps",
     },
 }
 

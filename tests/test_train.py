@@ -21,12 +21,13 @@ from model.evaluate import Answers, evaluate
 from model.photos import Photo, PhotoError, batches, find_photos
 from model.preprocess import Pixels
 from model.recipe import FINE_TUNING_RATE, Recipe
-from model.train import augmented, average, hold_out, train, with_classes
+from model.steps import augmented, average
+from model.train import hold_out, train, with_classes
 from service.cli import main
 from tests.conftest import photo
 from tests.servers import REDNET, wait_until
 
-RECIPE = Recipe(base_channels=16, epochs=2, size=32, batch_size=8, learning_rate=0.05, seed=5)
+RECIPE = Recipe(base_channels=16, epochs=2, size=32, batch_size=8, learning_rate=0.003, seed=5)
 FLAGS = ["--base-channels", "16", "--epochs", "2", "--size", "32", "--batch-size", "8", "--learning-rate", "0.05"]
 CPU = torch.device("cpu")
 
@@ -53,7 +54,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def test_it_learns_and_leaves_a_checkpoint_that_can_be_served(data: Path, tmp_path: Path) -> None:
     """Colours are told apart after a few epochs; the file says where it comes from; `evaluate` agrees."""
-    recipe = Recipe(base_channels=16, epochs=8, size=64, batch_size=8, learning_rate=0.02)
+    recipe = Recipe(base_channels=16, epochs=8, size=64, batch_size=8, learning_rate=0.003)
     train(data, tmp_path / "colours.safetensors", recipe, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "colours.safetensors")
     assert [label.name for label in checkpoint.labels] == ["blue", "green", "red"]
@@ -71,7 +72,7 @@ def test_a_seed_determines_everything(data: Path, tmp_path: Path) -> None:
     for name, recipe, workers in (
         ("a", RECIPE, 1),
         ("b", RECIPE, 3),
-        ("c", Recipe(base_channels=16, epochs=2, size=32, batch_size=8, learning_rate=0.05, seed=6), 1),
+        ("c", Recipe(base_channels=16, epochs=2, size=32, batch_size=8, learning_rate=0.003, seed=6), 1),
     ):
         train(data, tmp_path / name, recipe, device=CPU, workers=workers)
     a, b, c = (weights(tmp_path / name) for name in "abc")

@@ -1,0 +1,70 @@
+"""Batches replayed from CUDA graphs; all of it needs a card."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import RedNet, load_checkpoint, prepare
+from model.preprocess import Preprocess
+from tests.test_prepare import assert_close, photos
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+SQUARE = Preprocess(resize=72, crop=64)
+
+
+@pytest.fixture
+def net(tiny_path: Path) -> RedNet:
+    return load_checkpoint(tiny_path).net
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes that were captured, in order."""
+    from model.cuda_form import CudaForm
+
+    sizes: list[int] = []
+    capture = CudaForm._captured
+
+    def counted(form: CudaForm, size: int) -> object:
+        sizes.append(size)
+        return capture(form, size)
+
+    monkeypatch.setattr(CudaForm, "_captured", counted)
+    return sizes
+
+
+def test_graphs_answer_like_the_plain_network(net: RedNet) -> None:
+    """Every batch size up to 20, from memory of the host and of the device, and answers outlive the next batch."""
+    run = prepare(net, SQUARE, "cuda", "fp32")
+    assert run.backend == "CUDA graphs, Triton involution"
+    pixels = photos(20, 64, 64)
+    with torch.inference_mode():
+        logits = net(SQUARE.normalise(pixels))
+    for batch in range(1, 21):
+        first = run(pixels[:batch])
+        run(pixels[:batch].flip(0).cuda())
+        assert_close(first.logits, logits[:batch], 1e-5)
+
+
+def test_no_size_is_captured_after_the_largest(net: RedNet, captures: list[int]) -> None:
+    """A batch size never seen before finds its graph ready; photos of other sizes run without one."""
+    run = prepare(net, SQUARE, "cuda", "fp16")
+    run(photos(48, 64, 64))
+    captured = len(captures)
+    for batch in range(1, 49):
+        run(photos(batch, 64, 64))
+    run(photos(3, 40, 56))
+    run(photos(3, 64, 64), stages=True, kernel_sums=True)
+    assert len(captures) == captured
+
+
+def test_float32_is_not_cut(net: RedNet) -> None:
+    """Convolutions are exact whatever the process has set, and leave the setting as it is."""
+    torch.backends.cudnn.allow_tf32 = True
+    run = prepare(net, SQUARE, "cuda", "fp32")
+    assert run.deviation < 1e-5
+    assert torch.backends.cudnn.allow_tf32

@@ -1,0 +1,45 @@
+"""The device behind arrays."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import Preprocess, load_checkpoint, prepare
+from model.form import Output
+from model.prepare import Prepared
+from service.runner import PreparedRunner
+from tests.test_prepare import CUDA, photos
+
+SQUARE = Preprocess(resize=72, crop=64)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_batches_launched_behind_one_another_get_their_own_answers(tiny_path: Path, device: str) -> None:
+    """Whatever the order in which they are waited for, and however memory is used again meanwhile."""
+    prepared = prepare(load_checkpoint(tiny_path).net, SQUARE, device, "fp32")
+    runner = PreparedRunner(prepared, largest=8)
+    assert max(runner.warm_up().seconds) == 8
+    batches = [photos(size, 64, 64) + size for size in (1, 5, 8, 3, 8, 2)]
+    launched = [runner.launch(list(batch.numpy())) for batch in batches]
+    for batch, running in reversed(list(zip(batches, launched, strict=True))):
+        logits, features = running.wait()
+        assert running.done()
+        expected = prepared(batch)
+        np.testing.assert_allclose(logits, expected.logits.cpu().numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(features, expected.features.cpu().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_device_without_memory_says_so_in_one_way() -> None:
+    """Torch's error for it becomes Python's, which the engine knows."""
+
+    class Full:
+        backend = "full"
+
+        def __call__(self, pixels: torch.Tensor, stages: bool, kernel_sums: bool) -> Output:
+            raise torch.OutOfMemoryError
+
+    runner = PreparedRunner(Prepared(Full(), SQUARE, torch.device("cpu"), "fp32", 0.0), largest=8)
+    with pytest.raises(MemoryError, match="a batch of 3"):
+        runner.launch([np.zeros((3, 64, 64), np.uint8)] * 3)
