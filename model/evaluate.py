@@ -35,6 +35,12 @@ class Answers(NamedTuple):
         """The same answers with their logits divided by a temperature."""
         return Answers(self.logits / temperature, self.targets)
 
+    def by_class(self, names: Sequence[str]) -> list[dict[str, str | int | float]]:
+        """Name, number of photos and `top1` of each class that has any."""
+        confusion = self.confusion()
+        rows = zip(names, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist(), strict=True)
+        return [{"label": name, "images": images, "top1": hits / images} for name, hits, images in rows if images]
+
     def confusion(self) -> Tensor:
         """How many photos of class i were taken for class j: int64 [classes, classes]."""
         classes = self.logits.shape[1]

@@ -262,12 +262,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
     answers = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
     result: dict[str, Any] = {"model": checkpoint.name, "precision": run.precision} | answers.summary()
-    confusion = answers.confusion()
     names = [label.name for label in checkpoint.labels]
-    rows = zip(names, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist(), strict=True)
-    by_class = [{"label": name, "images": count, "top1": hits / count} for name, hits, count in rows if count]
+    by_class = answers.by_class(names)
     if options.confusion is not None:
-        draw_confusion(confusion.numpy(), names).save(options.confusion, "png")
+        draw_confusion(answers.confusion().numpy(), names).save(options.confusion, "png")
     if options.json:
         print(json.dumps(result | {"classes": by_class}))
         return 0

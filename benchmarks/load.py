@@ -1,0 +1,111 @@
+"""Load on a server, from a process of its own.
+
+In the closed loop so many connections ask again as soon as they have an answer: that finds the capacity. In the open
+loop requests come at a given rate, whatever becomes of earlier ones, and their times count from when they were due, so
+that a slow answer does not hide the requests behind it (coordinated omission).
+"""
+
+import asyncio
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import uvloop
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Answer(NamedTuple):
+    """What became of one request; status 0: the connection broke."""
+
+    status: int
+    due: float  # by time.monotonic(), which all processes of a machine share
+    took_s: float
+    retry_after_s: float | None
+
+
+class Load:
+    """A generator of requests with photos.
+
+    Args:
+        url: where to.
+        photos: encoded, sent in turn.
+        timeout_ms: deadline of each request; None: the server's.
+    """
+
+    def __init__(self, url: str, photos: Sequence[bytes], timeout_ms: int | None = None) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "", parts.port or 80
+        deadline = f"X-Request-Timeout-Ms: {timeout_ms}\r\n" if timeout_ms else ""
+        head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n{deadline}Content-Type: image/jpeg\r\n"
+        self._requests = [f"{head}Content-Length: {len(photo)}\r\n\r\n".encode() + photo for photo in photos]
+        self._idle: deque[Streams] = deque()
+        self.answers: list[Answer] = []
+
+    async def closed(self, connections: int, seconds: float) -> None:
+        """Keep so many requests going."""
+        ends = time.monotonic() + seconds
+
+        async def loop(first: int) -> None:
+            turn = first
+            while time.monotonic() < ends:
+                await self.ask(turn, time.monotonic())
+                turn += connections
+
+        await asyncio.gather(*(loop(index) for index in range(connections)))
+
+    async def open(self, rate: float, seconds: float) -> None:
+        """Send so many requests a second, evenly."""
+        begins = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for turn in range(int(rate * seconds)):
+                due = begins + turn / rate
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                group.create_task(self.ask(turn, due))
+
+    async def ask(self, turn: int, due: float) -> None:
+        """Send one request over an idle connection, or a new one."""
+        try:
+            streams = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
+            streams[1].write(self._requests[turn % len(self._requests)])
+            status, headers = await _read_answer(streams[0])
+        except (OSError, EOFError):
+            self.answers.append(Answer(0, due, time.monotonic() - due, None))
+            return
+        retry = headers.get("retry-after")
+        self.answers.append(Answer(status, due, time.monotonic() - due, float(retry) if retry else None))
+        if headers.get("connection") == "close":
+            streams[1].close()
+        else:
+            self._idle.append(streams)
+
+
+async def _read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
+    await reader.readexactly(int(headers.get("content-length", 0)))
+    return int(head[0].split()[1]), headers
+
+
+def closed_loop(url: str, photos: Sequence[bytes], connections: int, seconds: float) -> list[Answer]:
+    """What so many connections got, from a process beside this one."""
+    return _beside(Load(url, photos), Load.closed, connections, seconds)
+
+
+def open_loop(url: str, photos: Sequence[bytes], rate: float, seconds: float, timeout_ms: int) -> list[Answer]:
+    """What requests at that rate (a second) got, sent from a process beside this one."""
+    return _beside(Load(url, photos, timeout_ms), Load.open, rate, seconds)
+
+
+def _beside(load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float) -> list[Answer]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run, load, loop, *how).result()
+
+
+def _run(load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float) -> list[Answer]:
+    uvloop.run(loop(load, *how))
+    return load.answers

@@ -1,0 +1,66 @@
+"""Three times more requests than the server can answer: what the accepted ones get, and what the refused ones are told.
+
+python -m benchmarks.overload PHOTOS [--checkpoint F]
+"""
+
+import argparse
+import statistics
+import time
+import urllib.request
+from pathlib import Path
+
+from benchmarks.load import Answer, closed_loop, open_loop
+from benchmarks.measure import report
+from benchmarks.server import post_when_ready, serving
+
+CONNECTIONS, SECONDS = 16, 30.0
+TIMES_CAPACITY = 3
+DEADLINE_MS = 1000
+
+
+def gauges(url: str) -> dict[str, float]:
+    """What should be zero when nobody asks any more."""
+    wanted = ("rednet_queue_depth", "rednet_backlog_seconds")
+    lines = urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if line.split()[0] in wanted}
+
+
+def row(what: str, answers: list[Answer], seconds: float) -> dict[str, object]:
+    accepted = sorted(answer.took_s for answer in answers if answer.status == 200)
+    refused = [answer for answer in answers if answer.status == 429]
+    return {
+        "what": what,
+        "sent/s": len(answers) / seconds,
+        "answered/s": len(accepted) / seconds,
+        "p50 ms": 1000 * statistics.median(accepted),
+        "p99 ms": 1000 * accepted[int(0.99 * len(accepted))],
+        "429": len(refused),
+        "of them without Retry-After": sum(answer.retry_after_s is None for answer in refused),
+        "other": len(answers) - len(accepted) - len(refused),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path, help="a folder of JPEG files")
+    parser.add_argument("--checkpoint", type=Path)
+    options = parser.parse_args()
+    photos = [path.read_bytes() for path in sorted(options.photos.glob("*.JP*G"))]
+    with serving(*(["--checkpoint", options.checkpoint] if options.checkpoint else [])) as base:
+        url = f"{base}/v1/predict"
+        post_when_ready(url, photos[0])
+        closed_loop(url, photos, CONNECTIONS, 3)
+        calm = closed_loop(url, photos, CONNECTIONS, SECONDS / 2)
+        capacity = len(calm) / (SECONDS / 2)
+        flood = open_loop(url, photos, TIMES_CAPACITY * capacity, SECONDS, DEADLINE_MS)
+        time.sleep(0.5)
+        rows = [row("closed loop", calm, SECONDS / 2), row(f"open loop, {TIMES_CAPACITY} times that", flood, SECONDS)]
+        after = gauges(base)
+    good = sum(answer.status == 200 for answer in flood) / SECONDS / capacity
+    heading = f"overload, deadline {DEADLINE_MS} ms, {len(photos)} JPEG photos, load from the same cores"
+    report("overload", heading, rows, goodput=good, gauges=after)
+    print(f"goodput / capacity: {good:.2f}; afterwards {after}")
+
+
+if __name__ == "__main__":
+    main()
