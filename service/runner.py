@@ -40,8 +40,14 @@ class PreparedRunner:
         return measure(batch_s, self._largest, self._auto)
 
     def run(self, pixels: Sequence[Pixels]) -> RunnerOutput:
+        if any(image.dtype == np.float32 for image in pixels):  # a batch has one type
+            pixels = [self._normalised(image) for image in pixels]
         output = self._prepared(torch.from_numpy(np.stack(pixels)))
         return RunnerOutput(output.logits.cpu().numpy(), output.features.cpu().numpy())
+
+    def _normalised(self, image: Pixels) -> Pixels:
+        normalise = self._prepared.preprocess.normalise
+        return normalise(torch.from_numpy(image)).numpy() if image.dtype == np.uint8 else image
 
     def _time(self, pixels: Sequence[Pixels]) -> float:
         started = time.monotonic()
