@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +22,7 @@ from service import errors, log
 from service.decode import Decoder
 from service.journey import Journey
 from service.metrics import Metrics
-from service.routes import health, v1
+from service.routes import health, v1, v2
 from service.schemas import ModelBody
 from service.settings import Settings
 from service.types import EngineClient
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.MalformedRequest: 400,
+    errors.NotFound: 404,
     errors.PayloadTooLarge: 413,
     errors.UnsupportedMediaType: 415,
     errors.UnreadableImage: 422,
@@ -65,6 +67,7 @@ def create_app(
     app.state.client, app.state.metrics, app.state.model = client, metrics, model
     app.state.journey = Journey(settings, client, decoder, metrics)
     app.include_router(v1.router)
+    app.include_router(v2.router)
     app.include_router(health.router)
     app.add_api_route("/", _home, include_in_schema=False)
     app.add_exception_handler(errors.ServiceError, _service_error)
@@ -79,13 +82,20 @@ async def _home() -> Response:
     return RedirectResponse("/docs")
 
 
-def _error_response(error: errors.ServiceError) -> Response:
+def _error_response(scope: Scope, error: errors.ServiceError) -> Response:
     headers = {}
     if isinstance(error, errors.Refused):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if isinstance(error, errors.Draining):
         headers["Connection"] = "close"  # so that the next request finds another server
-    return JSONResponse(v1.error_body(error), STATUS[type(error)], headers)
+    return JSONResponse(_error_content(scope, error.code, error.message), STATUS[type(error)], headers)
+
+
+def _error_content(scope: Scope, code: str, message: str) -> dict[str, Any]:
+    """An error in the shape of the protocol that its caller speaks."""
+    if scope["path"].startswith("/v2"):
+        return {"error": message, "code": code}
+    return {"error": {"code": code, "message": message}}
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
@@ -93,7 +103,7 @@ async def _service_error(request: Request, error: Exception) -> Response:
     if isinstance(error, errors.Refused):
         metrics: Metrics = request.app.state.metrics
         metrics.refused(error.code)
-    return _error_response(error)
+    return _error_response(request.scope, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -101,14 +111,14 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
-    return _error_response(errors.MalformedRequest(f"{place}: {first['msg']}"))
+    return _error_response(request.scope, errors.MalformedRequest(f"{place}: {first['msg']}"))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """No such path or method: the framework's own statuses, in the shape of our errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "malformed_request")
-    content = {"error": {"code": code, "message": str(error.detail)}}
+    content = _error_content(request.scope, code, str(error.detail))
     return JSONResponse(content, error.status_code, dict(error.headers or {}))
 
 
@@ -142,11 +152,11 @@ class Surroundings:
             status = CLIENT_LEFT
         except asyncio.CancelledError:  # uvicorn ends what is left when the drain is over: an upload, most likely
             if not status:
-                await _error_response(errors.Draining())(scope, receive, send_with_id)
+                await _error_response(scope, errors.Draining())(scope, receive, send_with_id)
         except Exception:
             logger.exception("a defect")
             if not status:
-                await _error_response(errors.Internal())(scope, receive, send_with_id)
+                await _error_response(scope, errors.Internal())(scope, receive, send_with_id)
         finally:
             duration_s = time.monotonic() - started
             endpoint = getattr(scope.get("route"), "path", "unmatched")

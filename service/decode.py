@@ -10,13 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar, TypeVarTuple
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from model.preprocess import Preprocess
-from service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
-from service.types import Pixels
+from service.errors import MalformedRequest, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from service.types import Floats, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
+OVERSHOOT = 4.0  # how far pixels that a caller normalised may go beyond the largest that a photo can have
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Our own limit, checked on every image before its pixels are decoded, takes the place of Pillow's, which only warns.
@@ -59,6 +61,25 @@ def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels
         raise UnreadableImage(f"the image is damaged: {str(error)[:100]}") from error
 
 
+def check_pixels(pixels: Floats, preprocess: Preprocess) -> Floats:
+    """Normalised pixels [3, crop, crop], if a photo could be something like them.
+
+    Larger values would overflow, because involution multiplies activations with one another, and what overflows fails
+    in a batch, at its neighbours' expense.
+
+    Raises:
+        MalformedRequest: they have another shape, are not finite or are out of range.
+    """
+    expected = (3, preprocess.crop, preprocess.crop)
+    if pixels.shape != expected:
+        raise MalformedRequest(f"pixels must be {list(expected)} for each image, not {list(pixels.shape)}")
+    mean, std = np.array(preprocess.mean), np.array(preprocess.std)
+    limit = OVERSHOOT * float(np.maximum(mean / std, (1 - mean) / std).max())
+    if not np.abs(pixels).max() <= limit:  # so that NaN is refused, too
+        raise MalformedRequest(f"pixels must be normalised: finite, and between -{limit:.1f} and {limit:.1f}")
+    return pixels
+
+
 def _claims_a_format(data: bytes) -> bool:
     """Whether data that no decoder took begins like a served format; two letters and RIFF alone are too little."""
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
@@ -80,8 +101,11 @@ class Decoder:
         self._max_pixels = max_pixels
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    async def decode(self, data: bytes) -> Decoded:
-        """Decode one image; raises what `decode_image` does. Cancelled before a thread took it up, it never runs."""
+    async def decode(self, data: bytes | Floats) -> Decoded:
+        """Decode a photo, or check normalised pixels; raises what `decode_image` and `check_pixels` do.
+
+        Cancelled before a thread took it up, it never runs.
+        """
         return await self.run(self._timed, data)
 
     async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
@@ -91,7 +115,10 @@ class Decoder:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _timed(self, data: bytes) -> Decoded:
+    def _timed(self, data: bytes | Floats) -> Decoded:
         started = time.monotonic()
-        pixels = decode_image(data, self._preprocess, self._max_pixels)
+        if isinstance(data, bytes):
+            pixels: Pixels = decode_image(data, self._preprocess, self._max_pixels)
+        else:
+            pixels = check_pixels(data, self._preprocess)
         return Decoded(pixels, time.monotonic() - started)

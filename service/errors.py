@@ -19,6 +19,12 @@ class MalformedRequest(ServiceError):
     code = "malformed_request"
 
 
+class NotFound(ServiceError):
+    """There is nothing of that name."""
+
+    code = "not_found"
+
+
 class PayloadTooLarge(ServiceError):
     """More bytes, pixels or images than the server takes."""
 

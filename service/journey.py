@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,10 +12,11 @@ from service.decode import Decoded, Decoder
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
-from service.types import EngineClient, Inference
-from service.uploads import Upload, parse_uploads, read_body
+from service.types import EngineClient, Floats, Inference
+from service.uploads import Upload, read_body
 
 T = TypeVar("T")
+Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images it may hold, to its images
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 LONGEST_TIMEOUT_MS = 3_600_000
@@ -45,8 +46,12 @@ class Journey:
         self._decoder = decoder
         self._metrics = metrics
 
-    async def answers(self, request: Request) -> Sequence[Answer]:
+    async def answers(self, request: Request, parse: Parse) -> Sequence[Answer]:
         """An answer for every image of the request, in order.
+
+        Args:
+            request: its body has not been read.
+            parse: called in one of the decoder's threads.
 
         Raises:
             ServiceError: there is none for the request as a whole.
@@ -58,17 +63,21 @@ class Journey:
         with self._client.admit(deadline) as hold:  # refuse before the body is read
             try:
                 async with asyncio.timeout_at(ends):
-                    uploads = await self._uploads(request)
+                    uploads = await self._uploads(request, parse)
             except TimeoutError:
                 raise DeadlineExceeded("the request did not arrive before its deadline") from None
             hold(len(uploads))
-            return await _unless_disconnected(request, self._answer_all(uploads, ends, deadline))
+            answers = await _unless_disconnected(request, self._answer_all(uploads, ends, deadline))
+        endpoint: str = request.scope["route"].path
+        for answer in answers:
+            outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
+            self._metrics.image(endpoint, outcome)
+        return answers
 
-    async def _uploads(self, request: Request) -> Sequence[Upload]:
+    async def _uploads(self, request: Request, parse: Parse) -> Sequence[Upload]:
         claimed = request.headers.get("content-length")
         body = await read_body(request.stream(), claimed, self._settings.max_body_bytes)
-        content_type = request.headers.get("content-type", "")
-        return await self._decoder.run(parse_uploads, content_type, body, self._client.max_images)
+        return await self._decoder.run(parse, body, self._client.max_images)
 
     async def _answer_all(self, uploads: Sequence[Upload], ends: float, deadline: float) -> Sequence[Answer]:
         return await asyncio.gather(*(self._answer(upload, ends, deadline) for upload in uploads))
@@ -86,7 +95,7 @@ class Journey:
         except ServiceError as error:
             return Answer(error, decode_s)
 
-    async def _decode(self, data: bytes) -> Decoded:
+    async def _decode(self, data: bytes | Floats) -> Decoded:
         try:
             decoded = await self._decoder.decode(data)
         except asyncio.CancelledError:

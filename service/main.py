@@ -132,6 +132,7 @@ def describe(checkpoint: Checkpoint, prepared: Sequence[Prepared]) -> ModelBody:
         architecture=net.config.name,
         parameters=sum(parameter.numel() for parameter in net.parameters()),
         config=asdict(net.config),
+        feature_channels=net.config.feature_channels,
         labels=[LabelBody(index=i, id=label.id, label=label.name) for i, label in enumerate(checkpoint.labels)],
         preprocess=asdict(checkpoint.preprocess),
         provenance=dict(checkpoint.provenance),

@@ -42,10 +42,16 @@ class PreparedRunner:
         return measure(batch_s, self._largest, self._auto)
 
     def launch(self, pixels: Sequence[Pixels]) -> Running:
+        if any(image.dtype == np.float32 for image in pixels):  # a batch has one type
+            pixels = [self._normalised(image) for image in pixels]
         try:
             return self._transfer.download(self._prepared(self._transfer.upload(pixels)))
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"a batch of {len(pixels)} needs more memory than the device has") from error
+
+    def _normalised(self, image: Pixels) -> Pixels:
+        normalise = self._prepared.preprocess.normalise
+        return normalise(torch.from_numpy(image)).numpy() if image.dtype == np.uint8 else image
 
     def _time(self, pixels: Sequence[Pixels]) -> float:
         started = time.monotonic()

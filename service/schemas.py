@@ -1,8 +1,8 @@
 """The shapes of requests and answers, as the OpenAPI document shows them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 
 class ImagesBody(BaseModel):
@@ -53,6 +53,7 @@ class ModelBody(BaseModel):
     architecture: str
     parameters: int
     config: dict[str, Any]
+    feature_channels: int = Field(description="length of a feature vector")
     labels: list[LabelBody]
     preprocess: dict[str, Any]
     provenance: dict[str, Any] = Field(description="where the weights come from")
@@ -81,6 +82,114 @@ def described_images() -> dict[str, Any]:
                 "application/octet-stream": binary,
                 "multipart/form-data": {"schema": parts},
                 "application/json": {"schema": ImagesBody.model_json_schema()},
+            },
+        }
+    }
+
+
+class InferErrorBody(BaseModel):
+    """An error as the Open Inference Protocol has it; `code` is ours, the same as everywhere."""
+
+    error: str = Field(description="for people")
+    code: str = Field(description="stable, for programs", examples=["unreadable_image"])
+
+
+class LiveBody(BaseModel):
+    live: bool
+
+
+class ReadyBody(BaseModel):
+    """The protocol's text calls the field live here, too; its servers and clients say ready."""
+
+    ready: bool
+    live: bool
+
+
+class ModelReadyBody(BaseModel):
+    name: str
+    ready: bool
+
+
+class ServerBody(BaseModel):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorBody(BaseModel):
+    name: str
+    datatype: str
+    shape: list[int] = Field(description="-1: any length")
+
+
+class ModelMetadataBody(BaseModel):
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorBody] = Field(description="a request has one of them")
+    outputs: list[TensorBody] = Field(description="all of them, unless a request names some")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)  # true is no number, "1" is none either
+
+
+class InputParameters(_Strict):
+    binary_data_size: int | None = Field(None, ge=0)
+
+
+class InferInput(_Strict):
+    name: Literal["image", "pixels"]
+    datatype: str = Field(max_length=16)
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()] = Field(min_length=1, max_length=4)
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = None
+
+
+class OutputParameters(_Strict):
+    binary_data: bool | None = None
+
+
+class InferOutput(_Strict):
+    name: Literal["logits", "probabilities", "features"]
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferParameters(_Strict):
+    binary_data_output: bool = False
+
+
+class InferBody(_Strict):
+    """The JSON of an infer request. Parameters that are not listed here have no effect."""
+
+    id: str | None = None
+    inputs: Annotated[list[InferInput], FailFast()] = Field(min_length=1, max_length=1)
+    outputs: Annotated[list[InferOutput], FailFast()] = Field([], max_length=3)
+    parameters: InferParameters = InferParameters()
+
+
+class OutputTensorBody(TensorBody):
+    data: list[float] | None = Field(None, description="row-major, flat; absent where the values follow the JSON")
+    parameters: dict[str, int] | None = Field(None, description="`binary_data_size`, where they do")
+
+
+class InferAnswerBody(BaseModel):
+    model_name: str
+    model_version: str
+    id: str | None = Field(None, description="the request's")
+    outputs: list[OutputTensorBody]
+
+
+def described_infer() -> dict[str, Any]:
+    """The request body of infer, by example: JSON alone, or JSON and binary data."""
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["<base64 of a photo>"]}
+    example = {"id": "42", "inputs": [tensor], "outputs": [{"name": "probabilities"}]}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"type": "object"}, "example": example},
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
             },
         }
     }

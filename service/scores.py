@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.types import Floats
 
@@ -14,6 +15,13 @@ class Score(TypedDict):
     probability: float
 
 
+def probabilities(logits: Floats) -> NDArray[np.float64]:
+    """Their softmax over the last axis."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)
+    result: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return result
+
+
 def top_classes(logits: Floats, names: Sequence[str], top_k: int) -> list[Score]:
     """The likeliest classes, best first; all of them where there are fewer than top_k. Equal ones in index order.
 
@@ -22,7 +30,6 @@ def top_classes(logits: Floats, names: Sequence[str], top_k: int) -> list[Score]
         names: one for each class.
         top_k: how many, at least 1.
     """
-    exponentials = np.exp(logits - logits.max(), dtype=np.float64)
-    probabilities = exponentials / exponentials.sum()
-    best = np.argsort(-probabilities, kind="stable")[:top_k]
-    return [Score(index=int(i), label=names[i], probability=float(probabilities[i])) for i in best]
+    shares = probabilities(logits)
+    best = np.argsort(-shares, kind="stable")[:top_k]
+    return [Score(index=int(i), label=names[i], probability=float(shares[i])) for i in best]

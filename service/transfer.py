@@ -61,7 +61,8 @@ class Overlapped:
         self._uploads = torch.cuda.Stream(device)
 
     def upload(self, pixels: Sequence[Pixels]) -> Tensor:
-        host = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=True)
+        one = torch.from_numpy(pixels[0])
+        host = torch.empty((len(pixels), *one.shape), dtype=one.dtype, pin_memory=True)
         np.stack(pixels, out=host.numpy())
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._uploads):

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from service.cost import CostTable
 from service.errors import ServiceError
 
-Pixels = NDArray[np.uint8]  # [3, H, W], RGB
 Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8] | Floats  # [3, H, W], RGB; float32: normalised already
 
 
 class RunnerOutput(NamedTuple):

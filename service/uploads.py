@@ -1,4 +1,4 @@
-"""A request body to the encoded images in it: the three ways to send them."""
+"""A request body to the images in it: the three ways to send them."""
 
 import base64
 import binascii
@@ -11,10 +11,12 @@ from python_multipart.multipart import Field, File, FormParser, parse_options_he
 
 from service.errors import MalformedRequest, PayloadTooLarge
 from service.schemas import ImagesBody
+from service.types import Floats
 
 MAX_FIELDS = 100  # parts of a form that are no images
 
-Upload = bytes | MalformedRequest  # an image, or why this one of several cannot be read
+# a photo as a file, or normalised pixels [3, H, W], or why this one of several cannot be read
+Upload = bytes | Floats | MalformedRequest
 
 
 async def read_body(chunks: AsyncIterator[bytes], claimed_bytes: str | None, max_bytes: int) -> bytes:
@@ -57,15 +59,14 @@ def _parse_json(body: bytes, max_images: int) -> list[Upload]:
     try:
         encoded = ImagesBody.model_validate_json(body).images
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "body"
-        raise MalformedRequest(f'JSON must be {{"images": ["<base64>", ...]}}: {place}: {first["msg"]}') from None
+        raise MalformedRequest(f'JSON must be {{"images": ["<base64>", ...]}}: {first_error(error)}') from None
     if len(encoded) > max_images:
-        raise _too_many(max_images)
-    return [_decode_base64(text) for text in encoded]
+        raise too_many(max_images)
+    return [decode_base64(text) for text in encoded]
 
 
-def _decode_base64(text: str) -> Upload:
+def decode_base64(text: str) -> Upload:
+    """The bytes of an image in JSON: base64, or a data URL."""
     if text.startswith("data:"):  # a data URL, as browsers make them
         text = text.partition(",")[2]
     try:
@@ -84,7 +85,7 @@ def _parse_form(boundary: bytes | None, body: bytes, max_images: int) -> list[Up
         nonlocal parts
         parts += 1
         if parts > max_images + MAX_FIELDS:  # here, not at the end: thousands of empty parts take seconds to parse
-            raise _too_many(max_images)
+            raise too_many(max_images)
 
     def on_field(field: Field) -> None:
         on_part()
@@ -110,9 +111,15 @@ def _parse_form(boundary: bytes | None, body: bytes, max_images: int) -> list[Up
     if not complete:
         raise MalformedRequest("the form ends before its closing boundary")
     if len(files) > max_images:
-        raise _too_many(max_images)
+        raise too_many(max_images)
     return files
 
 
-def _too_many(max_images: int) -> PayloadTooLarge:
+def first_error(error: ValidationError) -> str:
+    """Where the first thing wrong with JSON stands, and what it is."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
+
+
+def too_many(max_images: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"more than {max_images} images in one request")

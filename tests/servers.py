@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -124,8 +125,9 @@ class ServerThread:
             architecture="none",
             parameters=0,
             config={},
+            feature_channels=2,
             labels=labels,
-            preprocess={},
+            preprocess=asdict(preprocess),
             provenance={},
             device="cpu",
             precision="fp32",

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.routes.context import ClientOf, MetricsOf
-from service.schemas import StatusBody
+from service.schemas import LiveBody, ReadyBody, StatusBody
 from service.types import State
 
 router = APIRouter(tags=["health"])
@@ -22,6 +22,22 @@ async def readyz(client: ClientOf, response: Response) -> StatusBody:
     """200 while requests are taken: not before warm-up has ended, and not after the first moment of a drain."""
     response.status_code = 200 if client.state is State.READY else 503
     return StatusBody(status=client.state)
+
+
+@router.get("/v2/health/live", responses={503: {"model": LiveBody}})
+async def live(client: ClientOf, response: Response) -> LiveBody:
+    """`/livez` for the Open Inference Protocol."""
+    alive = client.state is not State.FAILED
+    response.status_code = 200 if alive else 503
+    return LiveBody(live=alive)
+
+
+@router.get("/v2/health/ready", responses={503: {"model": ReadyBody}})
+async def ready(client: ClientOf, response: Response) -> ReadyBody:
+    """`/readyz` for the Open Inference Protocol."""
+    takes_work = client.state is State.READY
+    response.status_code = 200 if takes_work else 503
+    return ReadyBody(ready=takes_work, live=takes_work)
 
 
 @router.get("/metrics", response_class=Response)

@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from service.errors import ServiceError
-from service.journey import Answer
+from service.journey import Answer, Journey
 from service.metrics import Metrics
 from service.routes.context import ClientOf, JourneyOf, MetricsOf, ModelOf
+from service.routes.respond import respond
 from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_images
 from service.scores import top_classes
 from service.types import Floats, Inference
+from service.uploads import parse_uploads
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "malformed_request"},
@@ -45,7 +48,7 @@ async def predict(
     Send the image itself as the body, a form with any number of files, or JSON with base64. An image that cannot be
     read has its error in its place; if none can be read, the answer's status is the error's.
     """
-    answers = await _answers(request, journey, metrics)
+    answers = await _answers(request, journey)
     started = time.monotonic()
     names = [label.label for label in model.labels]
     predictions = [
@@ -75,7 +78,7 @@ async def features(
 
     As an array the answer has no place for errors: there, one image that cannot be read fails the request.
     """
-    answers = await _answers(request, journey, metrics)
+    answers = await _answers(request, journey)
     started = time.monotonic()
     rows = [_features(answer, normalize) for answer in answers]
     if NPY in accept:
@@ -83,7 +86,7 @@ async def features(
             raise failed
         content = io.BytesIO()
         np.save(content, np.stack([row for row in rows if isinstance(row, np.ndarray)]))
-        return _respond(content.getvalue(), NPY, answers, metrics, started)
+        return respond(content.getvalue(), NPY, answers, metrics, started)
     vectors = [error_body(row) if isinstance(row, ServiceError) else row for row in rows]
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
     return _json({"model": model.name, "dimension": dimension, "features": vectors}, answers, metrics, started)
@@ -101,13 +104,9 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
     return {"error": {"code": error.code, "message": error.message}}
 
 
-async def _answers(request: Request, journey: JourneyOf, metrics: Metrics) -> Sequence[Answer]:
-    """The answers for a request's images, counted; raises the first error where not one image has an answer."""
-    answers = await journey.answers(request)
-    endpoint: str = request.scope["route"].path
-    for answer in answers:
-        outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
-        metrics.image(endpoint, outcome)
+async def _answers(request: Request, journey: Journey) -> Sequence[Answer]:
+    """The answers for a request's images; raises the first error where not one image has an answer."""
+    answers = await journey.answers(request, partial(parse_uploads, request.headers.get("content-type", "")))
     errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
     if len(errors) == len(answers):
         raise errors[0]
@@ -123,20 +122,4 @@ def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
 
 def _json(content: dict[str, Any], answers: Sequence[Answer], metrics: Metrics, started: float) -> Response:
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return _respond(body, "application/json", answers, metrics, started)
-
-
-def _respond(body: bytes, media_type: str, answers: Sequence[Answer], metrics: Metrics, started: float) -> Response:
-    metrics.stage("respond", time.monotonic() - started)
-    return Response(body, media_type=media_type, headers={"Server-Timing": _server_timing(answers)})
-
-
-def _server_timing(answers: Sequence[Answer]) -> str:
-    """The slowest image's times, in milliseconds, and the largest batch."""
-    inferences = [answer.outcome for answer in answers if isinstance(answer.outcome, Inference)]
-    decode_s = max(answer.decode_s for answer in answers)
-    queue_s = max(inference.queue_s for inference in inferences)
-    inference_s = max(inference.inference_s for inference in inferences)
-    batch = max(inference.batch_size for inference in inferences)
-    times = {"decode": decode_s, "queue": queue_s, "inference": inference_s}
-    return ", ".join(f"{stage};dur={1000 * time_s:.1f}" for stage, time_s in times.items()) + f', batch;desc="{batch}"'
+    return respond(body, "application/json", answers, metrics, started)

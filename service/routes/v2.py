@@ -1,0 +1,143 @@
+"""The Open Inference Protocol, version 2, as KServe, Triton and their clients speak it.
+
+https://github.com/kserve/open-inference-protocol, with Triton's binary tensor data extension. There is one model, in
+one version.
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Path, Request, Response
+
+from service.errors import NotFound, ServiceError
+from service.journey import Answer
+from service.routes.context import ClientOf, JourneyOf, MetricsOf, ModelOf
+from service.routes.respond import respond
+from service.schemas import (
+    InferAnswerBody,
+    InferErrorBody,
+    ModelMetadataBody,
+    ModelReadyBody,
+    ServerBody,
+    TensorBody,
+    described_infer,
+)
+from service.scores import probabilities
+from service.tensors import HEADER_LENGTH, InferRequest, encode_infer, parse_infer
+from service.types import Floats, Inference, State
+from service.uploads import Upload
+
+VERSION = "1"
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": InferErrorBody, "description": "malformed_request"},
+    404: {"model": InferErrorBody, "description": "not_found: no such model or version"},
+    413: {"model": InferErrorBody, "description": "payload_too_large"},
+    415: {"model": InferErrorBody, "description": "unsupported_media_type"},
+    422: {"model": InferErrorBody, "description": "unreadable_image"},
+    429: {"model": InferErrorBody, "description": "overloaded"},
+    500: {"model": InferErrorBody, "description": "internal"},
+    503: {"model": InferErrorBody, "description": "not_ready or draining"},
+    504: {"model": InferErrorBody, "description": "deadline_exceeded"},
+}
+
+
+async def _named(name: Annotated[str, Path(description="the model's")], model: ModelOf) -> None:
+    if name != model.name:
+        raise NotFound(f"there is no model of that name; this server has {model.name!r}")
+
+
+async def _versioned(version: Annotated[str, Path(description=f"{VERSION!r}")]) -> None:
+    if version != VERSION:
+        raise NotFound(f"there is no such version of the model; this server has {VERSION!r}")
+
+
+router = APIRouter(tags=["v2"])
+
+
+@router.get("/v2")
+async def server() -> ServerBody:
+    """The server and the extensions of the protocol that it understands."""
+    version = importlib.metadata.version("rednet-serve")
+    return ServerBody(name="rednet-serve", version=version, extensions=["binary_tensor_data"])
+
+
+async def metadata(model: ModelOf) -> ModelMetadataBody:
+    """Inputs and outputs. A request has one of the inputs, and gets all outputs unless it names some."""
+    side, classes = model.preprocess["crop"], len(model.labels)
+    return ModelMetadataBody(
+        name=model.name,
+        versions=[VERSION],
+        platform="pytorch_rednet",
+        inputs=[
+            TensorBody(name="image", datatype="BYTES", shape=[-1]),
+            TensorBody(name="pixels", datatype="FP32", shape=[-1, 3, side, side]),
+        ],
+        outputs=[
+            TensorBody(name="logits", datatype="FP32", shape=[-1, classes]),
+            TensorBody(name="probabilities", datatype="FP32", shape=[-1, classes]),
+            TensorBody(name="features", datatype="FP32", shape=[-1, model.feature_channels]),
+        ],
+    )
+
+
+async def ready(client: ClientOf, model: ModelOf, response: Response) -> ModelReadyBody:
+    """200 while requests are taken."""
+    takes_work = client.state is State.READY
+    response.status_code = 200 if takes_work else 503
+    return ModelReadyBody(name=model.name, ready=takes_work)
+
+
+async def infer(request: Request, journey: JourneyOf, model: ModelOf, metrics: MetricsOf) -> Response:
+    """The network's outputs for N images: logits, probabilities and features.
+
+    The input is either `image`, BYTES `[N]`: photos as files, in JSON as base64; or `pixels`, FP32 `[N, 3, H, W]`: cut
+    and normalised as `/v1/model` says. The protocol has no place for errors of single images: the first image that
+    cannot be read fails the request.
+    """
+    asked: InferRequest
+
+    def parse(body: bytes, max_images: int) -> Sequence[Upload]:
+        nonlocal asked
+        asked = parse_infer(request.headers.get(HEADER_LENGTH), body, max_images)
+        return asked.images
+
+    answers = await journey.answers(request, parse)
+    started = time.monotonic()
+    available = _tensors(answers)
+    fields = {"model_name": model.name, "model_version": VERSION} | ({} if asked.id is None else {"id": asked.id})
+    body, json_bytes = encode_infer(fields, {name: available[name] for name in asked.outputs}, asked.outputs)
+    if json_bytes is None:
+        return respond(body, "application/json", answers, metrics, started)
+    headers = {HEADER_LENGTH: str(json_bytes)}
+    return respond(body, "application/octet-stream", answers, metrics, started, headers)
+
+
+def _tensors(answers: Sequence[Answer]) -> dict[str, Floats]:
+    """Every output of the network, each [N, ...]; raises the first error among the answers."""
+    inferences: list[Inference] = []
+    for index, answer in enumerate(answers):
+        if isinstance(answer.outcome, ServiceError):
+            answer.outcome.message = f"image {index}: {answer.outcome.message}"
+            raise answer.outcome
+        inferences.append(answer.outcome)
+    logits = np.stack([inference.logits for inference in inferences])
+    features = np.stack([inference.features for inference in inferences])
+    return {"logits": logits, "probabilities": probabilities(logits).astype(np.float32), "features": features}
+
+
+for path, checks in (
+    ("/v2/models/{name}", [Depends(_named)]),
+    ("/v2/models/{name}/versions/{version}", [Depends(_named), Depends(_versioned)]),
+):
+    # a prefix of the router's own: metrics are labelled with the paths of routes, which know nothing of a later prefix
+    models = APIRouter(prefix=path, dependencies=checks, responses={404: ERRORS[404]})
+    models.add_api_route("", metadata)
+    models.add_api_route("/ready", ready, responses={503: {"model": ModelReadyBody}})
+    described = described_infer()
+    models.add_api_route(
+        "/infer", infer, methods=["POST"], response_model=InferAnswerBody, responses=ERRORS, openapi_extra=described
+    )
+    router.include_router(models)

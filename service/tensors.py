@@ -1,0 +1,163 @@
+"""An infer request of the Open Inference Protocol to its images, and the answer's tensors back.
+
+A body is a JSON object that describes every tensor. Values that are not in it follow as binary data, tensor by tensor
+(Triton's binary tensor data extension).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import orjson
+from pydantic import ValidationError
+
+from service.errors import MalformedRequest
+from service.schemas import InferBody, InferInput
+from service.types import Floats
+from service.uploads import Upload, decode_base64, first_error, too_many
+
+HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary data
+OUTPUTS = ("logits", "probabilities", "features")
+LENGTH_BYTES = 4  # of the number before each element of a BYTES tensor, which says how long it is
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """What a caller wants.
+
+    Attributes:
+        id: theirs, to be echoed; None: they gave none.
+        images: at least one.
+        outputs: the tensors to answer with, and whether as binary data.
+    """
+
+    id: str | None
+    images: Sequence[Upload]
+    outputs: Mapping[str, bool]
+
+
+def parse_infer(header_length: str | None, body: bytes, max_images: int) -> InferRequest:
+    """Read the body of an infer request.
+
+    Args:
+        header_length: what `Inference-Header-Content-Length` says; None: the whole body is JSON.
+        body: from anyone; nothing that it claims is believed.
+        max_images: more are refused.
+
+    Raises:
+        MalformedRequest: it does not follow the protocol, or not with these tensors.
+        PayloadTooLarge: there are more than max_images.
+    """
+    json_bytes = _json_bytes(header_length, len(body))
+    try:
+        wanted = InferBody.model_validate(orjson.loads(memoryview(body)[:json_bytes]))
+    except ValidationError as error:
+        raise MalformedRequest(first_error(error)) from None
+    except orjson.JSONDecodeError as error:
+        raise MalformedRequest(f"the request's JSON cannot be read: {error}") from None
+    (tensor,) = wanted.inputs
+    images = _images(tensor, memoryview(body)[json_bytes:], max_images)
+    default = wanted.parameters.binary_data_output
+    outputs = dict.fromkeys(OUTPUTS, default)
+    if wanted.outputs:
+        outputs = {
+            each.name: default if each.parameters.binary_data is None else each.parameters.binary_data
+            for each in wanted.outputs
+        }
+    return InferRequest(wanted.id, images, outputs)
+
+
+def encode_infer(
+    answer: Mapping[str, Any], tensors: Mapping[str, Floats], binary: Mapping[str, bool]
+) -> tuple[bytes, int | None]:
+    """The body of an answer, and how many bytes of it are JSON; None: all of them.
+
+    Args:
+        answer: the fields beside `outputs`.
+        tensors: by name, in order.
+        binary: of each, whether its values follow the JSON instead of standing in it.
+    """
+    outputs: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for name, tensor in tensors.items():
+        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": tensor.shape}
+        if binary[name]:
+            tail.append(tensor.astype("<f4").tobytes())
+            output["parameters"] = {"binary_data_size": len(tail[-1])}
+        else:
+            output["data"] = tensor.ravel()
+        outputs.append(output)
+    header = orjson.dumps({**answer, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return b"".join((header, *tail)), len(header) if tail else None
+
+
+def _json_bytes(header_length: str | None, body_bytes: int) -> int:
+    if header_length is None:
+        return body_bytes
+    digits = header_length.isascii() and header_length.isdecimal() and len(header_length) < 20
+    if not digits or int(header_length) > body_bytes:
+        raise MalformedRequest(f"{HEADER_LENGTH} must be a number of bytes, no more than the body has ({body_bytes})")
+    return int(header_length)
+
+
+def _images(tensor: InferInput, tail: memoryview, max_images: int) -> Sequence[Upload]:
+    if tensor.shape[0] == 0:
+        raise MalformedRequest("the request holds no image")
+    if tensor.shape[0] > max_images:
+        raise too_many(max_images)
+    size = tensor.parameters.binary_data_size
+    if (tensor.data is None) == (size is None):
+        raise MalformedRequest(f"input {tensor.name!r} must have either data or binary_data_size")
+    if len(tail) != (size or 0):
+        raise MalformedRequest(f"{len(tail)} bytes follow the JSON; by binary_data_size there should be {size or 0}")
+    if tensor.name == "image":
+        return _photos(tensor, tail)
+    return list(_values(tensor, tail))
+
+
+def _photos(tensor: InferInput, tail: memoryview) -> Sequence[Upload]:
+    if tensor.datatype != "BYTES" or len(tensor.shape) != 1:
+        raise MalformedRequest(f"input 'image' must be BYTES [N], not {tensor.datatype} {tensor.shape}")
+    (images,) = tensor.shape
+    if tensor.data is None:
+        return _elements(tail, images)
+    texts = [text for text in tensor.data if isinstance(text, str)]
+    if not len(texts) == len(tensor.data) == images:
+        raise MalformedRequest(f"the data of input 'image' must be {images} strings of base64")
+    return [decode_base64(text) for text in texts]
+
+
+def _elements(tail: memoryview, count: int) -> Sequence[bytes]:
+    """The elements of a BYTES tensor, each after its length as a little-endian uint32."""
+    elements: list[bytes] = []
+    position = 0
+    for _ in range(count):
+        start = position + LENGTH_BYTES
+        position = start + int.from_bytes(tail[position:start], "little")
+        if position > len(tail):
+            break
+        elements.append(bytes(tail[start:position]))
+    if len(elements) < count or position != len(tail):
+        raise MalformedRequest(f"the binary data of input 'image' is not {count} elements, each after its length")
+    return elements
+
+
+def _values(tensor: InferInput, tail: memoryview) -> Floats:
+    """A copy of an FP32 tensor's values, in its shape."""
+    if tensor.datatype != "FP32" or len(tensor.shape) != 4:
+        raise MalformedRequest(f"input 'pixels' must be FP32 [N, 3, H, W], not {tensor.datatype} {tensor.shape}")
+    values = prod(tensor.shape)  # of any size: a Python integer
+    if tensor.data is None:
+        if len(tail) != 4 * values:
+            raise MalformedRequest(f"{tensor.shape} of FP32 take {4 * values} bytes, not {len(tail)}")
+        return np.frombuffer(tail, "<f4").astype(np.float32).reshape(tensor.shape)
+    try:
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            data = np.array(tensor.data, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        raise MalformedRequest("the data of input 'pixels' must be numbers, flat or nested like the shape") from None
+    if data.shape not in (tuple(tensor.shape), (values,)):
+        raise MalformedRequest(f"the data of input 'pixels' has the shape {list(data.shape)}, not {tensor.shape}")
+    return data.reshape(tensor.shape)

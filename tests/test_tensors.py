@@ -1,0 +1,222 @@
+"""Infer requests of the Open Inference Protocol, hostile ones included, and answers."""
+
+import base64
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import MalformedRequest, PayloadTooLarge
+from service.tensors import OUTPUTS, InferRequest, encode_infer, parse_infer
+
+MOST = 4
+ONE: dict[str, Any] = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["AAAA"]}
+HUGE = [2**31, 2**32, 2**63, 2**64 - 1, 2**64, 10**400]
+
+
+def request(tail: bytes = b"", *, header_length: str | None = "", outputs: Any = None, **tensor: Any) -> InferRequest:
+    """Parse a request with one input; a header length of "" stands for the right one."""
+    wanted = {"inputs": [tensor]} | ({} if outputs is None else {"outputs": outputs})
+    header = json.dumps(wanted).encode()
+    return parse_infer(str(len(header)) if header_length == "" else header_length, header + tail, MOST)
+
+
+def photos(*data: bytes) -> bytes:
+    return b"".join(struct.pack("<I", len(each)) + each for each in data)
+
+
+def photo_tensor(count: Any, size: Any) -> dict[str, Any]:
+    return {"name": "image", "datatype": "BYTES", "shape": [count], "parameters": {"binary_data_size": size}}
+
+
+def pixel_tensor(shape: Any, **more: Any) -> dict[str, Any]:
+    return {"name": "pixels", "datatype": "FP32", "shape": shape, **more}
+
+
+@given(st.lists(st.binary(max_size=30), min_size=1, max_size=MOST))
+def test_photos_come_out_as_they_went_in(data: list[bytes]) -> None:
+    """As binary elements and as base64 in JSON alike."""
+    tail = photos(*data)
+    assert request(tail, **photo_tensor(len(data), len(tail))).images == data
+    texts = [base64.b64encode(each).decode() for each in data]
+    assert request(name="image", datatype="BYTES", shape=[len(data)], data=texts).images == data
+
+
+@given(st.lists(st.floats(width=32), min_size=12, max_size=12))
+def test_pixels_come_out_as_they_went_in(values: list[float]) -> None:
+    """To the bit: from binary data, from a flat list and from a nested one."""
+    array = np.array(values, "<f4").reshape(2, 3, 1, 2)
+    tail = array.tobytes()
+    ways = [request(tail, **pixel_tensor([2, 3, 1, 2], parameters={"binary_data_size": len(tail)}))]
+    if np.isfinite(array).all():
+        ways += [request(**pixel_tensor([2, 3, 1, 2], data=data)) for data in (array.ravel().tolist(), array.tolist())]
+    for way in ways:
+        np.testing.assert_array_equal(np.stack([np.asarray(image) for image in way.images]), array)
+
+
+def test_outputs_are_all_of_them_unless_some_are_named() -> None:
+    """And each is binary data if it says so, else if the request says so for all."""
+    assert request(**ONE, header_length=None).outputs == dict.fromkeys(OUTPUTS, False)
+    named: list[dict[str, Any]] = [{"name": "features", "parameters": {"binary_data": False}}, {"name": "logits"}]
+    assert list(request(**ONE, outputs=named).outputs.items()) == [("features", False), ("logits", False)]
+    for_all = {"inputs": [ONE], "outputs": named, "parameters": {"binary_data_output": True}, "id": "7"}
+    asked = parse_infer(None, json.dumps(for_all).encode(), MOST)
+    assert (asked.id, asked.outputs) == ("7", {"features": False, "logits": True})
+    del for_all["outputs"]
+    assert parse_infer(None, json.dumps(for_all).encode(), MOST).outputs == dict.fromkeys(OUTPUTS, True)
+
+
+@pytest.mark.parametrize(
+    ("tail", "tensor"),
+    [
+        (b"", photo_tensor(1, 0)),  # fewer elements than the shape says
+        (photos(b"a", b"b"), photo_tensor(1, 10)),  # more
+        (photos(b"a"), photo_tensor(1, 4)),  # bytes beyond the size
+        (photos(b"a"), photo_tensor(1, 6)),  # a size beyond the bytes
+        (photos(b"abc")[:-1], photo_tensor(1, 6)),  # an element that is cut
+        (b"\xff\xff\xff\xff", photo_tensor(1, 4)),  # one that claims 4 GB
+        (b"\x01\0", photo_tensor(1, 2)),  # a length that is cut
+        *((b"", photo_tensor(1, size)) for size in (*HUGE, -1, 1.0, True, "4", None)),
+        *((b"", photo_tensor(count, 0)) for count in (-1, -(2**63), 1.0, True, "1", None, [1], 2**64, 10**400)),
+        (b"", photo_tensor(0, 0)),
+        (b"", {**photo_tensor(1, 0), "shape": []}),
+        (b"", {**photo_tensor(1, 0), "shape": [1, 1]}),
+        (b"", {**photo_tensor(1, 0), "shape": 1}),
+        (b"", {**photo_tensor(1, 0), "datatype": "FP32"}),
+        (b"", {**photo_tensor(1, 0), "datatype": "B" * 1000}),
+        (b"", {**photo_tensor(1, 0), "name": "picture"}),
+        (photos(b"a"), {**photo_tensor(1, 5), "data": ["AAAA"]}),  # data twice
+        (b"", {"name": "image", "datatype": "BYTES", "shape": [1]}),  # and not at all
+        *(
+            (b"", {"name": "image", "datatype": "BYTES", "shape": [1], "data": data})
+            for data in ([], [1], [["AA"]], "A")
+        ),
+        (b"", pixel_tensor([1, 3, 2, 2], data=[0.0] * 11)),
+        (b"", pixel_tensor([1, 3, 2, 2], data=[[0.0] * 12])),
+        (b"", pixel_tensor([1, 3, 1, 1], data=[[1.0], [1.0, 2.0], [3.0]])),
+        (b"", pixel_tensor([1, 3, 1, 1], data=["a", "b", "c"])),
+        (b"", pixel_tensor([1, 3, 1, 1], data=[{}, {}, {}])),
+        (b"", pixel_tensor([1, 3, 1, 1], data=[float("nan")] * 3)),  # which is no JSON
+        (b"", pixel_tensor([1, 1, 1, 1], data=json.loads("[" * 100 + "1" + "]" * 100))),
+        (b"", pixel_tensor([3, 1, 1], data=[0.0] * 3)),
+        (b"\0" * 12, pixel_tensor([1, 3, 1, 1], parameters={"binary_data_size": 12}, datatype="FP16")),
+        *(
+            (b"\0" * 8, pixel_tensor([1, side, side, side], parameters={"binary_data_size": 8}))  # products that wrap
+            for side in (2**31, 2**32, 2**63, 2**64 - 1)
+        ),
+    ],
+)
+def test_tensors_that_contradict_themselves_are_a_clear_error(tail: bytes, tensor: dict[str, Any]) -> None:
+    """Whatever sizes and shapes claim, of the body nothing but its bytes is believed."""
+    with pytest.raises(MalformedRequest) as caught:
+        request(tail, **tensor)
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("header_length", ["", "-1", "1e2", "²", "10000", "9" * 19, "9" * 5000, "0", "3"])
+def test_a_wrong_header_length_is_a_clear_error(header_length: str) -> None:
+    """No number, one beyond the body, and one that cuts the JSON."""
+    with pytest.raises(MalformedRequest):
+        parse_infer(header_length, b'{"inputs": []}', MOST)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'{"inputs": []}',
+        b'{"inputs": {}}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\xff",
+        b'{"id": 7}',
+    ],
+)
+def test_json_of_another_shape_is_a_clear_error(body: bytes) -> None:
+    """However deep it is."""
+    with pytest.raises(MalformedRequest):
+        parse_infer(None, body, MOST)
+
+
+def test_two_inputs_or_unknown_outputs_are_clear_errors() -> None:
+    """A request is about photos or about pixels; what an output is called is known."""
+    with pytest.raises(MalformedRequest, match="inputs"):
+        parse_infer(None, json.dumps({"inputs": [ONE, ONE]}).encode(), MOST)
+    wrong: list[Any] = [[{"name": "scores"}], [{}], "logits", [{"name": "logits", "parameters": {"binary_data": 1}}]]
+    for outputs in wrong:
+        with pytest.raises(MalformedRequest, match="outputs"):
+            request(**ONE, outputs=outputs)
+
+
+@pytest.mark.parametrize("count", [MOST + 1, 2**31, 2**63, 2**64 - 1])
+def test_more_images_than_the_server_holds_are_refused(count: int) -> None:
+    """By what the shape claims, before anything is made for them."""
+    for tensor in (photo_tensor(count, 0), pixel_tensor([count, 3, 1, 1], data=[])):
+        with pytest.raises(PayloadTooLarge, match="more than 4 images"):
+            request(**tensor)
+
+
+numbers = st.integers(-2, 6) | st.sampled_from([*HUGE, -(2**63), 1e300, 1.5, True, None, "1", float("nan")])
+values = st.recursive(numbers | st.text(max_size=4), lambda inner: st.lists(inner, max_size=4), max_leaves=8)
+sound = [ONE, photo_tensor(2, 12), pixel_tensor([1, 3, 1, 1], parameters={"binary_data_size": 12})]
+wrong = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.sampled_from(["image", "pixels", "pixel"]),
+        "datatype": st.sampled_from(["BYTES", "FP32", "FP16"]) | numbers,
+        "shape": st.lists(numbers, max_size=5) | st.sampled_from([[1], [2], [1, 3, 1, 1], [1, 3, 0, 2**63]]) | numbers,
+        "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": numbers | st.just(12)}),
+        "data": values,
+    },
+)
+tensors = st.builds(lambda tensor, changes: tensor | changes, st.sampled_from(sound), st.just({}) | wrong)
+bodies: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {"inputs": st.lists(tensors, min_size=1, max_size=1) | values},
+    optional={"id": st.text(max_size=4) | numbers, "outputs": st.just([]) | values, "parameters": st.just({}) | values},
+)
+header_lengths = st.none() | st.just("exact") | st.integers(-1, 400).map(str) | st.text(max_size=4)
+
+
+@given(bodies, header_lengths, st.just(photos(b"ab", b"cd")) | st.binary(max_size=16))
+def test_no_request_breaks_the_parser(body: dict[str, Any], header_length: str | None, tail: bytes) -> None:
+    """Bodies of roughly the right form with wrong numbers everywhere: images as the shape says, or a clear error."""
+    header = json.dumps(body).encode()
+    check_parser(str(len(header)) if header_length == "exact" else header_length, header + tail)
+
+
+@given(header_lengths, st.binary(max_size=100))
+def test_no_bytes_break_the_parser(header_length: str | None, body: bytes) -> None:
+    """Arbitrary bytes are a clear error."""
+    check_parser(header_length, body)
+
+
+def check_parser(header_length: str | None, body: bytes) -> None:
+    try:
+        asked = parse_infer(header_length, body, MOST)
+    except (MalformedRequest, PayloadTooLarge):
+        return
+    assert 1 <= len(asked.images) <= MOST
+    assert set(asked.outputs) <= set(OUTPUTS)
+
+
+def test_an_answer_is_read_back_as_it_was_written() -> None:
+    """Values in the JSON are flat and exact to float32; after it they are little-endian, output by output."""
+    tensors = {"logits": np.array([[0.1, -2.5]], np.float32), "features": np.array([[1e-30, 3.0, 4.0]], np.float32)}
+    body, json_bytes = encode_infer({"model_name": "m"}, tensors, {"logits": True, "features": True})
+    assert json_bytes is not None
+    answer = orjson.loads(body[:json_bytes])
+    assert answer["model_name"] == "m"
+    assert [output["parameters"]["binary_data_size"] for output in answer["outputs"]] == [8, 12]
+    assert np.frombuffer(body[json_bytes:], "<f4").tolist() == [*tensors["logits"][0], *tensors["features"][0]]
+    body, json_bytes = encode_infer({}, tensors, {"logits": False, "features": False})
+    assert json_bytes is None
+    for output, tensor in zip(orjson.loads(body)["outputs"], tensors.values(), strict=True):
+        assert output["shape"] == list(tensor.shape)
+        assert np.array(output["data"], np.float32).tolist() == tensor.ravel().tolist()

@@ -1,0 +1,249 @@
+"""The Open Inference Protocol, asked by Triton's own client and by hand, on real servers."""
+
+import base64
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import tritonclient.http as triton
+from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
+
+from model import Preprocess, load_checkpoint, prepare
+from service.runner import PreparedRunner
+from tests.asking import CUT, TEXT, classes, occupy, sample
+from tests.conftest import encoded, photo
+from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
+
+INFER = "/v2/models/{name}/infer"
+PHOTOS = [encoded(photo(seed)) for seed in range(3)]
+PREPROCESS = Preprocess(resize=72, crop=64)  # the tiny checkpoint's
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[Any]:
+    with client_of(server) as client:
+        yield client
+
+
+def client_of(running: ServerProcess | ServerThread) -> Any:
+    return triton.InferenceServerClient(running.url.removeprefix("http://"))
+
+
+def image_input(photos: list[Any], binary: bool = True) -> Any:
+    tensor = triton.InferInput("image", [len(photos)], "BYTES")
+    return tensor.set_data_from_numpy(np.array(photos, dtype=np.object_), binary_data=binary)
+
+
+def pixels_input(pixels: NDArray[np.float32], binary: bool = True) -> Any:
+    tensor = triton.InferInput("pixels", list(pixels.shape), "FP32")
+    return tensor.set_data_from_numpy(pixels, binary_data=binary)
+
+
+def normalised(*seeds: int) -> NDArray[np.float32]:
+    pixels = np.stack([PREPROCESS.pixels(photo(seed)) for seed in seeds])
+    result: NDArray[np.float32] = PREPROCESS.normalise(torch.from_numpy(pixels)).numpy()
+    return result
+
+
+def ask(client: httpx.Client, name: str, json: Any) -> httpx.Response:
+    return client.post(f"/v2/models/{name}/infer", json=json)
+
+
+def as_json(*photos: bytes) -> dict[str, Any]:
+    texts = [base64.b64encode(data).decode() for data in photos]
+    return {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]}
+
+
+def assert_error(response: httpx.Response, status: int, code: str) -> None:
+    body = response.json()
+    assert (response.status_code, body["code"]) == (status, code), response.text
+    assert isinstance(body["error"], str)
+    assert body.keys() == {"error", "code"}
+
+
+def test_triton_clients_find_the_server_and_its_model(client: Any) -> None:
+    """Live, ready, metadata; with the version, without it, and not under another one."""
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("tiny")
+    assert client.is_model_ready("tiny", "1")
+    assert not client.is_model_ready("tiny", "2")
+    assert not client.is_model_ready("large")
+    server = client.get_server_metadata()
+    assert server["name"] == "rednet-serve"
+    assert server["extensions"] == ["binary_tensor_data"]
+    metadata = client.get_model_metadata("tiny")
+    assert metadata == client.get_model_metadata("tiny", "1")
+    assert metadata["versions"] == ["1"]
+    assert metadata["inputs"] == [
+        {"name": "image", "datatype": "BYTES", "shape": [-1]},
+        {"name": "pixels", "datatype": "FP32", "shape": [-1, 3, 64, 64]},
+    ]
+    assert [(output["name"], output["shape"]) for output in metadata["outputs"]] == [
+        ("logits", [-1, 5]),
+        ("probabilities", [-1, 5]),
+        ("features", [-1, 512]),
+    ]
+    with pytest.raises(InferenceServerException, match="there is no model of that name") as caught:
+        client.get_model_metadata("large")
+    assert caught.value.status() == "404"
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_photos_and_pixels_give_the_answers_of_v1(server: ServerProcess, client: Any, binary: bool) -> None:
+    """For three photos: as files or as normalised pixels, in binary or in JSON, the same numbers as `/v1`."""
+    files = [("f", (f"{index}.png", data)) for index, data in enumerate(PHOTOS)]
+    predicted = server.client.post("/v1/predict", files=files)
+    features = server.client.post("/v1/features", files=files).json()["features"]
+    texts = [base64.b64encode(data) for data in PHOTOS]
+    for tensor in (image_input(PHOTOS if binary else texts, binary), pixels_input(normalised(0, 1, 2), binary)):
+        wanted = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("features", "probabilities")]
+        result = client.infer("tiny", [tensor], outputs=wanted, request_id="order 66")
+        assert result.get_response()["id"] == "order 66"
+        assert result.as_numpy("logits") is None
+        np.testing.assert_allclose(result.as_numpy("features"), features, rtol=1e-3, atol=1e-4)
+        for row, each in zip(result.as_numpy("probabilities"), range(3), strict=True):
+            for score in classes(predicted, each):
+                assert row[int(score["index"])] == pytest.approx(score["probability"], abs=1e-4)
+
+
+def test_without_named_outputs_all_come(client: Any) -> None:
+    """As the protocol says; Triton's client asks for them as binary data, under the version as well."""
+    result = client.infer("tiny", [image_input(PHOTOS)], model_version="1")
+    logits, shares = result.as_numpy("logits"), result.as_numpy("probabilities")
+    assert (logits.shape, result.as_numpy("features").shape) == ((3, 5), (3, 512))
+    np.testing.assert_allclose(shares, np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), rtol=1e-4)
+    assert "id" not in result.get_response()
+    assert result.get_response()["model_version"] == "1"
+    assert "data" not in result.get_output("logits")
+
+
+def test_outputs_may_be_half_binary_half_json(server: ServerProcess, client: Any) -> None:
+    """Each as it was asked for; the answer's header says where the JSON ends."""
+    wanted = [triton.InferRequestedOutput("logits"), triton.InferRequestedOutput("probabilities", binary_data=False)]
+    result = client.infer("tiny", [image_input(PHOTOS)], outputs=wanted)
+    assert result.get_output("logits")["parameters"] == {"binary_data_size": 3 * 5 * 4}
+    assert len(result.get_output("probabilities")["data"]) == 15
+    np.testing.assert_array_equal(result.as_numpy("logits").argmax(1), result.as_numpy("probabilities").argmax(1))
+    response = ask(server.client, "tiny", as_json(*PHOTOS) | {"parameters": {"binary_data_output": True}})
+    json_bytes = int(response.headers["inference-header-content-length"])
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert response.content[json_bytes - 1 : json_bytes] == b"}"
+    assert len(response.content) == json_bytes + 4 * 3 * (5 + 5 + 512)
+    assert "inference-header-content-length" not in ask(server.client, "tiny", as_json(*PHOTOS)).headers
+
+
+def test_answers_carry_their_id_times_and_counts(server: ServerProcess) -> None:
+    """The headers and metrics of every other endpoint."""
+
+    def counts() -> list[float]:
+        series = "rednet_request_duration_seconds_count"
+        return [
+            sample(server.client, series, endpoint=INFER, status="200"),
+            sample(server.client, "rednet_images_total", endpoint=INFER, outcome="ok"),
+        ]
+
+    before = counts()
+    response = ask(server.client, "tiny", as_json(*PHOTOS))
+    assert response.headers["x-request-id"]
+    assert response.headers["server-timing"].startswith("decode;dur=")
+    wait_until(lambda: [b - a for a, b in zip(before, counts(), strict=True)] == [1, 3], "the counts")
+
+
+@pytest.mark.parametrize(
+    ("bad", "status", "code"), [(TEXT, 415, "unsupported_media_type"), (CUT, 422, "unreadable_image")]
+)
+def test_one_bad_image_fails_its_request_and_no_other(
+    server: ServerProcess, client: Any, bad: bytes, status: int, code: str
+) -> None:
+    """The protocol has no place for errors of single images; the message says which one it was."""
+    response = ask(server.client, "tiny", as_json(PHOTOS[0], bad, PHOTOS[1]))
+    assert_error(response, status, code)
+    assert response.json()["error"].startswith("image 1: ")
+    with pytest.raises(InferenceServerException, match="image 2: ") as caught:
+        client.infer("tiny", [image_input([*PHOTOS[:2], bad])])
+    assert caught.value.status() == str(status)
+    assert ask(server.client, "tiny", as_json(*PHOTOS)).status_code == 200
+
+
+def test_pixels_that_the_network_cannot_stand_are_refused(server: ServerProcess, client: Any) -> None:
+    """NaN, infinity, values and sizes that no photo has: 400, and the log knows of no defect."""
+    for value in (np.nan, np.inf, 1e30):
+        pixels = normalised(0, 1)
+        pixels[1, 0, 0, 0] = value
+        with pytest.raises(InferenceServerException, match="image 1: pixels must be normalised") as caught:
+            client.infer("tiny", [pixels_input(pixels)])
+        assert caught.value.status() == "400"
+    with pytest.raises(InferenceServerException, match=r"pixels must be \[3, 64, 64\]"):
+        client.infer("tiny", [pixels_input(np.zeros((1, 3, 32, 32), np.float32))])
+    assert "ERROR" not in server.log
+
+
+def test_errors_have_the_shape_of_the_protocol(server: ServerProcess) -> None:
+    """`error` is the message; our stable code stands beside it, where clients of the protocol do not look."""
+    client = server.client
+    assert_error(ask(client, "tiny", {}), 400, "malformed_request")
+    assert_error(ask(client, "tiny", as_json()), 400, "malformed_request")
+    assert_error(ask(client, "tiny", as_json(*[b""] * 257)), 413, "payload_too_large")
+    assert_error(client.post("/v2/models/tiny/infer", content=bytes(33_000_000)), 413, "payload_too_large")
+    assert_error(ask(client, "large", as_json(*PHOTOS)), 404, "not_found")
+    assert_error(client.post("/v2/models/tiny/versions/2/infer", json=as_json(*PHOTOS)), 404, "not_found")
+    assert_error(client.get("/v2/nothing"), 404, "not_found")
+    assert_error(client.get("/v2/models/tiny/infer"), 405, "method_not_allowed")
+
+
+def test_refusals_and_deadlines_are_those_of_v1() -> None:
+    """429 and 503 with a time to retry, 504; health tells of a server that starts and of one that stops."""
+    runner = FakeRunner()
+    runner.warm.clear()
+    with ServerThread(runner, max_queue=2) as running, ThreadPoolExecutor(1) as pool, client_of(running) as client:
+        assert client.is_server_live()
+        assert not client.is_server_ready()
+        assert not client.is_model_ready("fake")
+        assert running.client.get("/v2/health/ready").json() == {"ready": False, "live": False}
+        response = ask(running.client, "fake", as_json(*PHOTOS))
+        assert_error(response, 503, "not_ready")
+        assert int(response.headers["retry-after"]) >= 1
+        runner.warm.set()
+        wait_until(client.is_server_ready, "readiness")
+        held = occupy(running, runner, pool)
+        late = running.client.post(
+            "/v2/models/fake/infer", json=as_json(PHOTOS[0]), headers={"X-Request-Timeout-Ms": "100"}
+        )
+        assert_error(late, 504, "deadline_exceeded")
+        assert_error(ask(running.client, "fake", as_json(*PHOTOS[:2])), 429, "overloaded")
+        running.terminate()
+        assert client.is_server_live()
+        assert not client.is_server_ready()
+        assert_error(ask(running.client, "fake", as_json(PHOTOS[0])), 503, "draining")
+        runner.go_on.set()
+        assert held.result().status_code == 200
+        running.wait_for_end()
+
+
+def test_photos_and_pixels_share_batches(tiny_path: Path) -> None:
+    """In one batch, whatever their order, each gets the answer that it gets alone."""
+    checkpoint = load_checkpoint(tiny_path)
+    runner = PreparedRunner(prepare(checkpoint.net, checkpoint.preprocess, "cpu"), largest=4)
+    pixels = [PREPROCESS.pixels(photo(0)), *normalised(1, 0), PREPROCESS.pixels(photo(1))]
+    alone = [runner.launch([image]).wait() for image in pixels]
+    together = runner.launch(pixels).wait()
+    for index, each in enumerate(alone):
+        np.testing.assert_allclose(together.logits[index], each.logits[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(alone[0].features, alone[2].features, rtol=1e-3, atol=1e-4)
+
+
+def test_the_description_knows_both_ways_to_name_the_model(server: ServerProcess) -> None:
+    """With the parameters in the path, and an example to try."""
+    paths = server.client.get("/openapi.json").json()["paths"]
+    for path, names in ((INFER, {"name"}), ("/v2/models/{name}/versions/{version}/infer", {"name", "version"})):
+        operation = paths[path]["post"]
+        assert {parameter["name"] for parameter in operation["parameters"]} == names
+        assert operation["requestBody"]["content"]["application/json"]["example"]["inputs"]
+    assert {"/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/{name}"} <= paths.keys()
