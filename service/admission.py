@@ -8,6 +8,7 @@ from service.errors import Overloaded
 
 SHORTEST_RETRY_S = 1.0  # the header counts whole seconds
 SMOOTHING = 0.05  # weight of the newest answer in the running estimate
+LARGEST_FACTOR = 10.0  # more than this in one answer is an accident, not a rule
 
 
 class Admission:
@@ -45,16 +46,16 @@ class Admission:
         Raises:
             Overloaded: there is no room, or no answer before the deadline; also from the function.
         """
-        held, since, predicted_s = 0, 0.0, 0.0
+        held, since, work_s = 0, 0.0, 0.0
 
         def hold(images: int) -> None:
-            nonlocal held, since, predicted_s
+            nonlocal held, since, work_s
             others = self.accepted - held
             if others + images > self.most:
                 wait_s = self.predicted_s(others) - self.predicted_s(max(0, self.most - images))
                 raise _overloaded(f"{others} images are waiting", wait_s)
-            since, predicted_s = self._clock(), self.predicted_s(others + images)
-            late_s = since + predicted_s - deadline
+            since, work_s = self._clock(), self._work_s(others + images)
+            late_s = since + work_s * self._factor - deadline
             if others and late_s > 0:
                 raise _overloaded("the answer would come after the deadline", late_s)
             self.accepted += images - held
@@ -63,15 +64,15 @@ class Admission:
         hold(1)
         try:
             yield hold
-            self._learn(self._clock() - since, predicted_s)
+            self._learn(self._clock() - since, work_s)
         finally:
             self.accepted -= held
 
-    def _learn(self, took_s: float, predicted_s: float) -> None:
-        """Compare an answer's time with what was predicted when its images were counted."""
-        if predicted_s > 0:
-            ratio = min(10.0, max(0.1, took_s / predicted_s))  # one answer says only so much
-            self._factor *= 1 + (ratio - 1) * SMOOTHING
+    def _learn(self, took_s: float, work_s: float) -> None:
+        """Compare an answer's time with the device's work that was ahead when its images were counted."""
+        if work_s > 0:
+            ratio = min(LARGEST_FACTOR, took_s / work_s)
+            self._factor += (ratio - self._factor) * SMOOTHING
 
 
 def _overloaded(reason: str, wait_s: float) -> Overloaded:
