@@ -8,7 +8,8 @@ from service.errors import Overloaded
 
 SHORTEST_RETRY_S = 1.0  # the header counts whole seconds
 SMOOTHING = 0.05  # weight of the newest answer in the running estimate
-LARGEST_FACTOR = 10.0  # more than this in one answer is an accident, not a rule
+# More in one answer is an accident, not a rule; less is an answer that did not need the device, as to a damaged photo.
+LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
 
 
 class Admission:
@@ -71,7 +72,7 @@ class Admission:
     def _learn(self, took_s: float, work_s: float) -> None:
         """Compare an answer's time with the device's work that was ahead when its images were counted."""
         if work_s > 0:
-            ratio = min(LARGEST_FACTOR, took_s / work_s)
+            ratio = min(LARGEST_FACTOR, max(SMALLEST_FACTOR, took_s / work_s))
             self._factor += (ratio - self._factor) * SMOOTHING
 
 
