@@ -165,7 +165,7 @@ def first_sound(
         try:
             form = make()
             output = form(batch, False, False)
-        except (ValueError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001  (compilers and drivers raise anything; a slower form still serves)
             passed_over.append(f"{name}: {error or type(error).__name__}")
             continue
         deviation = max(
