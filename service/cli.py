@@ -97,7 +97,7 @@ RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     ("--epochs", 20, "passes over the photos"),
     ("--size", 176, "pixels of the largest training crops; the network is served at 8/7 of it or a little more"),
     ("--batch-size", 64, "photos per step"),
-    ("--learning-rate", 2e-3, "at its peak; with --from it is 3e-4, unless given"),
+    ("--learning-rate", 2e-3, "at its peak; with --from it is 0.0003, unless given"),
     ("--warmup-epochs", 2.0, "until the peak is reached"),
     ("--weight-decay", 0.05, "on weight matrices"),
     ("--label-smoothing", 0.1, "share of the target spread over all classes"),
