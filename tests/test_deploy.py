@@ -1,0 +1,224 @@
+"""The image, the Compose files and the proxy, held against the server that they run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from service.settings import Settings, read_settings
+from tests.asking import predict
+from tests.conftest import encoded, photo
+from tests.servers import PATIENCE_S, ServerProcess, wait_until
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
+BIN = Path(sys.executable).parent
+OVERRIDES = {"cpu": [], "gpu": ["docker/gpu.yml"], "replicas": ["docker/replicas.yml"]}
+COMPOSE_FILES = ["docker-compose.yml", *(file for files in OVERRIDES.values() for file in files)]
+
+compose_is_there = bool(shutil.which("docker")) and not subprocess.call(
+    ["docker", "compose", "version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+)
+needs_compose = pytest.mark.skipif(not compose_is_there, reason="Docker Compose is absent")
+needs_nginx = pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is absent: it comes from Debian")
+
+
+class Replaced(list[Any]):
+    """A list that takes the place of what there is, where others are added to it."""
+
+
+class Loader(yaml.SafeLoader):
+    """Reads the tags of override files as well."""
+
+
+def replaced(loader: Loader, node: yaml.SequenceNode) -> Replaced:
+    return Replaced(loader.construct_sequence(node))
+
+
+Loader.add_constructor("!reset", replaced)
+Loader.add_constructor("!override", replaced)
+
+
+def merged(base: Any, override: Any) -> Any:
+    """What Compose makes of a file and one that overrides it, as far as ours need it."""
+    if isinstance(base, dict) and isinstance(override, dict):
+        both = {name: merged(value, override[name]) for name, value in base.items() if name in override}
+        return base | override | both
+    if isinstance(base, list) and isinstance(override, list) and not isinstance(override, Replaced):
+        return base + override
+    return override
+
+
+@pytest.fixture(params=OVERRIDES)
+def compose(request: pytest.FixtureRequest) -> Any:
+    """A Compose file as it is shipped, with no `.env`: defaults are filled in, overrides applied."""
+    whole: Any = {}
+    for file in ["docker-compose.yml", *OVERRIDES[request.param]]:
+        text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / file).read_text())
+        whole = merged(whole, yaml.load(text, Loader))
+    return whole
+
+
+def test_compose_files_keep_to_the_specification(compose: Any, tmp_path: Path) -> None:
+    """The published schema knows every key, and allows every value."""
+    file = tmp_path / "compose.json"
+    file.write_text(json.dumps(compose))
+    command = [str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_compose
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_compose_reads_its_files(override: str) -> None:
+    """Docker's own Compose finds no fault."""
+    options = [part for file in ["docker-compose.yml", *OVERRIDES[override]] for part in ("--file", file)]
+    subprocess.run(["docker", "compose", *options, "config", "--quiet"], cwd=ROOT, check=True)
+
+
+def test_only_one_port_is_for_others(compose: Any) -> None:
+    """Everything is published to this host alone until `.env` says otherwise, and of the service one port only."""
+    services = compose["services"]
+    published = {name: service.get("ports", []) for name, service in services.items()}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+    assert len(published["rednet"] + published.get("proxy", [])) == 1
+    assert not set(services["grafana"]["networks"]) & set(services["rednet"]["networks"])
+
+
+def test_containers_are_held_in(compose: Any) -> None:
+    """Each has limits, comes back after a fall, writes nothing to its own files and can gain no rights."""
+    for name, service in compose["services"].items():
+        assert service["restart"] == "unless-stopped", name
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}, name
+        assert re.search(r":v?\d", service["image"]) or "build" in service, name
+
+
+def test_compose_files_name_files_that_exist(compose: Any) -> None:
+    """What is mounted and built is in the repository."""
+    for service in compose["services"].values():
+        mounted = [volume.split(":")[0] for volume in service.get("volumes", [])]
+        assert all((ROOT / path).exists() for path in mounted if path.startswith("./docker"))
+    build = compose["services"]["rednet"]["build"]
+    dockerfile = (ROOT / build["dockerfile"]).read_text()
+    assert f" AS {build.get('target', 'cpu')}\n" in dockerfile
+    assert build["args"].keys() <= set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
+
+
+def test_the_drain_has_time(compose: Any) -> None:
+    """Nobody is killed while answers that the server promised are still being made."""
+    grace_s = float(compose["services"]["rednet"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s > Settings().drain_timeout_s + 5
+
+
+def test_every_variable_is_an_option() -> None:
+    """The server reads what image, Compose file and example set; the rest of the example is for the Compose files."""
+    example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    image = dict(re.findall(r"(REDNET_\w+)=(\S+)", DOCKERFILE.read_text()))
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    for variables in (example, image, services["rednet"]["environment"]):
+        read_settings({}, variables)
+    interpolated = {name for file in COMPOSE_FILES for name in re.findall(r"\$\{(\w+)", (ROOT / file).read_text())}
+    assert {name for name in example if not name.startswith("REDNET_")} == interpolated
+
+
+def test_the_dockerfile_is_clean() -> None:
+    """hadolint, which knows the common mistakes, finds none."""
+    done = subprocess.run([BIN / "hadolint", DOCKERFILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_image_holds_what_it_is_built_from() -> None:
+    """Whatever the build reads passes `.dockerignore`, which keeps everything else out."""
+    allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert all((ROOT / name).exists() for name in allowed)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    assert allowed == packages | {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "setup.py"}
+
+
+def test_health_is_readiness(server: ServerProcess) -> None:
+    """The image's own check passes for a server that takes requests and fails where none listens."""
+    (command,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*?\])$", DOCKERFILE.read_text().replace("\\\n", ""), re.MULTILINE)
+    python, *arguments = json.loads(command)
+    assert python == "python"
+
+    def healthy(port: str) -> bool:
+        variables = os.environ | {"REDNET_PORT": port, "http_proxy": "http://127.0.0.1:9"}
+        run = [sys.executable, *arguments]
+        return subprocess.run(run, env=variables, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+    assert healthy(server.url.rpartition(":")[2])
+    assert not healthy("1")
+
+
+class Proxy:
+    """nginx as it is shipped, but for the addresses: its own, its servers', and its folder for files."""
+
+    def __init__(self, folder: Path, *servers: ServerProcess) -> None:
+        text = (ROOT / "docker/nginx/nginx.conf").read_text()
+        addresses = " ".join(f"server {server.url.removeprefix('http://')} max_fails=0;" for server in servers)
+        socket = folder / "socket"
+        for old, new in {
+            "/tmp/": f"{folder}/",
+            "server rednet:8000 resolve max_fails=0;": addresses,
+            "listen 8080;": f"listen unix:{socket};",
+        }.items():
+            assert old in text
+            text = text.replace(old, new)
+        if os.geteuid() == 0:
+            text = "user root;\n" + text  # pytest's folders are for their owner alone
+        (folder / "nginx.conf").write_text(text)
+        self._command = ["nginx", "-e", "stderr", "-c", str(folder / "nginx.conf")]
+        self._socket = socket
+
+    def __enter__(self) -> httpx.Client:
+        self._process = subprocess.Popen(self._command)
+        wait_until(lambda: self._socket.exists() or self._process.poll() is not None, "the proxy")
+        assert self._process.poll() is None
+        transport = httpx.HTTPTransport(uds=str(self._socket))
+        self._client = httpx.Client(transport=transport, base_url="http://rednet", timeout=PATIENCE_S)
+        return self._client
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        self._process.terminate()
+        self._process.wait(PATIENCE_S)
+
+
+@needs_nginx
+def test_behind_the_proxy_an_update_loses_no_request(tiny_path: Path, tmp_path: Path) -> None:
+    """While one of two replicas drains, ends and is gone, every caller gets an answer and nobody a refusal."""
+    options = ("--checkpoint", tiny_path, "--threads", 1)
+    with ServerProcess(*options) as old, ServerProcess(*options) as new, Proxy(tmp_path, old, new) as client:
+        statuses: list[int] = []
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                statuses.append(predict(client, encoded(photo(width=300, height=300))).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(statuses) > 20, "traffic")
+        assert old.terminate() == 0
+        before = len(statuses)
+        wait_until(lambda: len(statuses) > before + 20, "traffic on the other one")
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {200}
+        assert client.get("/metrics").status_code == 404
