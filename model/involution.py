@@ -8,7 +8,7 @@ from math import isqrt
 
 from torch import Tensor, nn
 
-from model.kernels import operator
+from model.kernels import forward
 
 
 def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
@@ -38,8 +38,7 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
         raise ValueError(f"at stride {stride} the kernel map must be {height}x{width}, got {_shapes(x, kernel)}")
     if x.dtype != kernel.dtype or x.device != kernel.device:
         raise ValueError(f"x is {x.dtype} on {x.device}, kernel is {kernel.dtype} on {kernel.device}")
-    result: Tensor = operator(x, kernel, stride)
-    return result
+    return forward(x, kernel, stride)
 
 
 def _shapes(x: Tensor, kernel: Tensor) -> str:

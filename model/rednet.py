@@ -150,7 +150,8 @@ class RedNet(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         self.head = Head(config)
-        self._initialise()
+        if not self.head.fc.weight.is_meta:  # for weights without memory torch would load its compiler: a second
+            self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes]."""

@@ -1,6 +1,8 @@
 """The inference forms of a network, against the network itself."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,15 @@ def test_what_the_engine_is_not_made_for_runs_in_torch() -> None:
     assert run.backend.startswith("torch")
     expected = unavailable() or "16 channels a group, not 8"
     assert expected in run.passed_over[0]
+
+
+def test_preparing_does_not_wait_for_torchs_compiler() -> None:
+    """A second of every start, for what nobody compiles."""
+    script = (
+        "import sys; from model import load_checkpoint, prepare; checkpoint = load_checkpoint();"
+        "prepare(checkpoint.net, checkpoint.preprocess, 'cpu'); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 class Deviating:

@@ -64,10 +64,23 @@ def implementation_name(device: torch.device, dtype: torch.dtype) -> str:
     return "portable" if name == "native" and dtype not in (*native.DTYPES, *native.HALVES) else name
 
 
-@torch.library.custom_op("rednet::involution", mutates_args=())
-def operator(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Involution by the operator, or straight by its implementation where nothing is recorded or traced: the first use
+    of an operator of one's own loads torch's compiler, which takes a second.
+    """
+    traced = torch.compiler.is_compiling() or not type(x) is type(kernel) is Tensor
+    if traced or not torch.is_inference_mode_enabled():
+        result: Tensor = operator(x, kernel, stride)
+        return result
+    return _forward(x, kernel, stride)
+
+
+def _forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     out = IMPLEMENTATIONS[implementation_name(x.device, x.dtype)].forward(x, kernel, stride)
     return out.contiguous(memory_format=_memory_format(x))
+
+
+operator = torch.library.custom_op("rednet::involution", _forward, mutates_args=())
 
 
 @torch.library.custom_op("rednet::involution_backward", mutates_args=())
