@@ -51,11 +51,19 @@ class ServerProcess:
         command = [REDNET, "serve", "--port", "0", *options]
         variables = os.environ | environment
         self.process = subprocess.Popen([str(part) for part in command], stderr=self._log, env=variables)
+        self.client = httpx.Client(timeout=PATIENCE_S)
+        try:
+            self._wait(ready)
+        except BaseException:  # whoever failed to make one has nothing to close it with
+            self.__exit__()
+            raise
+
+    def _wait(self, ready: bool) -> None:
         wait_until(lambda: self._url() is not None or self.process.poll() is not None, "the port")
         url = self._url()
         assert url is not None, self.log
         self.url = url
-        self.client = httpx.Client(base_url=url, timeout=PATIENCE_S)
+        self.client.base_url = url
         if ready:
             wait_until(lambda: self.client.get("/readyz").status_code == 200, "readiness")
 
