@@ -17,6 +17,7 @@ from service.client import LocalClient
 from service.cores import usable_cores
 from service.decode import Decoder
 from service.engine import Engine
+from service.keys import read_keys
 from service.metrics import Metrics
 from service.runner import PreparedRunner, set_threads
 from service.schemas import LabelBody, ModelBody
@@ -71,9 +72,10 @@ def serve(settings: Settings) -> int:
     """Serve until a signal ends it; returns the process's exit status.
 
     Raises:
-        CheckpointError, ValueError: the checkpoint or the device cannot be used.
+        CheckpointError, ValueError: the checkpoint, the device or the API keys cannot be used.
     """
     log.configure(settings.log_level)
+    keys = read_keys(settings.api_key_file) if settings.api_key_file else None
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
     prepared = prepare(checkpoint.net, checkpoint.preprocess, settings.device, settings.precision)
@@ -88,7 +90,7 @@ def serve(settings: Settings) -> int:
     client = LocalClient(engine, settings.max_queue)
     decoder = Decoder(checkpoint.preprocess, settings.max_pixels, threads=usable_cores())
     del checkpoint  # the plain network's weights are not needed any more
-    app = create_app(settings, client, decoder, metrics, model)
+    app = create_app(settings, client, decoder, metrics, model, keys)
     client.start()
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     server = Server(_uvicorn_config(app, settings), client, settings.drain_timeout_s)

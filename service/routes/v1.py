@@ -22,6 +22,7 @@ from service.uploads import parse_uploads
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "malformed_request"},
+    401: {"model": ErrorBody, "description": "unauthorized, where keys are set"},
     413: {"model": ErrorBody, "description": "payload_too_large"},
     415: {"model": ErrorBody, "description": "unsupported_media_type"},
     422: {"model": ErrorBody, "description": "unreadable_image"},

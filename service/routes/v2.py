@@ -33,6 +33,7 @@ from service.uploads import Upload
 VERSION = "1"
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": InferErrorBody, "description": "malformed_request"},
+    401: {"model": InferErrorBody, "description": "unauthorized, where keys are set"},
     404: {"model": InferErrorBody, "description": "not_found: no such model or version"},
     413: {"model": InferErrorBody, "description": "payload_too_large"},
     415: {"model": InferErrorBody, "description": "unsupported_media_type"},
