@@ -44,6 +44,7 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.Draining: 503,
     errors.DeadlineExceeded: 504,
 }
+PROBES = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}  # asked every few seconds
 CLIENT_LEFT = 499  # for metrics and the log; nobody is there to receive it
 
 
@@ -94,6 +95,7 @@ async def _home() -> Response:
 
 
 def _error_response(scope: Scope, error: errors.ServiceError) -> Response:
+    log.note(error=error.code)
     headers = {}
     if isinstance(error, errors.Refused):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
@@ -147,7 +149,7 @@ class Surroundings:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
-        log.request_id.set(request_id)
+        log.begin_request(request_id)
         started = time.monotonic()
         status = 0
 
@@ -174,8 +176,9 @@ class Surroundings:
             duration_s = time.monotonic() - started
             endpoint = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.request_done(endpoint, status, duration_s)
-            if endpoint.startswith("/v"):
-                logger.info("%s %s %d in %.1f ms", scope["method"], endpoint, status, 1000 * duration_s)
+            log.note(method=scope["method"], endpoint=endpoint, status=status)
+            log.note_ms(duration=duration_s)
+            logger.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request")
 
 
 def _request_id(given: str | None) -> str:

@@ -74,7 +74,7 @@ def serve(settings: Settings) -> int:
     Raises:
         CheckpointError, ValueError: the checkpoint, the device or the API keys cannot be used.
     """
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.log_format)
     keys = read_keys(settings.api_key_file) if settings.api_key_file else None
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)

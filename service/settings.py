@@ -48,6 +48,7 @@ class Settings(BaseModel):
     max_body_mb: float = Field(32.0, gt=0, le=10_000, description="size of a request body, in MB of 1,000,000 bytes")
     max_pixels: Count = Field(50_000_000, description="pixels of one image, width times height, known from its header")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the log tells")
+    log_format: Literal["text", "json"] = Field("text", description="lines for people, or a JSON object each")
 
     @field_validator("metrics_access")
     @classmethod

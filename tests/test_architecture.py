@@ -26,10 +26,10 @@ SERVICE = {
     "schemas": set(),
     "uploads": {"errors", "schemas", "types"},
     "tensors": {"errors", "schemas", "types", "uploads"},
-    "journey": {"decode", "errors", "metrics", "settings", "types", "uploads"},
+    "journey": {"decode", "errors", "log", "metrics", "settings", "types", "uploads"},
     "routes.context": {"errors", "journey", "keys", "metrics", "schemas", "types"},
     "routes.health": {"routes.context", "schemas", "types"},
-    "routes.respond": {"journey", "metrics", "types"},
+    "routes.respond": {"journey", "log", "metrics", "types"},
     "routes.v1": {
         "errors",
         "journey",
