@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,8 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import errors, log
 from service.decode import Decoder
 from service.journey import Journey
+from service.keys import Keys
 from service.metrics import Metrics
 from service.routes import health, v1, v2
+from service.routes.context import require_key
 from service.schemas import ModelBody
 from service.settings import Settings
 from service.types import EngineClient
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.MalformedRequest: 400,
+    errors.Unauthorized: 401,
     errors.NotFound: 404,
     errors.PayloadTooLarge: 413,
     errors.UnsupportedMediaType: 415,
@@ -41,11 +44,17 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.Draining: 503,
     errors.DeadlineExceeded: 504,
 }
+PROBES = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}  # asked every few seconds
 CLIENT_LEFT = 499  # for metrics and the log; nobody is there to receive it
 
 
 def create_app(
-    settings: Settings, client: EngineClient, decoder: Decoder, metrics: Metrics, model: ModelBody
+    settings: Settings,
+    client: EngineClient,
+    decoder: Decoder,
+    metrics: Metrics,
+    model: ModelBody,
+    keys: Keys | None = None,
 ) -> FastAPI:
     """The application around an engine's client, which it closes when it shuts down.
 
@@ -55,6 +64,7 @@ def create_app(
         decoder: for the images of requests.
         metrics: what `/metrics` shows.
         model: what `/v1/model` says.
+        keys: of which requests must carry one; None: anyone may ask.
     """
 
     @asynccontextmanager
@@ -64,11 +74,13 @@ def create_app(
         decoder.close()
 
     app = FastAPI(title="RedNet Serve", description="A RedNet involution classifier.", lifespan=lifespan)
-    app.state.client, app.state.metrics, app.state.model = client, metrics, model
+    app.state.client, app.state.metrics, app.state.model, app.state.keys = client, metrics, model, keys
     app.state.journey = Journey(settings, client, decoder, metrics)
-    app.include_router(v1.router)
-    app.include_router(v2.router)
+    guard = [Depends(require_key)] if keys else []
+    app.include_router(v1.router, dependencies=guard)
+    app.include_router(v2.router, dependencies=guard)
     app.include_router(health.router)
+    app.include_router(health.scraped, dependencies=guard if settings.metrics_access == "key" else [])
     app.add_api_route("/", _home, include_in_schema=False)
     app.add_exception_handler(errors.ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -83,9 +95,12 @@ async def _home() -> Response:
 
 
 def _error_response(scope: Scope, error: errors.ServiceError) -> Response:
+    log.note(error=error.code)
     headers = {}
     if isinstance(error, errors.Refused):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, errors.Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="rednet"'
     if isinstance(error, errors.Draining):
         headers["Connection"] = "close"  # so that the next request finds another server
     return JSONResponse(_error_content(scope, error.code, error.message), STATUS[type(error)], headers)
@@ -134,7 +149,7 @@ class Surroundings:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
-        log.request_id.set(request_id)
+        log.begin_request(request_id)
         started = time.monotonic()
         status = 0
 
@@ -161,8 +176,9 @@ class Surroundings:
             duration_s = time.monotonic() - started
             endpoint = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.request_done(endpoint, status, duration_s)
-            if endpoint.startswith("/v"):
-                logger.info("%s %s %d in %.1f ms", scope["method"], endpoint, status, 1000 * duration_s)
+            log.note(method=scope["method"], endpoint=endpoint, status=status)
+            log.note_ms(duration=duration_s)
+            logger.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request")
 
 
 def _request_id(given: str | None) -> str:

@@ -19,6 +19,15 @@ class MalformedRequest(ServiceError):
     code = "malformed_request"
 
 
+class Unauthorized(ServiceError):
+    """The caller has shown no key of the server's."""
+
+    code = "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__("this server wants an API key: Authorization: Bearer <key>")
+
+
 class NotFound(ServiceError):
     """There is nothing of that name."""
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from service import log
 from service.decode import Decoded, Decoder
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.metrics import Metrics
@@ -66,6 +67,7 @@ class Journey:
                     uploads = await self._uploads(request, parse)
             except TimeoutError:
                 raise DeadlineExceeded("the request did not arrive before its deadline") from None
+            log.note(images=len(uploads))
             hold(len(uploads))
             answers = await _unless_disconnected(request, self._answer_all(uploads, ends, deadline))
         endpoint: str = request.scope["route"].path

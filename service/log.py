@@ -1,23 +1,63 @@
-"""Logs on standard error, each line with the id of the request it belongs to."""
+"""Logs on standard error, for people or as JSON, each line with what is known of the request it belongs to."""
 
 import logging
+import sys
 from contextvars import ContextVar
+from typing import Literal
 
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
+import structlog
+from structlog.typing import EventDict, WrappedLogger
 
-
-class _RequestId(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.request_id = request_id.get()
-        return True
+_known: ContextVar[dict[str, str | float]] = ContextVar("known")  # of the request that is being answered
 
 
-def configure(level: str) -> None:
+def configure(level: str, log_format: Literal["text", "json"]) -> None:
     """Send everything, uvicorn's own lines included, through one handler."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(request_id)s %(name)s: %(message)s"))
-    handler.addFilter(_RequestId())
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.processors.TimeStamper(fmt="iso"),
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                _add_known,
+            ],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *([structlog.processors.format_exc_info] if log_format == "json" else []),
+                structlog.processors.JSONRenderer() if log_format == "json" else _text(),
+            ],
+        )
+    )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+
+
+def _text() -> structlog.dev.ConsoleRenderer:
+    return structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(),
+        sort_keys=False,
+        pad_event_to=0,
+        exception_formatter=structlog.dev.plain_traceback,  # others show variables, which may hold secrets
+    )
+
+
+def _add_known(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    return {**event, **_known.get({})}
+
+
+def begin_request(request_id: str) -> None:
+    """From here on lines belong to this request."""
+    _known.set({"request_id": request_id})
+
+
+def note(**values: str | float) -> None:
+    """Show these values on the further lines of this request, its last one above all."""
+    _known.get().update(values)
+
+
+def note_ms(**times_s: float) -> None:
+    """The same for times in seconds, as milliseconds: `queue=0.012` is shown as `queue_ms=12.0`."""
+    note(**{f"{name}_ms": round(1000 * time_s, 2) for name, time_s in times_s.items()})

@@ -19,6 +19,7 @@ from service.cores import usable_cores
 from service.decode import Decoder
 from service.engine import Engine
 from service.gpus import watch_gpus
+from service.keys import read_keys
 from service.metrics import DeviceEvents, Metrics
 from service.runner import PreparedRunner, driver_name, set_threads
 from service.schemas import LabelBody, ModelBody
@@ -75,9 +76,10 @@ def serve(settings: Settings) -> int:
     """Serve until a signal ends it; returns the process's exit status.
 
     Raises:
-        CheckpointError, ValueError: the checkpoint or the device cannot be used.
+        CheckpointError, ValueError: the checkpoint, the device or the API keys cannot be used.
     """
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.log_format)
+    keys = read_keys(settings.api_key_file) if settings.api_key_file else None
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
     prepared = prepare_each(checkpoint, settings)
@@ -91,7 +93,7 @@ def serve(settings: Settings) -> int:
     client = LocalClient([_engine(each, settings, metrics) for each in prepared], settings.max_queue)
     decoder = Decoder(checkpoint.preprocess, settings.max_pixels, threads=usable_cores())
     del checkpoint  # the plain network's weights are not needed any more
-    app = create_app(settings, client, decoder, metrics, model)
+    app = create_app(settings, client, decoder, metrics, model, keys)
     client.start()
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     server = Server(_uvicorn_config(app, settings), client, settings.drain_timeout_s)

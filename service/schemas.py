@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+Described = dict[int | str, dict[str, Any]]  # what FastAPI takes for the statuses of an endpoint
+
 
 class ImagesBody(BaseModel):
     """Images as JSON, for callers who have nothing better; base64 makes them a third larger."""
@@ -68,6 +70,22 @@ class ModelBody(BaseModel):
 
 class StatusBody(BaseModel):
     status: str = Field(examples=["ready"])
+
+
+def described_errors(body: type[BaseModel]) -> Described:
+    """What an endpoint that takes images may answer instead, in a protocol's shape of errors."""
+    codes = {
+        400: "malformed_request",
+        401: "unauthorized, where keys are set",
+        413: "payload_too_large",
+        415: "unsupported_media_type",
+        422: "unreadable_image",
+        429: "overloaded",
+        500: "internal",
+        503: "not_ready or draining",
+        504: "deadline_exceeded",
+    }
+    return {status: {"model": body, "description": code} for status, code in codes.items()}
 
 
 def described_images() -> dict[str, Any]:

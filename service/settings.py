@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 PREFIX = "REDNET_"
 NO_OPTIONS = {"REDNET_NATIVE"}  # variables with the prefix that are read elsewhere
@@ -37,6 +37,10 @@ class Settings(BaseModel):
         0.0, ge=0, le=10_000, description="how long a batch may wait to fill; 0: no longer than the device is busy"
     )
     max_queue: Count = Field(256, description="images accepted and not yet answered; more are refused with 429")
+    api_key_file: Path | None = Field(
+        None, description="file of API keys, one a line, of which requests must carry one; default: anyone may ask"
+    )
+    metrics_access: Literal["open", "key"] = Field("open", description="whether /metrics, too, wants an API key")
     request_timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none")
     drain_timeout_s: float = Field(
         30.0, ge=0, le=3600, description="after SIGTERM, how long accepted requests may still take"
@@ -44,6 +48,14 @@ class Settings(BaseModel):
     max_body_mb: float = Field(32.0, gt=0, le=10_000, description="size of a request body, in MB of 1,000,000 bytes")
     max_pixels: Count = Field(50_000_000, description="pixels of one image, width times height, known from its header")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the log tells")
+    log_format: Literal["text", "json"] = Field("text", description="lines for people, or a JSON object each")
+
+    @field_validator("metrics_access")
+    @classmethod
+    def _has_keys(cls, access: str, others: ValidationInfo) -> str:
+        if access == "key" and others.data.get("api_key_file") is None:
+            raise ValueError("there are no keys without an API key file")
+        return access
 
     @property
     def max_body_bytes(self) -> int:

@@ -20,6 +20,7 @@ from service.uploads import Upload, decode_base64, first_error, too_many
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary data
 OUTPUTS = ("logits", "probabilities", "features")
+MOST_LISTS = 1_000_000  # and objects in the JSON of a request; millions of them would hold up the server for seconds
 LENGTH_BYTES = 4  # of the number before each element of a BYTES tensor, which says how long it is
 
 
@@ -51,6 +52,8 @@ def parse_infer(header_length: str | None, body: bytes, max_images: int) -> Infe
         PayloadTooLarge: there are more than max_images.
     """
     json_bytes = _json_bytes(header_length, len(body))
+    if body.count(b"[", 0, json_bytes) + body.count(b"{", 0, json_bytes) > MOST_LISTS:
+        raise MalformedRequest("the request's JSON has more lists than images need")
     try:
         wanted = InferBody.model_validate(orjson.loads(memoryview(body)[:json_bytes]))
     except ValidationError as error:
@@ -146,7 +149,7 @@ def _elements(tail: memoryview, count: int) -> Sequence[bytes]:
 
 def _values(tensor: InferInput, tail: memoryview) -> Floats:
     """A copy of an FP32 tensor's values, in its shape."""
-    if tensor.datatype != "FP32" or len(tensor.shape) != 4:
+    if tensor.datatype != "FP32" or len(tensor.shape) != 4 or 0 in tensor.shape:
         raise MalformedRequest(f"input 'pixels' must be FP32 [N, 3, H, W], not {tensor.datatype} {tensor.shape}")
     values = prod(tensor.shape)  # of any size: a Python integer
     if tensor.data is None:
@@ -155,9 +158,22 @@ def _values(tensor: InferInput, tail: memoryview) -> Floats:
         return np.frombuffer(tail, "<f4").astype(np.float32).reshape(tensor.shape)
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-            data = np.array(tensor.data, np.float32)
+            return np.fromiter(_flat(tensor.data, tensor.shape), np.float32, values).reshape(tensor.shape)
     except (ValueError, TypeError, OverflowError):
-        raise MalformedRequest("the data of input 'pixels' must be numbers, flat or nested like the shape") from None
-    if data.shape not in (tuple(tensor.shape), (values,)):
-        raise MalformedRequest(f"the data of input 'pixels' has the shape {list(data.shape)}, not {tensor.shape}")
-    return data.reshape(tensor.shape)
+        raise MalformedRequest(f"the data of input 'pixels' must be numbers, {tensor.shape} or flat") from None
+
+
+def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
+    """As many values as the shape has, from a flat list or one nested like the shape; NumPy alone would take any list.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if len(data) == prod(shape):
+        return data
+    rows = [data]
+    for length in shape:
+        if not all(isinstance(row, list) and len(row) == length for row in rows):
+            raise ValueError
+        rows = [value for row in rows for value in row]
+    return rows

@@ -24,6 +24,7 @@ from service.client import LocalClient
 from service.cost import CostTable
 from service.decode import Decoder
 from service.engine import Engine
+from service.keys import read_keys
 from service.main import Server
 from service.metrics import DeviceEvents, Metrics
 from service.schemas import LabelBody, ModelBody
@@ -144,7 +145,8 @@ class ServerThread:
             deviation=0.0,
         )
         decoder = Decoder(preprocess, settings.max_pixels, threads=2)
-        app = create_app(settings, self.engine_client, decoder, metrics, model)
+        keys = read_keys(settings.api_key_file) if settings.api_key_file else None
+        app = create_app(settings, self.engine_client, decoder, metrics, model, keys)
         config = uvicorn.Config(app, port=0, log_config=None)
         self._server = Server(config, self.engine_client, settings.drain_timeout_s)
         self._thread = threading.Thread(target=self._server.run)

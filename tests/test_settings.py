@@ -54,7 +54,9 @@ def test_a_variable_of_the_model_is_no_misspelling() -> None:
         ("request_timeout_s", "0"),
         ("request_timeout_s", "nan"),
         ("max_body_mb", "inf"),
+        ("metrics_access", "key"),  # without a key file
         ("log_level", "loud"),
+        ("log_format", "yaml"),
     ],
 )
 def test_a_value_out_of_range_is_named_by_its_source(name: str, value: str) -> None:

@@ -49,7 +49,7 @@ def test_photos_come_out_as_they_went_in(data: list[bytes]) -> None:
 
 @given(st.lists(st.floats(width=32), min_size=12, max_size=12))
 def test_pixels_come_out_as_they_went_in(values: list[float]) -> None:
-    """To the bit: from binary data, from a flat list and from a nested one."""
+    """To the bit: from binary data, from a flat list and from one nested like the shape."""
     array = np.array(values, "<f4").reshape(2, 3, 1, 2)
     tail = array.tobytes()
     ways = [request(tail, **pixel_tensor([2, 3, 1, 2], parameters={"binary_data_size": len(tail)}))]
@@ -104,6 +104,10 @@ def test_outputs_are_all_of_them_unless_some_are_named() -> None:
         (b"", pixel_tensor([1, 3, 1, 1], data=[float("nan")] * 3)),  # which is no JSON
         (b"", pixel_tensor([1, 1, 1, 1], data=json.loads("[" * 100 + "1" + "]" * 100))),
         (b"", pixel_tensor([3, 1, 1], data=[0.0] * 3)),
+        (b"", pixel_tensor([1, 3, 0, 2**63], data=[])),
+        (b"", pixel_tensor([1, 3, 2**63, 0], parameters={"binary_data_size": 0})),
+        (b"", pixel_tensor([1, 3, 1, 1], data=[1.0, 2.0, [3.0]])),
+        (b"", pixel_tensor([2, 3, 1, 1], data=[[[[1.0]]] * 3, [[[1.0]]] * 2])),
         (b"\0" * 12, pixel_tensor([1, 3, 1, 1], parameters={"binary_data_size": 12}, datatype="FP16")),
         *(
             (b"\0" * 8, pixel_tensor([1, side, side, side], parameters={"binary_data_size": 8}))  # products that wrap
@@ -143,6 +147,12 @@ def test_json_of_another_shape_is_a_clear_error(body: bytes) -> None:
     """However deep it is."""
     with pytest.raises(MalformedRequest):
         parse_infer(None, body, MOST)
+
+
+def test_json_of_very_many_lists_is_refused_unread() -> None:
+    """They would take seconds to read, in which nobody else is answered."""
+    with pytest.raises(MalformedRequest, match="more lists than images need"):
+        parse_infer(None, b'{"inputs": [' + b"[]," * 1_000_000 + b"[]]}", MOST)
 
 
 def test_two_inputs_or_unknown_outputs_are_clear_errors() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from fastapi import Response
 
+from service import log
 from service.journey import Answer
 from service.metrics import Metrics
 from service.types import Inference
@@ -26,15 +27,17 @@ def respond(
         headers: more of them.
     """
     metrics.stage("respond", time.monotonic() - started)
-    return Response(body, media_type=media_type, headers={"Server-Timing": _server_timing(answers), **(headers or {})})
-
-
-def _server_timing(answers: Sequence[Answer]) -> str:
-    """The slowest image's times, in milliseconds, and the largest batch."""
     inferences = [answer.outcome for answer in answers if isinstance(answer.outcome, Inference)]
-    decode_s = max(answer.decode_s for answer in answers)
-    queue_s = max(inference.queue_s for inference in inferences)
-    inference_s = max(inference.inference_s for inference in inferences)
+    times = {  # the slowest image's
+        "decode": max(answer.decode_s for answer in answers),
+        "queue": max(inference.queue_s for inference in inferences),
+        "inference": max(inference.inference_s for inference in inferences),
+    }
     batch = max(inference.batch_size for inference in inferences)
-    times = {"decode": decode_s, "queue": queue_s, "inference": inference_s}
+    log.note_ms(**times)
+    log.note(batch_size=batch)
+    return Response(body, media_type=media_type, headers={"Server-Timing": _timing(times, batch), **(headers or {})})
+
+
+def _timing(times: Mapping[str, float], batch: int) -> str:
     return ", ".join(f"{stage};dur={1000 * time_s:.1f}" for stage, time_s in times.items()) + f', batch;desc="{batch}"'

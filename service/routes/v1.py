@@ -15,21 +15,12 @@ from service.journey import Answer, Journey
 from service.metrics import Metrics
 from service.routes.context import ClientOf, JourneyOf, MetricsOf, ModelOf
 from service.routes.respond import respond
-from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_images
+from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_errors, described_images
 from service.scores import top_classes
 from service.types import Floats, Inference
 from service.uploads import parse_uploads
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "malformed_request"},
-    413: {"model": ErrorBody, "description": "payload_too_large"},
-    415: {"model": ErrorBody, "description": "unsupported_media_type"},
-    422: {"model": ErrorBody, "description": "unreadable_image"},
-    429: {"model": ErrorBody, "description": "overloaded"},
-    500: {"model": ErrorBody, "description": "internal"},
-    503: {"model": ErrorBody, "description": "not_ready or draining"},
-    504: {"model": ErrorBody, "description": "deadline_exceeded"},
-}
+ERRORS = described_errors(ErrorBody)
 NPY = "application/x-npy"
 
 router = APIRouter(prefix="/v1", tags=["v1"])

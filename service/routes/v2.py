@@ -7,7 +7,7 @@ one version.
 import importlib.metadata
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Request, Response
@@ -17,12 +17,14 @@ from service.journey import Answer
 from service.routes.context import ClientOf, JourneyOf, MetricsOf, ModelOf
 from service.routes.respond import respond
 from service.schemas import (
+    Described,
     InferAnswerBody,
     InferErrorBody,
     ModelMetadataBody,
     ModelReadyBody,
     ServerBody,
     TensorBody,
+    described_errors,
     described_infer,
 )
 from service.scores import probabilities
@@ -31,17 +33,7 @@ from service.types import Floats, Inference, State
 from service.uploads import Upload
 
 VERSION = "1"
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": InferErrorBody, "description": "malformed_request"},
-    404: {"model": InferErrorBody, "description": "not_found: no such model or version"},
-    413: {"model": InferErrorBody, "description": "payload_too_large"},
-    415: {"model": InferErrorBody, "description": "unsupported_media_type"},
-    422: {"model": InferErrorBody, "description": "unreadable_image"},
-    429: {"model": InferErrorBody, "description": "overloaded"},
-    500: {"model": InferErrorBody, "description": "internal"},
-    503: {"model": InferErrorBody, "description": "not_ready or draining"},
-    504: {"model": InferErrorBody, "description": "deadline_exceeded"},
-}
+NO_MODEL: Described = {404: {"model": InferErrorBody, "description": "not_found: no such model or version"}}
 
 
 async def _named(name: Annotated[str, Path(description="the model's")], model: ModelOf) -> None:
@@ -133,11 +125,15 @@ for path, checks in (
     ("/v2/models/{name}/versions/{version}", [Depends(_named), Depends(_versioned)]),
 ):
     # a prefix of the router's own: metrics are labelled with the paths of routes, which know nothing of a later prefix
-    models = APIRouter(prefix=path, dependencies=checks, responses={404: ERRORS[404]})
+    models = APIRouter(prefix=path, dependencies=checks, responses=NO_MODEL)
     models.add_api_route("", metadata)
     models.add_api_route("/ready", ready, responses={503: {"model": ModelReadyBody}})
-    described = described_infer()
     models.add_api_route(
-        "/infer", infer, methods=["POST"], response_model=InferAnswerBody, responses=ERRORS, openapi_extra=described
+        "/infer",
+        infer,
+        methods=["POST"],
+        response_model=InferAnswerBody,
+        responses=described_errors(InferErrorBody),
+        openapi_extra=described_infer(),
     )
     router.include_router(models)

@@ -1,0 +1,138 @@
+"""API keys: the file they stand in, and servers that want one."""
+
+import base64
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.keys import SHORTEST, KeyFileError, read_keys
+from tests.asking import PREDICT, assert_error, predict
+from tests.conftest import encoded, photo
+from tests.servers import REDNET, FakeRunner, ServerThread, wait_until
+
+ONE, OTHER = "one-key-0123456789", "another/key=+0123456789"
+GUARDED = ["/v1/model", "/v2", "/v2/models/fake", "/v2/models/fake/ready", "/v2/models/fake/versions/1"]
+OPEN = ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"]
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text(f"# for the shop\n{ONE}\n\n  {OTHER}\r\n")
+    return path
+
+
+@pytest.fixture
+def running(key_file: Path) -> Iterator[ServerThread]:
+    with ServerThread(FakeRunner(), api_key_file=key_file) as running:
+        wait_until(lambda: running.client.get("/readyz").status_code == 200, "readiness")
+        yield running
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_every_key_of_the_file_opens_and_nothing_else_does(key_file: Path) -> None:
+    """Neither comments, nor parts of keys, nor the empty one."""
+    keys = read_keys(key_file)
+    assert keys.accept(ONE)
+    assert keys.accept(OTHER)
+    for wrong in ("", "# for the shop", ONE[:-1], ONE + "0", ONE.upper(), ONE + OTHER, "ключ", "\0"):
+        assert not keys.accept(wrong)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no API key"),
+        (b"# none yet\n\n", "holds no API key"),
+        (b"0123456789abcdef\nsecretsecret\n", f"line 2: an API key has at least {SHORTEST} characters"),
+        (b"secret secret secret\n", "line 1: an API key has printable ASCII"),
+        (b"secretsecretsecret\xff\n", "line 1: an API key has printable ASCII"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    """The message says where, and never what stands there."""
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    with pytest.raises(KeyFileError, match=message) as caught:
+        read_keys(path)
+    assert "secretsecret" not in str(caught.value)
+
+
+def test_a_server_without_its_key_file_does_not_start(tmp_path: Path) -> None:
+    """One line on standard error and status 2, at once: it must not come up open."""
+    command = (REDNET, "serve", "--api-key-file", tmp_path / "no")
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "cannot be read: No such file" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer"},
+        bearer(ONE[:-1]),
+        bearer(f"{ONE} {ONE}"),
+        {"Authorization": ONE},
+        {"Authorization": "Basic " + base64.b64encode(f"user:{ONE}".encode()).decode()},
+    ],
+)
+def test_without_a_key_everything_but_health_is_401(running: ServerThread, headers: dict[str, str]) -> None:
+    """In both protocols, with the header that tells a client what to show."""
+    response = predict(running.client, encoded(photo()), **headers)
+    assert_error(response, 401, "unauthorized")
+    assert response.headers["www-authenticate"] == 'Bearer realm="rednet"'
+    assert_error(running.client.post("/v1/features", headers=headers), 401, "unauthorized")
+    for path in GUARDED:
+        assert running.client.get(path, headers=headers).status_code == 401
+    answer = running.client.post("/v2/models/fake/infer", headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
+    assert isinstance(answer.json()["error"], str)
+    for path in OPEN:
+        assert running.client.get(path, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("key", [ONE, OTHER])
+def test_with_a_key_everything_is_answered(running: ServerThread, key: str) -> None:
+    """With any of them; the scheme may be written in any case."""
+    assert predict(running.client, encoded(photo()), **bearer(key)).status_code == 200
+    for path in (*GUARDED, *OPEN):
+        assert running.client.get(path, headers={"Authorization": f"bearer {key}"}).status_code == 200
+
+
+def test_the_body_of_a_stranger_is_not_read(running: ServerThread) -> None:
+    """The answer comes although the announced body does not, and takes no place in the queue."""
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n".encode())
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 401")
+    assert running.engine_client.queue_depth == 0
+
+
+def test_metrics_are_open_unless_said_otherwise(running: ServerThread, key_file: Path) -> None:
+    """--metrics-access key puts them behind the keys."""
+    assert running.client.get("/metrics").status_code == 200
+    with ServerThread(FakeRunner(), api_key_file=key_file, metrics_access="key") as closed:
+        assert_error(closed.client.get("/metrics"), 401, "unauthorized")
+        assert closed.client.get("/metrics", headers=bearer(ONE)).status_code == 200
+
+
+def test_the_description_says_what_needs_a_key(running: ServerThread) -> None:
+    """So that the page at /docs can ask for it; a server without keys describes none."""
+
+    def guarded(client: httpx.Client) -> set[str]:
+        paths = client.get("/openapi.json").json()["paths"]
+        return {path for path, operations in paths.items() for each in operations.values() if "security" in each}
+
+    paths = guarded(running.client)
+    assert {PREDICT, "/v1/features", "/v1/model", "/v2", "/v2/models/{name}/infer"} <= paths
+    assert not paths & {*OPEN, "/metrics"}
+    with ServerThread(FakeRunner()) as without:
+        assert not guarded(without.client)

@@ -1,0 +1,95 @@
+"""What the log of a server says, for people and for programs."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.asking import TEXT, predict
+from tests.conftest import encoded, photo
+from tests.servers import ServerProcess, wait_until
+
+KEY, STRANGE = "the-key-0123456789", "strange-0123456789"
+
+
+@pytest.fixture(scope="module", params=["text", "json"])
+def running(request: pytest.FixtureRequest, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server that wants a key, and the format of its log."""
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    path.write_text(KEY)
+    options = ("--checkpoint", tiny_path, "--api-key-file", path, "--log-format", request.param)
+    with ServerProcess(*options) as server:
+        server.client.headers["Authorization"] = f"Bearer {KEY}"
+        yield server, request.param
+
+
+def line(server: ServerProcess, request_id: str) -> str:
+    """The one line about a request."""
+    wait_until(lambda: request_id in server.log, "the request's line")
+    (found,) = [each for each in server.log.splitlines() if request_id in each]
+    return found
+
+
+def fields(found: str, log_format: str) -> dict[str, str]:
+    """What a line says, as text whatever the format."""
+    if log_format == "json":
+        return {name: str(value) for name, value in json.loads(found).items()}
+    return dict(part.split("=", 1) for part in found.split() if "=" in part)
+
+
+def test_an_answer_is_one_line_with_its_times(running: tuple[ServerProcess, str]) -> None:
+    """Endpoint, status, images, the time of every stage and the batch size, by the request's id."""
+    server, log_format = running
+    files = [("f", ("a.png", encoded(photo(1)))), ("f", ("b.png", TEXT))]
+    assert server.client.post("/v1/predict", files=files, headers={"X-Request-Id": "id-of-two"}).status_code == 200
+    said = fields(line(server, "id-of-two"), log_format)
+    assert (said["method"], said["endpoint"], said["status"], said["images"]) == ("POST", "/v1/predict", "200", "2")
+    assert said["batch_size"] == "1"
+    stages = [float(said[f"{stage}_ms"]) for stage in ("decode", "queue", "inference")]
+    assert 0 < sum(stages) <= float(said["duration_ms"])
+
+
+def test_a_failure_is_one_line_too(running: tuple[ServerProcess, str]) -> None:
+    """With what was known by then; what was not is absent, and nothing of an earlier request is left over."""
+    server, log_format = running
+    assert predict(server.client, TEXT, **{"X-Request-Id": "id-of-text"}).status_code == 415
+    said = fields(line(server, "id-of-text"), log_format)
+    assert (said["status"], said["error"], said["images"]) == ("415", "unsupported_media_type", "1")
+    assert "batch_size" not in said
+    assert server.client.get("/v3", headers={"X-Request-Id": "id-of-nothing"}).status_code == 404
+    said = fields(line(server, "id-of-nothing"), log_format)
+    assert (said["endpoint"], said["status"]) == ("unmatched", "404")
+    assert "images" not in said
+
+
+def test_no_key_is_ever_logged(running: tuple[ServerProcess, str]) -> None:
+    """Neither a right one nor a wrong one."""
+    server, _ = running
+    headers = {"Authorization": f"Bearer {STRANGE}", "X-Request-Id": "id-of-stranger"}
+    assert predict(server.client, encoded(photo()), **headers).status_code == 401
+    assert "401" in line(server, "id-of-stranger")
+    assert "0123456789" not in server.log
+
+
+def test_probes_are_not_logged(running: tuple[ServerProcess, str]) -> None:
+    """They come every few seconds; at --log-level debug they would be."""
+    server, _ = running
+    for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"):
+        assert server.client.get(path, headers={"X-Request-Id": "id-of-probe"}).status_code == 200
+    predict(server.client, encoded(photo()), **{"X-Request-Id": "id-after-probes"})
+    line(server, "id-after-probes")
+    assert "id-of-probe" not in server.log
+
+
+def test_every_line_has_the_format(running: tuple[ServerProcess, str]) -> None:
+    """Those of libraries as well: time, level, origin and event."""
+    server, log_format = running
+    lines = server.log.splitlines()
+    if log_format == "json":
+        events = [json.loads(each) for each in lines]
+        assert all(event.keys() >= {"timestamp", "level", "logger", "event"} for event in events)
+        assert any(event["logger"].startswith("uvicorn") for event in events)
+    else:
+        assert all("[info" in each and each.startswith("20") for each in lines)
