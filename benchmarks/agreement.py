@@ -59,7 +59,7 @@ def main() -> None:
     checkpoint = load_checkpoint(options.checkpoint)
     _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
     answers = {"plain network": evaluate(plainly(checkpoint), checkpoint.preprocess, photos)}
-    for precision in ("fp32", "bf16", "fp16"):
+    for precision in ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32", "bf16"):
         run = prepare(checkpoint.net, checkpoint.preprocess, precision=precision)
         name = f"prepared, {precision}: {run.backend}"
         answers[name] = evaluate(lambda pixels, run=run: run(pixels).logits, checkpoint.preprocess, photos)  # type: ignore[misc]

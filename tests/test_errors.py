@@ -165,10 +165,10 @@ def test_a_caller_who_leaves_frees_the_queue(caplog: pytest.LogCaptureFixture) -
 def test_who_would_be_answered_too_late_is_refused_at_once() -> None:
     """429 before anything is decoded, with the time after which it would be in time; the patient are let in."""
     runner = FakeRunner()  # says that an image takes 10 ms
-    with ServerThread(runner) as running, ThreadPoolExecutor(100) as pool:
+    with ServerThread(runner, request_timeout_s=600) as running, ThreadPoolExecutor(80) as pool:
         runner.go_on.clear()
-        held = [pool.submit(predict, running.client, encoded(photo())) for _ in range(100)]
-        wait_until(lambda: running.engine_client.queue_depth == 100, "a queue of a second")
+        held = [pool.submit(predict, running.client, encoded(photo())) for _ in range(80)]
+        wait_until(lambda: running.engine_client.queue_depth == 80, "a queue of 0.8 s")
         response = predict(running.client, TEXT, **{"X-Request-Timeout-Ms": "500"})
         assert_error(response, 429, "overloaded")
         assert response.headers["retry-after"] == "1"
