@@ -10,6 +10,9 @@ SHORTEST_RETRY_S = 1.0  # the header counts whole seconds
 SMOOTHING = 0.05  # weight of the newest answer in the running estimate
 # More in one answer is an accident, not a rule; less is an answer that did not need the device, as to a damaged photo.
 LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
+# A prediction is right on average; whoever is let in shall be answered in time nearly always. A queue of half a
+# deadline keeps the device as busy as a longer one.
+CAUTION = 2.0
 
 
 class Admission:
@@ -56,7 +59,7 @@ class Admission:
                 wait_s = self.predicted_s(others) - self.predicted_s(max(0, self.most - images))
                 raise _overloaded(f"{others} images are waiting", wait_s)
             since, work_s = self._clock(), self._work_s(others + images)
-            late_s = since + work_s * self._factor - deadline
+            late_s = since + CAUTION * work_s * self._factor - deadline
             if others and late_s > 0:
                 raise _overloaded("the answer would come after the deadline", late_s)
             self.accepted += images - held

@@ -29,7 +29,7 @@ def test_it_says_what_it_is() -> None:
 @needs_shared
 @pytest.mark.timeout(600)
 def test_it_is_right_on_most_photos_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At least 88 % of the 1,966 validation photos of Imagenette, by the command that users have, and as sure as right."""
+    """At least 88 % of the 1,966 validation photos of Imagenette, by the command that users have; as sure as right."""
     with tarfile.open(SHARED / "data" / "imagenette-val.tar") as archive:
         archive.extractall(tmp_path, filter="data")
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
