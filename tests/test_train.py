@@ -28,7 +28,7 @@ from tests.conftest import photo
 from tests.servers import REDNET, wait_until
 
 RECIPE = Recipe(base_channels=16, epochs=2, size=32, batch_size=8, learning_rate=0.003, seed=5)
-FLAGS = ["--base-channels", "16", "--epochs", "2", "--size", "32", "--batch-size", "8", "--learning-rate", "0.05"]
+FLAGS = ["--base-channels", "16", "--epochs", "2", "--size", "32", "--batch-size", "8", "--learning-rate", "0.003"]
 CPU = torch.device("cpu")
 
 
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     broken = tmp_path / "broken"
     # The process saves after every batch, so that a kill in the middle of an epoch finds something to go on from.
     script = (
-        "import sys, model.train; model.train.SAVE_EVERY_S = 0.0; "
+        "import sys, model.steps; model.steps.SAVE_EVERY_S = 0.0; "
         "from service.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [str(REDNET.with_name("python")), "-c", script]
