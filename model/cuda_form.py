@@ -4,7 +4,7 @@ A graph launches the hundred kernels of a network at once, which alone takes a f
 one by one: small batches are bound by that.
 """
 
-from collections.abc import Callable
+import threading
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +16,8 @@ from model.fused import Fused
 from model.ladder import Ladder, Program
 from model.preprocess import Preprocess
 from model.rednet import RedNet
+
+_capturing = threading.Lock()  # a process captures one graph at a time
 
 
 class CudaForm:
@@ -33,6 +35,7 @@ class CudaForm:
         self._exact = dtype == torch.float32
         self._network = Fused(net, preprocess, device, dtype)
         self._memory = torch.cuda.graph_pool_handle()  # shared: graphs run one after the other
+        self._stream = torch.cuda.Stream(device)  # for capturing; torch's own would be the first device's
         self._ladder = Ladder(self._captured)
         self.backend = "CUDA graphs, Triton involution"
 
@@ -53,14 +56,16 @@ class CudaForm:
 
     def _captured(self, size: int) -> Program:
         """A program that replays the network's graph for `size` images."""
+        graph = torch.cuda.CUDAGraph()
         try:
             inputs = torch.zeros(size, 3, self._side, self._side, dtype=torch.uint8, device=self._device)
-            _on_a_side_stream(lambda: self._network(inputs))  # what happens only once: compiling, choosing algorithms
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):  # others may be at work
+            self._run_aside(inputs)  # what happens only once: compiling, choosing algorithms
+            with _capturing, torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
                 logits, features, *_ = self._network(inputs)
-        except torch.cuda.OutOfMemoryError as error:
-            raise MemoryError(f"no memory for batches of {size} on {self._device}") from error
+        except RuntimeError as error:
+            if _is_lack_of_memory(error):
+                raise MemoryError(f"no memory for batches of {size} on {self._device}") from error
+            raise
 
         def replay(pixels: Tensor) -> tuple[Tensor, Tensor]:
             images = len(pixels)
@@ -70,11 +75,19 @@ class CudaForm:
 
         return replay
 
+    def _run_aside(self, inputs: Tensor) -> None:
+        """Where the graph will be captured, so that whatever libraries set up there is in place then."""
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            self._network(inputs)
+        here.wait_stream(self._stream)
 
-def _on_a_side_stream(run: Callable[[], object]) -> None:
-    """As capturing wants it: whatever libraries set up there is in place when the graph is captured."""
-    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        run()
-    here.wait_stream(side)
+
+def _is_lack_of_memory(error: BaseException | None) -> bool:
+    """Also where another error came of it, as when a capture ends early."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

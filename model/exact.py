@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,5 +16,14 @@ def exact_float32() -> Iterator[None]:
 
     The setting is the process's, so that only one thread can be inside.
     """
-    with _lock, torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
-        yield
+    cudnn: Any = torch.backends.cudnn  # torch's types lack what follows
+    settings = (cudnn.conv, cudnn.rnn)  # torch asks for them together, and wants them alike
+    with _lock:
+        before = [each.fp32_precision for each in settings]
+        for each in settings:
+            each.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for each, precision in zip(settings, before, strict=True):
+                each.fp32_precision = precision

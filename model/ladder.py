@@ -50,4 +50,4 @@ class Ladder:
             except MemoryError:
                 if size == 1:
                     raise
-                self._most = max((each for each in sizes if each < size), default=1)
+                self._most = max((each for each in {*sizes, *self._programs} if each < size), default=1)

@@ -29,6 +29,7 @@ class LocalClient:
         self._admission = Admission(max_queue, self._work_s)
         self._loads: Counter[Engine] = Counter()  # images given to each engine and not yet answered
         self._draining = False
+        self._closed = False
         self._waiting: set[asyncio.Future[Inference]] = set()
 
     def start(self) -> None:
@@ -65,6 +66,8 @@ class LocalClient:
         return self._admission.admit(deadline)
 
     async def infer(self, pixels: Pixels, deadline: float) -> Inference:
+        if self._closed:
+            raise self._why_closed()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Inference] = loop.create_future()
         self._waiting.add(future)
@@ -90,10 +93,13 @@ class LocalClient:
 
     async def close(self) -> None:
         self.begin_drain()
-        reason = Internal() if self.state is State.FAILED else Draining()
+        self._closed = True
         for future in self._waiting:  # not left to the engine, which may hang
-            _settle(future, reason)
+            _settle(future, self._why_closed())
         await asyncio.gather(*(asyncio.to_thread(engine.stop, LAST_BATCH_S) for engine in self._engines))
+
+    def _why_closed(self) -> ServiceError:
+        return Internal() if self.state is State.FAILED else Draining()
 
     def _work_s(self, images: int) -> float:
         """The time of all devices together for so many images."""

@@ -17,7 +17,7 @@ import numpy as np
 from service.batcher import Batcher
 from service.cost import CostTable
 from service.errors import DeadlineExceeded, Draining, Internal, ServiceError
-from service.types import EngineEvents, Inference, Job, ModelRunner, Pixels, RunnerOutput, Running, State
+from service.types import DeviceLost, EngineEvents, Inference, Job, ModelRunner, Pixels, RunnerOutput, Running, State
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ SMOOTHING = 0.2  # weight of the newest batch in running estimates
 # How long before a device has finished a batch it gets the next one: for predictions and wake-ups that come late. What
 # arrives after that waits for one batch more; a device that waits for the host loses as much for everybody.
 LEAD_S, LEAD_SHARE = 0.001, 0.1
+LOOK_SHARE = 0.25  # of the time of a batch, after which the engine looks whether it is over already
+LARGEST_SLOWDOWN = 10.0  # more in one batch is an accident, not a rule
 
 
 HUNG_FACTOR = 20  # a batch that takes so many times what it should will not end: the process is better started anew
@@ -69,6 +71,7 @@ class Engine:
         self.slowdown = 1.0  # running estimate of how much longer than that batches take
         self._launch_s = 0.0  # running estimate of what it takes to launch a batch while another one runs
         self._flight: Flight | None = None  # what the device works on
+        self._cut: dict[int, Job] = {}  # jobs of batches, until they are answered
         self._landed = time.monotonic()  # when it had finished the one before
 
     @property
@@ -139,6 +142,7 @@ class Engine:
             return
         self._at_work_since = now
         batch = self._batcher.next_batch(now)
+        self._cut.update((job.id, job) for job in batch)
         launched = self._launch(runner, batch) if batch else None
         self._finish(runner)
         self._flight = launched
@@ -146,13 +150,13 @@ class Engine:
 
     def _finish(self, runner: ModelRunner) -> None:
         """Wait for what the device works on, if it does."""
-        if self._flight:
-            self._land(runner, self._flight)
-            self._flight = None
+        flight, self._flight = self._flight, None
+        if flight:
+            self._land(runner, flight)
 
     def _due(self) -> float:
         """When the device wants its next batch: until then the one in the queue can grow."""
-        if self._flight is None:
+        if self._flight is None or self._flight.running.done():
             return 0.0
         predicted_s = self.costs.batch_s(len(self._flight.jobs)) * self.slowdown
         lead_s = self._launch_s + max(LEAD_S, LEAD_SHARE * predicted_s)
@@ -164,7 +168,10 @@ class Engine:
 
     def _receive(self) -> None:
         """Take in all messages; where there is nothing to do, wait for one, or until there is."""
-        wake_at = self._due() if self._flight else self._batcher.wake_at()
+        wake_at = self._batcher.wake_at()
+        if self._flight:  # which may be over sooner than predicted
+            look_s = max(LEAD_S, LOOK_SHARE * self.costs.batch_s(len(self._flight.jobs)))
+            wake_at = min(self._due(), time.monotonic() + look_s)
         try:
             self._handle(self._inbox.get(timeout=None if wake_at is None else max(0.0, wake_at - time.monotonic())))
             while True:
@@ -187,11 +194,15 @@ class Engine:
         launched = time.monotonic()
         try:
             running = runner.launch([job.pixels for job in batch])
+            over = running.done()
+        except DeviceLost:
+            raise
         except Exception as error:  # noqa: BLE001  (whatever it is, it is logged, and its neighbours go on)
+            self._finish(runner)  # first come, first answered
             self._halve(runner, batch, error)
             return None
         flight = Flight(batch, running, launched)
-        if running.done():
+        if over:
             self._land(runner, flight)
             return None
         self._launch_s += (time.monotonic() - launched - self._launch_s) * SMOOTHING
@@ -203,6 +214,8 @@ class Engine:
         try:
             output = flight.running.wait()
             _check(output, len(jobs))
+        except DeviceLost:
+            raise
         except Exception as error:  # noqa: BLE001  (likewise)
             self._halve(runner, jobs, error)
             return
@@ -212,9 +225,10 @@ class Engine:
         queue_s = [began - job.enqueued for job in jobs]
         for index, job in enumerate(jobs):
             logits, features = output.logits[index], output.features[index]
-            job.reply(Inference(logits, features, queue_s[index], inference_s, len(jobs)))
-        self.slowdown += (inference_s / max(self.costs.batch_s(len(jobs)), 1e-6) - self.slowdown) * SMOOTHING
-        starved_s = max(0.0, began - max(self._landed, jobs[0].enqueued))
+            self._answer(job, Inference(logits, features, queue_s[index], inference_s, len(jobs)))
+        ratio = min(LARGEST_SLOWDOWN, inference_s / max(self.costs.batch_s(len(jobs)), 1e-6))
+        self.slowdown += (ratio - self.slowdown) * SMOOTHING
+        starved_s = max(0.0, began - max(self._landed, min(job.enqueued for job in jobs)))
         self._landed = landed
         self._events.batch_done(queue_s, inference_s, starved_s)
 
@@ -222,7 +236,7 @@ class Engine:
         """Run the halves of a batch that failed, one after the other, until what fails is alone."""
         if len(batch) == 1:
             log.error("the network failed on one image", exc_info=error)
-            batch[0].reply(Internal())
+            self._answer(batch[0], Internal())
             return
         log.warning("a batch of %d failed; running its halves", len(batch), exc_info=error)
         half = len(batch) // 2
@@ -231,6 +245,10 @@ class Engine:
         for part in (batch[:half], batch[half:]):
             if flight := self._launch(runner, part):
                 self._land(runner, flight)
+
+    def _answer(self, job: Job, outcome: Inference | ServiceError) -> None:
+        del self._cut[job.id]
+        job.reply(outcome)
 
     def _close(self) -> None:
         """From here on nothing is accepted; nothing that was accepted stays unanswered."""
@@ -241,8 +259,7 @@ class Engine:
                 self._handle(self._inbox.get_nowait())
             except queue.Empty:
                 break
-        unanswered = (*(self._flight.jobs if self._flight else ()), *self._batcher.clear())
-        for job in unanswered:
+        for job in (*self._cut.values(), *self._batcher.clear()):
             job.reply(self._why_closed())
 
     def _why_closed(self) -> ServiceError:

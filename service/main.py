@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from model import Checkpoint, Prepared, load_checkpoint, prepare
+from model.prepare import resolve_device
 from service import log
 from service.app import create_app
 from service.batcher import Batcher
@@ -46,6 +47,7 @@ class Server(uvicorn.Server):
         self._client = client
         self._drain_timeout_s = drain_timeout_s
         self._drain_since: float | None = None
+        self._failed = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain_since is None:
@@ -56,7 +58,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._client.state is State.FAILED:
+            self._failed = True  # whatever becomes of it: a device that hung may come back while the server stops
             await self._client.close()  # an engine that hangs would keep its callers waiting, and them the server
+            self.config.timeout_graceful_shutdown = 1
             return True
         if self._drain_since is not None:
             drained_s = time.monotonic() - self._drain_since
@@ -69,7 +73,7 @@ class Server(uvicorn.Server):
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.force_exit or self._client.state is State.FAILED else 0
+        return 1 if self.force_exit or self._failed else 0
 
 
 def serve(settings: Settings) -> int:
@@ -107,13 +111,13 @@ def prepare_each(checkpoint: Checkpoint, settings: Settings) -> list[Prepared]:
     Raises:
         ValueError: a device is named twice, is not here, or has not that precision.
     """
-    names = settings.device.split(",")
-    if len(set(names)) < len(names):
+    devices = [resolve_device(name.strip()) for name in settings.device.split(",")]
+    if len({(device.type, device.index or 0) for device in devices}) < len(devices):
         raise ValueError(f"--device {settings.device} names one device twice")
     prepared: list[Prepared] = []
-    for name in names:
+    for device in devices:
         precision = prepared[0].precision if prepared else settings.precision
-        prepared.append(prepare(checkpoint.net, checkpoint.preprocess, name.strip(), precision))
+        prepared.append(prepare(checkpoint.net, checkpoint.preprocess, device, precision))
     return prepared
 
 

@@ -8,7 +8,7 @@ import torch
 
 from model.prepare import Prepared
 from service.cost import CostTable, measure
-from service.transfer import Direct, Overlapped
+from service.transfer import Direct, Overlapped, named_errors
 from service.types import Pixels, Running
 
 MEASURED_S = 0.1  # runs of one batch size go on for so long; a batch that takes longer by itself runs once
@@ -44,10 +44,8 @@ class PreparedRunner:
     def launch(self, pixels: Sequence[Pixels]) -> Running:
         if any(image.dtype == np.float32 for image in pixels):  # a batch has one type
             pixels = [self._normalised(image) for image in pixels]
-        try:
+        with named_errors():
             return self._transfer.download(self._prepared(self._transfer.upload(pixels)))
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"a batch of {len(pixels)} needs more memory than the device has") from error
 
     def _normalised(self, image: Pixels) -> Pixels:
         normalise = self._prepared.preprocess.normalise

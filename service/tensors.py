@@ -157,8 +157,11 @@ def _values(tensor: InferInput, tail: memoryview) -> Floats:
             raise MalformedRequest(f"{tensor.shape} of FP32 take {4 * values} bytes, not {len(tail)}")
         return np.frombuffer(tail, "<f4").astype(np.float32).reshape(tensor.shape)
     try:
+        flat = _flat(tensor.data, tensor.shape)
+        if not {*map(type, flat)} <= {int, float}:  # NumPy would read texts and truths as numbers, too
+            raise TypeError
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-            return np.fromiter(_flat(tensor.data, tensor.shape), np.float32, values).reshape(tensor.shape)
+            return np.fromiter(flat, np.float32, values).reshape(tensor.shape)
     except (ValueError, TypeError, OverflowError):
         raise MalformedRequest(f"the data of input 'pixels' must be numbers, {tensor.shape} or flat") from None
 

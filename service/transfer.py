@@ -1,6 +1,7 @@
 """Pixels to the device and answers back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,18 @@ import torch
 from torch import Tensor
 
 from model.form import Output
-from service.types import Pixels, RunnerOutput, Running
+from service.types import DeviceLost, Pixels, RunnerOutput, Running
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """Torch's errors of devices as those that `ModelRunner` names."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError("the batch needs more memory than the device has") from error
+    except torch.AcceleratorError as error:  # after one of these every call fails
+        raise DeviceLost(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +55,12 @@ class InFlight:
     arrived: torch.cuda.Event
 
     def done(self) -> bool:
-        return bool(self.arrived.query())
+        with named_errors():
+            return bool(self.arrived.query())
 
     def wait(self) -> RunnerOutput:
-        self.arrived.synchronize()
+        with named_errors():
+            self.arrived.synchronize()
         return RunnerOutput(self.logits.numpy(), self.features.numpy())
 
 

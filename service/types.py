@@ -54,6 +54,10 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+class DeviceLost(Exception):
+    """The device answers nothing any more; only a new process can have it back."""
+
+
 class Running(Protocol):
     """A batch that was given to the device."""
 
@@ -75,6 +79,7 @@ class ModelRunner(Protocol):
 
         Raises:
             MemoryError: there is no memory for so many.
+            DeviceLost: nothing will run any more.
         """
 
 

@@ -9,8 +9,9 @@ import pytest
 from service.batcher import Batcher
 from service.client import LocalClient
 from service.engine import Engine
+from service.errors import Draining
 from service.metrics import DeviceEvents, Metrics
-from service.types import State
+from service.types import Inference, State
 from tests.servers import PATIENCE_S, FakeRunner, wait_until
 
 FAR = 1e9
@@ -67,6 +68,28 @@ def test_it_is_ready_when_all_are_and_has_failed_when_one_has() -> None:
     client.start()
     wait_until(lambda: client.state is State.FAILED, "the failure")
     asyncio.run(client.close())
+
+
+async def _closed_while_a_device_hangs(client: LocalClient) -> list[BaseException | Inference]:
+    deadline = time.monotonic() + PATIENCE_S
+    waiting = [asyncio.create_task(client.infer(PIXELS, deadline)) for _ in range(2)]
+    await asyncio.sleep(0)
+    await client.close()
+    late = client.infer(PIXELS, deadline)  # its photo was still being decoded
+    return await asyncio.gather(*waiting, late, return_exceptions=True)
+
+
+def test_when_it_is_closed_nobody_waits_for_an_engine_that_hangs() -> None:
+    """Neither who waits already nor who comes a moment later; each gets an error of their own."""
+    hanging = FakeRunner()
+    client = client_of(hanging)
+    client.start()
+    wait_until(lambda: client.state is State.READY, "readiness")
+    hanging.go_on.clear()
+    outcomes = asyncio.run(_closed_while_a_device_hangs(client))
+    hanging.go_on.set()
+    assert all(isinstance(outcome, Draining) for outcome in outcomes)
+    assert len({id(outcome) for outcome in outcomes}) == 3
 
 
 def test_backlog_is_worked_off_together() -> None:

@@ -74,6 +74,17 @@ def test_where_memory_ends_batches_run_in_parts() -> None:
     assert max(device.made) == 8
 
 
+def test_what_was_made_before_stays_in_use_where_memory_ends() -> None:
+    """As warm-up meets it: sizes double until one does not fit."""
+    device = Device(room=128)
+    ladder = Ladder(device.make)
+    for images in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        ladder(torch.zeros(images))
+    assert device.ran[-2:] == [(128, 128), (128, 128)]
+    ladder(torch.zeros(7))
+    assert device.ran[-1] == (8, 7)
+
+
 def test_no_memory_at_all_is_an_error() -> None:
     """Not even one image: the caller must know."""
     with pytest.raises(MemoryError):

@@ -97,6 +97,14 @@ def test_when_the_drain_takes_too_long_everyone_is_told() -> None:
         runner.go_on.set()
 
 
+def test_one_device_is_not_served_on_twice(tiny_path: Path) -> None:
+    """However it is spelt."""
+    command = [str(REDNET), "serve", "--checkpoint", str(tiny_path), "--device", "cpu, cpu:0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "names one device twice" in done.stderr
+
+
 def test_a_second_signal_ends_it_at_once(tiny_path: Path) -> None:
     """Ctrl-C twice never hangs, even with an upload that does not end; the status tells that it was cut short."""
     with ServerProcess("--checkpoint", tiny_path, "--drain-timeout-s", "600") as running:

@@ -10,7 +10,7 @@ import pytest
 
 from service.cost import CostTable
 from service.errors import Internal
-from service.types import Inference, Pixels, RunnerOutput, Running, State
+from service.types import DeviceLost, Inference, Pixels, RunnerOutput, Running, State
 from tests.servers import PATIENCE_S, FakeRunner, wait_until
 from tests.test_engine import running
 
@@ -95,6 +95,39 @@ def test_a_batch_too_large_for_the_device_is_halved_once() -> None:
     assert all(isinstance(outcome, Inference) for outcome in outcomes)
     too_large = [size for size in device.batches if size > 4]
     assert len(too_large) <= 2  # the one that failed, and one that was launched behind it
+
+
+def test_one_stall_is_soon_forgotten() -> None:
+    """A device that once took a hundred times as long is noticed to be quick again, not waited for as long as that."""
+    device = Device(batch_s=0.02)
+    with running(device) as caller:
+        assert isinstance(caller.outcome(caller.submit(0)), Inference)
+        device.batch_s = 2.0
+        assert isinstance(caller.outcome(caller.submit(0)), Inference)
+        device.batch_s = 0.02
+        for value in range(40):
+            assert isinstance(caller.outcome(caller.submit(value)), Inference)
+        assert caller.engine.slowdown < 2  # the stall alone would make it 21, and 2% less with each batch
+
+
+def test_a_device_that_is_lost_ends_the_engine() -> None:
+    """Nothing will run on it any more: whoever has a batch there is answered, and the process can be started anew."""
+
+    class LostTicket:
+        def done(self) -> bool:
+            raise DeviceLost
+
+        def wait(self) -> RunnerOutput:
+            raise AssertionError
+
+    class Lost(Device):
+        def launch(self, pixels: Sequence[Pixels]) -> Running:
+            return LostTicket()
+
+    with running(Lost()) as caller:
+        assert isinstance(caller.outcome(caller.submit(1)), Internal)
+        wait_until(lambda: caller.engine.state is State.FAILED, "the failure")
+        assert isinstance(caller.outcome(caller.submit(2)), Internal)
 
 
 def test_stopping_waits_for_what_the_device_works_on() -> None:

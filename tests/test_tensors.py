@@ -100,6 +100,7 @@ def test_outputs_are_all_of_them_unless_some_are_named() -> None:
         (b"", pixel_tensor([1, 3, 2, 2], data=[[0.0] * 12])),
         (b"", pixel_tensor([1, 3, 1, 1], data=[[1.0], [1.0, 2.0], [3.0]])),
         (b"", pixel_tensor([1, 3, 1, 1], data=["a", "b", "c"])),
+        *((b"", pixel_tensor([1, 3, 1, 1], data=[1.0, 2.0, each])) for each in ("3.0", True, None)),
         (b"", pixel_tensor([1, 3, 1, 1], data=[{}, {}, {}])),
         (b"", pixel_tensor([1, 3, 1, 1], data=[float("nan")] * 3)),  # which is no JSON
         (b"", pixel_tensor([1, 1, 1, 1], data=json.loads("[" * 100 + "1" + "]" * 100))),
