@@ -45,7 +45,10 @@ def parse_uploads(content_type: str, body: bytes, max_images: int) -> Sequence[U
     """
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
-        images: Sequence[Upload] = _parse_form(options.get(b"boundary"), body, max_images)
+        boundary = options.get(b"boundary")
+        if not boundary:  # said here: the parser would also say it in the log, for whoever likes to fill that
+            raise MalformedRequest("the form's Content-Type names no boundary")
+        images: Sequence[Upload] = _parse_form(boundary, body, max_images)
     elif kind == b"application/json":
         images = _parse_json(body, max_images)
     else:
@@ -75,7 +78,7 @@ def decode_base64(text: str) -> Upload:
         return MalformedRequest("not base64")
 
 
-def _parse_form(boundary: bytes | None, body: bytes, max_images: int) -> list[Upload]:
+def _parse_form(boundary: bytes, body: bytes, max_images: int) -> list[Upload]:
     """The file parts of a form, whatever their names; parts without a file name are passed over."""
     files: list[Upload] = []
     parts = 0

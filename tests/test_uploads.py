@@ -90,3 +90,10 @@ def test_a_list_full_of_errors_is_one_error() -> None:
     with pytest.raises(ValidationError) as caught:
         ImagesBody.model_validate_json(b'{"images": [' + b"1," * 1000 + b"1]}")
     assert caught.value.error_count() == 1
+
+
+def test_a_form_without_a_boundary_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """It is the caller's mistake, and the caller is told."""
+    with pytest.raises(MalformedRequest, match="names no boundary"):
+        parse_uploads("multipart/form-data", b"--x", 2)
+    assert not caplog.records
