@@ -57,17 +57,11 @@ def train(
         raise PhotoError(f"{data / 'train'} holds a single photo, from which nothing can be learned")
     _, validation = find_photos(data / "val", classes)
     photos, held_out = hold_out(photos)
-    torch.manual_seed(recipe.seed)
     preprocess = recipe.preprocess
-    if start is None:
-        net = fresh_network(recipe, len(classes))
-    else:
-        net = with_classes(start, classes)
+    if start:
         preprocess = replace(preprocess, mean=start.preprocess.mean, std=start.preprocess.std)
-    # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
-    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     keep_freed_memory()
-    state = State(net, copy.deepcopy(net).eval(), optimizer_for(net, recipe))
+    state = _first_state(recipe, start, classes, device)
     resume = ResumeFile(output.with_name(output.name + ".training"), recipe, photos, start)
     resume.load(state)
     run = Run(state, recipe, preprocess, photos, device, workers)
@@ -95,6 +89,15 @@ def train(
     save_checkpoint(output, checkpoint, half=True)
     resume.path.unlink(missing_ok=True)
     return checkpoint
+
+
+def _first_state(recipe: Recipe, start: Checkpoint | None, classes: Sequence[str], device: torch.device) -> State:
+    """Before the first step."""
+    torch.manual_seed(recipe.seed)
+    net = with_classes(start, classes) if start else fresh_network(recipe, len(classes))
+    # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
+    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    return State(net, copy.deepcopy(net).eval(), optimizer_for(net, recipe))
 
 
 def hold_out(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
