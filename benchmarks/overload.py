@@ -9,7 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from benchmarks.load import Answer, closed_loop, open_loop
+from benchmarks.load import Answer, Load, closed_loop, open_loop
 from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
 
@@ -49,10 +49,10 @@ def main() -> None:
     with serving(*(["--checkpoint", options.checkpoint] if options.checkpoint else [])) as base:
         url = f"{base}/v1/predict"
         post_when_ready(url, photos[0])
-        closed_loop(url, photos, CONNECTIONS, 3)
-        calm = closed_loop(url, photos, CONNECTIONS, SECONDS / 2)
+        closed_loop(Load(url, photos), CONNECTIONS, 3)
+        calm = closed_loop(Load(url, photos), CONNECTIONS, SECONDS / 2)
         capacity = len(calm) / (SECONDS / 2)
-        flood = open_loop(url, photos, TIMES_CAPACITY * capacity, SECONDS, DEADLINE_MS)
+        flood = open_loop(Load(url, photos, DEADLINE_MS), TIMES_CAPACITY * capacity, SECONDS)
         time.sleep(0.5)
         rows = [row("closed loop", calm, SECONDS / 2), row(f"open loop, {TIMES_CAPACITY} times that", flood, SECONDS)]
         after = gauges(base)

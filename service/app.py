@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import math
+import random
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,7 +24,7 @@ from service.journey import Journey
 from service.keys import Keys
 from service.metrics import Metrics
 from service.routes import health, v1, v2
-from service.routes.context import require_key
+from service.routes.context import Context, context, require_key
 from service.schemas import ModelBody
 from service.settings import Settings
 from service.types import EngineClient
@@ -74,8 +74,7 @@ def create_app(
         decoder.close()
 
     app = FastAPI(title="RedNet Serve", description="A RedNet involution classifier.", lifespan=lifespan)
-    app.state.client, app.state.metrics, app.state.model, app.state.keys = client, metrics, model, keys
-    app.state.journey = Journey(settings, client, decoder, metrics)
+    app.state.context = Context(Journey(settings, client, decoder, metrics), client, metrics, model, keys)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.router, dependencies=guard)
     app.include_router(v2.router, dependencies=guard)
@@ -116,8 +115,7 @@ def _error_content(scope: Scope, code: str, message: str) -> dict[str, Any]:
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ServiceError)
     if isinstance(error, errors.Refused):
-        metrics: Metrics = request.app.state.metrics
-        metrics.refused(error.code)
+        context(request).metrics.refused(error.code)
     return _error_response(request.scope, error)
 
 
@@ -183,4 +181,6 @@ class Surroundings:
 
 def _request_id(given: str | None) -> str:
     """The caller's id, if it is fit for a header and a log line, else a new one."""
-    return given if given and re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
+    if given and re.fullmatch(r"[!-~]{1,128}", given):
+        return given
+    return f"{random.getrandbits(128):032x}"

@@ -40,7 +40,7 @@ class CostTable:
         return full * self.batch_s(self.max_batch_size) + self.batch_s(rest)
 
 
-def measure(batch_s: Callable[[int], float], largest: int, auto: bool) -> CostTable:
+def measure(batch_s: Callable[[int], float], largest: int, auto: bool, least: int = 1) -> CostTable:
     """Measure batches of 1, 2, 4, ... images.
 
     Args:
@@ -48,6 +48,7 @@ def measure(batch_s: Callable[[int], float], largest: int, auto: bool) -> CostTa
         largest: the last size.
         auto: take the smallest size than which no larger one is worthwhile, and stop when that is clear or memory ends;
             otherwise batches may be as large as `largest`.
+        least: what auto does not go below, however little it seems to gain.
     """
     seconds: dict[int, float] = {}
     best = 1
@@ -60,9 +61,9 @@ def measure(batch_s: Callable[[int], float], largest: int, auto: bool) -> CostTa
             break
         if seconds[size] / size < WORTHWHILE * seconds[best] / best:
             best = size
-        if auto and size > 2 * best:
+        if auto and size > 2 * max(best, least):
             break
-    return CostTable(seconds, best if auto else largest)
+    return CostTable(seconds, max(best, min(least, max(seconds))) if auto else largest)
 
 
 def _ladder(largest: int) -> Iterator[int]:

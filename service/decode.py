@@ -3,18 +3,16 @@
 What a file claims of itself is checked from its header; pixels are decoded only for what passed.
 """
 
-import asyncio
 import io
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar, TypeVarTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from model.preprocess import Preprocess
 from service.errors import MalformedRequest, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from service.threads import Threads
 from service.types import Floats, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
@@ -23,10 +21,6 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0"
 
 # Our own limit, checked on every image before its pixels are decoded, takes the place of Pillow's, which only warns.
 Image.MAX_IMAGE_PIXELS = None
-
-
-Arguments = TypeVarTuple("Arguments")
-Result = TypeVar("Result")
 
 
 class Decoded(NamedTuple):
@@ -99,21 +93,17 @@ class Decoder:
     def __init__(self, preprocess: Preprocess, max_pixels: int, threads: int) -> None:
         self._preprocess = preprocess
         self._max_pixels = max_pixels
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self.threads = Threads(threads, "decode")  # for other work on a request's bytes, too
 
     async def decode(self, data: bytes | Floats) -> Decoded:
         """Decode a photo, or check normalised pixels; raises what `decode_image` and `check_pixels` do.
 
         Cancelled before a thread took it up, it never runs.
         """
-        return await self.run(self._timed, data)
-
-    async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """Run other work on a request's bytes in the same threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+        return await self.threads.run(self._timed, data)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.threads.close()
 
     def _timed(self, data: bytes | Floats) -> Decoded:
         started = time.monotonic()

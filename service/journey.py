@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -16,11 +16,11 @@ from service.settings import Settings
 from service.types import EngineClient, Floats, Inference
 from service.uploads import Upload, read_body
 
-T = TypeVar("T")
 Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images it may hold, to its images
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 LONGEST_TIMEOUT_MS = 3_600_000
+SMALL_BODY = 200_000  # bytes that are parsed sooner than another thread takes them up
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Journey:
 
         Args:
             request: its body has not been read.
-            parse: called in one of the decoder's threads.
+            parse: called in one of the decoder's threads if the body is large.
 
         Raises:
             ServiceError: there is none for the request as a whole.
@@ -69,7 +69,8 @@ class Journey:
                 raise DeadlineExceeded("the request did not arrive before its deadline") from None
             log.note(images=len(uploads))
             hold(len(uploads))
-            answers = await _unless_disconnected(request, self._answer_all(uploads, ends, deadline))
+            async with _WhileConnected(request):
+                answers = await self._answer_all(uploads, ends, deadline)
         endpoint: str = request.scope["route"].path
         for answer in answers:
             outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
@@ -79,10 +80,13 @@ class Journey:
     async def _uploads(self, request: Request, parse: Parse) -> Sequence[Upload]:
         claimed = request.headers.get("content-length")
         body = await read_body(request.stream(), claimed, self._settings.max_body_bytes)
-        return await self._decoder.run(parse, body, self._client.max_images)
+        if len(body) <= SMALL_BODY:
+            return parse(body, self._client.max_images)
+        return await self._decoder.threads.run(parse, body, self._client.max_images)
 
     async def _answer_all(self, uploads: Sequence[Upload], ends: float, deadline: float) -> Sequence[Answer]:
-        return await asyncio.gather(*(self._answer(upload, ends, deadline) for upload in uploads))
+        answers = (self._answer(upload, ends, deadline) for upload in uploads)
+        return [await next(answers)] if len(uploads) == 1 else await asyncio.gather(*answers)
 
     async def _answer(self, upload: Upload, ends: float, deadline: float) -> Answer:
         decode_s = 0.0
@@ -115,16 +119,28 @@ class Journey:
         return int(text) / 1000
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[None, None, T]) -> T:
-    """The result of work, which is cancelled as soon as the caller hangs up. The body must have been read."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.ensure_future(request.receive())  # with the body read, the next message can only be a disconnect
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        leaving.cancel()
-        working.cancel()
-        await asyncio.wait((working,))  # it gives up its places in the queue only when it has ended
+class _WhileConnected:
+    """Cancels what is inside as soon as the caller hangs up, and raises `ClientDisconnect`. The body must have been
+    read: the next message can then only be a disconnect."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._hung_up = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._leaving = asyncio.ensure_future(self._request.receive())
+        self._leaving.add_done_callback(self._left)
+
+    def _left(self, leaving: "asyncio.Future[MutableMapping[str, Any]]") -> None:
+        if not leaving.cancelled():
+            self._hung_up = True
+            self._task.cancel()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._leaving.remove_done_callback(self._left)
+        self._leaving.cancel()
+        if self._hung_up and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise ClientDisconnect from None

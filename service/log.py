@@ -1,10 +1,10 @@
 """Logs on standard error, for people or as JSON, each line with what is known of the request it belongs to."""
 
 import logging
-import sys
 from contextvars import ContextVar
 from typing import Literal
 
+import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
@@ -24,8 +24,8 @@ def configure(level: str, log_format: Literal["text", "json"]) -> None:
             ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *([structlog.processors.format_exc_info] if log_format == "json" else []),
-                structlog.processors.JSONRenderer() if log_format == "json" else _text(),
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(_json) if log_format == "json" else _text,
             ],
         )
     )
@@ -35,13 +35,16 @@ def configure(level: str, log_format: Literal["text", "json"]) -> None:
     logging.captureWarnings(True)
 
 
-def _text() -> structlog.dev.ConsoleRenderer:
-    return structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty(),
-        sort_keys=False,
-        pad_event_to=0,
-        exception_formatter=structlog.dev.plain_traceback,  # others show variables, which may hold secrets
-    )
+def _json(event: EventDict, **_: object) -> str:
+    return orjson.dumps(event, default=str).decode()
+
+
+def _text(logger: WrappedLogger, method: str, event: EventDict) -> str:
+    """A line for people; structlog's own, which aligns and colours, takes as long as a fifth of a request."""
+    trace = event.pop("exception", None)
+    head = f"{event.pop('timestamp')} [{event.pop('level'):<7}] {event.pop('event')} [{event.pop('logger')}]"
+    line = " ".join((head, *(f"{name}={value}" for name, value in event.items())))
+    return f"{line}\n{trace}" if trace else line
 
 
 def _add_known(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

@@ -100,7 +100,7 @@ def serve(settings: Settings) -> int:
     app = create_app(settings, client, decoder, metrics, model, keys)
     client.start()
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
-    server = Server(_uvicorn_config(app, settings), client, settings.drain_timeout_s)
+    server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
     server.run()
     return server.exit_code
 
@@ -150,7 +150,7 @@ def describe(checkpoint: Checkpoint, prepared: Sequence[Prepared]) -> ModelBody:
     )
 
 
-def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         host=settings.host,

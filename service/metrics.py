@@ -1,7 +1,7 @@
 """What Prometheus sees. All times in seconds."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -38,13 +38,14 @@ class Metrics:
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
-        self._stages = Histogram(
+        stages = Histogram(
             "rednet_stage_duration_seconds",
             "Time of one image in one stage; respond: of one answer being encoded.",
             ("stage",),
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
+        self._stages = {stage: stages.labels(stage) for stage in get_args(Stage)}
         self._batch_size = Histogram(
             "rednet_batch_size", "Images in a batch that ran.", buckets=BATCH_BUCKETS, registry=registry
         )
@@ -99,7 +100,7 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).observe(duration_s)
 
     def stage(self, stage: Stage, duration_s: float) -> None:
-        self._stages.labels(stage).observe(duration_s)
+        self._stages[stage].observe(duration_s)
 
     def image(self, endpoint: str, outcome: str) -> None:
         self._images.labels(endpoint, outcome).inc()

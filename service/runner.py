@@ -25,6 +25,9 @@ class PreparedRunner:
 
     def __init__(self, prepared: Prepared, largest: int, auto: bool = False) -> None:
         self._prepared, self._largest, self._auto = prepared, largest, auto
+        # An image for each core: cores that share one wait for each other whenever the system takes one of them away,
+        # for a photo to be decoded, say, which warm-up does not see.
+        self._least = torch.get_num_threads() if prepared.device.type == "cpu" else 1
         self._transfer = Overlapped(prepared.device) if prepared.device.type == "cuda" else Direct()
 
     def warm_up(self) -> CostTable:
@@ -39,7 +42,7 @@ class PreparedRunner:
             return min(times)
 
         batch_s(1)  # what is slow only once
-        return measure(batch_s, self._largest, self._auto)
+        return measure(batch_s, self._largest, self._auto, self._least)
 
     def launch(self, pixels: Sequence[Pixels]) -> Running:
         if any(image.dtype == np.float32 for image in pixels):  # a batch has one type

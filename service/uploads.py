@@ -28,12 +28,13 @@ async def read_body(chunks: AsyncIterator[bytes], claimed_bytes: str | None, max
     too_large = PayloadTooLarge(f"the body is larger than {max_bytes} bytes")
     if claimed_bytes is not None and claimed_bytes.isdecimal() and int(claimed_bytes) > max_bytes:
         raise too_large
-    body = bytearray()
+    parts, size = [], 0
     async for chunk in chunks:
-        body += chunk
-        if len(body) > max_bytes:
+        parts.append(chunk)
+        size += len(chunk)
+        if size > max_bytes:
             raise too_large
-    return bytes(body)
+    return b"".join(parts)
 
 
 def parse_uploads(content_type: str, body: bytes, max_images: int) -> Sequence[Upload]:

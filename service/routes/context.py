@@ -1,8 +1,10 @@
-"""What handlers may ask for; `create_app` puts it into the application's state.
+"""What handlers work with; `create_app` puts it into the application's state.
 
-They are coroutines because FastAPI would send plain functions through its thread pool.
+One value, looked up by hand: FastAPI would resolve parameters one by one for every request, which costs as much as all
+the rest of its way to a handler.
 """
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -16,41 +18,27 @@ from service.schemas import ModelBody
 from service.types import EngineClient
 
 
-async def _client(request: Request) -> EngineClient:
-    client: EngineClient = request.app.state.client
-    return client
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The parts of a server that answer requests."""
+
+    journey: Journey
+    client: EngineClient
+    metrics: Metrics
+    model: ModelBody
+    keys: Keys | None  # None: anyone may ask
 
 
-async def _journey(request: Request) -> Journey:
-    journey: Journey = request.app.state.journey
-    return journey
-
-
-async def _metrics(request: Request) -> Metrics:
-    metrics: Metrics = request.app.state.metrics
-    return metrics
-
-
-async def _model(request: Request) -> ModelBody:
-    model: ModelBody = request.app.state.model
-    return model
-
-
-async def _keys(request: Request) -> Keys:
-    keys: Keys = request.app.state.keys
-    return keys
+def context(request: Request) -> Context:
+    found: Context = request.app.state.context
+    return found
 
 
 async def require_key(
-    keys: Annotated[Keys, Depends(_keys)],
+    request: Request,
     shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
 ) -> None:
     """Raises `Unauthorized` before anything else is done for a request, its body not yet read."""
-    if shown is None or not keys.accept(shown.credentials):
+    keys = context(request).keys
+    if keys and (shown is None or not keys.accept(shown.credentials)):
         raise Unauthorized
-
-
-ClientOf = Annotated[EngineClient, Depends(_client)]
-JourneyOf = Annotated[Journey, Depends(_journey)]
-MetricsOf = Annotated[Metrics, Depends(_metrics)]
-ModelOf = Annotated[ModelBody, Depends(_model)]

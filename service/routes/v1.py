@@ -11,9 +11,8 @@ import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from service.errors import ServiceError
-from service.journey import Answer, Journey
-from service.metrics import Metrics
-from service.routes.context import ClientOf, JourneyOf, MetricsOf, ModelOf
+from service.journey import Answer
+from service.routes.context import Context, context
 from service.routes.respond import respond
 from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_errors, described_images
 from service.scores import top_classes
@@ -29,9 +28,6 @@ router = APIRouter(prefix="/v1", tags=["v1"])
 @router.post("/predict", response_model=PredictBody, responses=ERRORS, openapi_extra=described_images())
 async def predict(
     request: Request,
-    journey: JourneyOf,
-    model: ModelOf,
-    metrics: MetricsOf,
     top_k: Annotated[int, Query(ge=1, description="classes per image; all of them where there are fewer")] = 5,
 ) -> Response:
     """The likeliest classes of each image.
@@ -39,16 +35,17 @@ async def predict(
     Send the image itself as the body, a form with any number of files, or JSON with base64. An image that cannot be
     read has its error in its place; if none can be read, the answer's status is the error's.
     """
-    answers = await _answers(request, journey)
+    server = context(request)
+    answers = await _answers(request, server)
     started = time.monotonic()
-    names = [label.label for label in model.labels]
+    names = [label.label for label in server.model.labels]
     predictions = [
         {"classes": top_classes(answer.outcome.logits, names, top_k)}
         if isinstance(answer.outcome, Inference)
         else error_body(answer.outcome)
         for answer in answers
     ]
-    return _json({"model": model.name, "predictions": predictions}, answers, metrics, started)
+    return _json(server, {"predictions": predictions}, answers, started)
 
 
 @router.post(
@@ -59,9 +56,6 @@ async def predict(
 )
 async def features(
     request: Request,
-    journey: JourneyOf,
-    model: ModelOf,
-    metrics: MetricsOf,
     normalize: Annotated[bool, Query(description="scale each vector to length 1")] = False,
     accept: Annotated[str, Header(description=f"{NPY} for a float32 array [N, D] instead of JSON")] = "*/*",
 ) -> Response:
@@ -69,7 +63,8 @@ async def features(
 
     As an array the answer has no place for errors: there, one image that cannot be read fails the request.
     """
-    answers = await _answers(request, journey)
+    server = context(request)
+    answers = await _answers(request, server)
     started = time.monotonic()
     rows = [_features(answer, normalize) for answer in answers]
     if NPY in accept:
@@ -77,17 +72,18 @@ async def features(
             raise failed
         content = io.BytesIO()
         np.save(content, np.stack([row for row in rows if isinstance(row, np.ndarray)]))
-        return respond(content.getvalue(), NPY, answers, metrics, started)
+        return respond(content.getvalue(), NPY, answers, server.metrics, started)
     vectors = [error_body(row) if isinstance(row, ServiceError) else row for row in rows]
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
-    return _json({"model": model.name, "dimension": dimension, "features": vectors}, answers, metrics, started)
+    return _json(server, {"dimension": dimension, "features": vectors}, answers, started)
 
 
 @router.get("/model")
-async def model(model: ModelOf, client: ClientOf) -> ModelBody:
+async def model(request: Request) -> ModelBody:
     """What is served: name, architecture, labels, preprocessing, device, and what batches cost here."""
-    costs = client.costs
-    return model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
+    server = context(request)
+    costs = server.client.costs
+    return server.model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
 
 
 def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
@@ -95,9 +91,9 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
     return {"error": {"code": error.code, "message": error.message}}
 
 
-async def _answers(request: Request, journey: Journey) -> Sequence[Answer]:
+async def _answers(request: Request, server: Context) -> Sequence[Answer]:
     """The answers for a request's images; raises the first error where not one image has an answer."""
-    answers = await journey.answers(request, partial(parse_uploads, request.headers.get("content-type", "")))
+    answers = await server.journey.answers(request, partial(parse_uploads, request.headers.get("content-type", "")))
     errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
     if len(errors) == len(answers):
         raise errors[0]
@@ -111,6 +107,6 @@ def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
     return vector / max(float(np.linalg.norm(vector)), 1e-12) if normalize else vector
 
 
-def _json(content: dict[str, Any], answers: Sequence[Answer], metrics: Metrics, started: float) -> Response:
-    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return respond(body, "application/json", answers, metrics, started)
+def _json(server: Context, content: dict[str, Any], answers: Sequence[Answer], started: float) -> Response:
+    body = orjson.dumps({"model": server.model.name, **content}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return respond(body, "application/json", answers, server.metrics, started)

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 
 from service.errors import NotFound, ServiceError
 from service.journey import Answer
-from service.routes.context import ClientOf, JourneyOf, MetricsOf, ModelOf
+from service.routes.context import context
 from service.routes.respond import respond
 from service.schemas import (
     Described,
@@ -36,9 +36,10 @@ VERSION = "1"
 NO_MODEL: Described = {404: {"model": InferErrorBody, "description": "not_found: no such model or version"}}
 
 
-async def _named(name: Annotated[str, Path(description="the model's")], model: ModelOf) -> None:
-    if name != model.name:
-        raise NotFound(f"there is no model of that name; this server has {model.name!r}")
+async def _named(request: Request, name: Annotated[str, Path(description="the model's")]) -> None:
+    served = context(request).model.name
+    if name != served:
+        raise NotFound(f"there is no model of that name; this server has {served!r}")
 
 
 async def _versioned(version: Annotated[str, Path(description=f"{VERSION!r}")]) -> None:
@@ -50,14 +51,15 @@ router = APIRouter(tags=["v2"])
 
 
 @router.get("/v2")
-async def server() -> ServerBody:
+async def server_metadata() -> ServerBody:
     """The server and the extensions of the protocol that it understands."""
     version = importlib.metadata.version("rednet-serve")
     return ServerBody(name="rednet-serve", version=version, extensions=["binary_tensor_data"])
 
 
-async def metadata(model: ModelOf) -> ModelMetadataBody:
+async def metadata(request: Request) -> ModelMetadataBody:
     """Inputs and outputs. A request has one of the inputs, and gets all outputs unless it names some."""
+    model = context(request).model
     side, classes = model.preprocess["crop"], len(model.labels)
     return ModelMetadataBody(
         name=model.name,
@@ -75,14 +77,15 @@ async def metadata(model: ModelOf) -> ModelMetadataBody:
     )
 
 
-async def ready(client: ClientOf, model: ModelOf, response: Response) -> ModelReadyBody:
+async def ready(request: Request, response: Response) -> ModelReadyBody:
     """200 while requests are taken."""
-    takes_work = client.state is State.READY
+    server = context(request)
+    takes_work = server.client.state is State.READY
     response.status_code = 200 if takes_work else 503
-    return ModelReadyBody(name=model.name, ready=takes_work)
+    return ModelReadyBody(name=server.model.name, ready=takes_work)
 
 
-async def infer(request: Request, journey: JourneyOf, model: ModelOf, metrics: MetricsOf) -> Response:
+async def infer(request: Request) -> Response:
     """The network's outputs for N images: logits, probabilities and features.
 
     The input is either `image`, BYTES `[N]`: photos as files, in JSON as base64; or `pixels`, FP32 `[N, 3, H, W]`: cut
@@ -96,15 +99,18 @@ async def infer(request: Request, journey: JourneyOf, model: ModelOf, metrics: M
         asked = parse_infer(request.headers.get(HEADER_LENGTH), body, max_images)
         return asked.images
 
-    answers = await journey.answers(request, parse)
+    server = context(request)
+    answers = await server.journey.answers(request, parse)
     started = time.monotonic()
     available = _tensors(answers)
-    fields = {"model_name": model.name, "model_version": VERSION} | ({} if asked.id is None else {"id": asked.id})
+    fields = {"model_name": server.model.name, "model_version": VERSION}
+    if asked.id is not None:
+        fields["id"] = asked.id
     body, json_bytes = encode_infer(fields, {name: available[name] for name in asked.outputs}, asked.outputs)
     if json_bytes is None:
-        return respond(body, "application/json", answers, metrics, started)
+        return respond(body, "application/json", answers, server.metrics, started)
     headers = {HEADER_LENGTH: str(json_bytes)}
-    return respond(body, "application/octet-stream", answers, metrics, started, headers)
+    return respond(body, "application/octet-stream", answers, server.metrics, started, headers)
 
 
 def _tensors(answers: Sequence[Answer]) -> dict[str, Floats]:

@@ -1,0 +1,50 @@
+"""This project's server around the null model; around the network it is `rednet serve` itself."""
+
+import sys
+from collections.abc import Sequence
+
+from benchmarks.rivals.shared import LARGEST_BATCH, MAX_PIXELS, checkpoint, null_network, options
+from model import prepare
+from service import cli, log
+from service.app import create_app
+from service.batcher import Batcher
+from service.client import LocalClient
+from service.cost import CostTable
+from service.decode import Decoder
+from service.engine import Engine
+from service.main import Server, describe, uvicorn_config
+from service.metrics import DeviceEvents, Metrics
+from service.settings import Settings
+from service.transfer import Finished
+from service.types import Pixels, RunnerOutput, Running
+
+
+class NullRunner:
+    def warm_up(self) -> CostTable:
+        return CostTable({1: 1e-5, LARGEST_BATCH: 8e-5}, LARGEST_BATCH)
+
+    def launch(self, pixels: Sequence[Pixels]) -> Running:
+        logits = null_network(pixels)
+        return Finished(RunnerOutput(logits, logits))
+
+
+def serve_null(port: int, workers: int) -> int:
+    settings = Settings(port=port)
+    log.configure(settings.log_level, settings.log_format)
+    metrics = Metrics()
+    engine = Engine(NullRunner, Batcher(LARGEST_BATCH), DeviceEvents(metrics, "null"))
+    client = LocalClient([engine], settings.max_queue)
+    described = describe(checkpoint(), [prepare(checkpoint().net, checkpoint().preprocess)])
+    decoder = Decoder(checkpoint().preprocess, MAX_PIXELS, workers)
+    app = create_app(settings, client, decoder, metrics, described)
+    client.start()
+    server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
+    server.run()
+    return server.exit_code
+
+
+if __name__ == "__main__":
+    chosen = options()
+    if chosen.model == "null":
+        sys.exit(serve_null(chosen.port, chosen.workers))
+    sys.exit(cli.main(["serve", "--port", str(chosen.port)]))
