@@ -155,7 +155,9 @@ class Surroundings:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers.append("Server-Timing", f"total;dur={1000 * (time.monotonic() - started):.1f}")
             await send(message)
 
         self._metrics.request_started()

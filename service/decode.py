@@ -19,6 +19,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever 
 OVERSHOOT = 4.0  # how far pixels that a caller normalised may go beyond the largest that a photo can have
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
+# What a file may make a decoder do. Of 32 MB, a JPEG can make eight million segments, which Pillow reads one after the
+# other in Python, or 400,000 passes over all of its pixels, which take hours.
+MOST_READS = 200_000
+MOST_SCANNED = 1_000_000_000  # pixels, over all scans of a progressive JPEG; the usual one has ten
+
 # Our own limit, checked on every image before its pixels are decoded, takes the place of Pillow's, which only warns.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -37,11 +42,14 @@ def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels
         UnreadableImage: the format is known, the data is broken.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
+        with Image.open(_CountedReads(data), formats=FORMATS) as image:
+            count = image.width * image.height
+            if count > max_pixels:
                 raise PayloadTooLarge(
                     f"the image has {image.width}x{image.height} pixels; at most {max_pixels} are allowed"
                 )
+            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") * count > MOST_SCANNED:
+                raise UnreadableImage("the JPEG file goes over its pixels too many times")
             return preprocess.pixels(image)
     except ServiceError:
         raise
@@ -53,6 +61,20 @@ def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels
         raise PayloadTooLarge("the image needs more memory than there is") from None
     except Exception as error:  # Pillow's decoders raise nearly anything for damaged data
         raise UnreadableImage(f"the image is damaged: {str(error)[:100]}") from error
+
+
+class _CountedReads(io.BytesIO):
+    """A file that may be read so many times: each time means that Pillow does something in Python."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = MOST_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise UnreadableImage("the image consists of too many parts")
+        return super().read(size)
 
 
 def check_pixels(pixels: Floats, preprocess: Preprocess) -> Floats:

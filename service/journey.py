@@ -11,10 +11,11 @@ from starlette.requests import ClientDisconnect, Request
 from service import log
 from service.decode import Decoded, Decoder
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
+from service.intake import Intake
 from service.metrics import Metrics
 from service.settings import Settings
 from service.types import EngineClient, Floats, Inference
-from service.uploads import Upload, read_body
+from service.uploads import Upload
 
 Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images it may hold, to its images
 
@@ -43,6 +44,7 @@ class Journey:
 
     def __init__(self, settings: Settings, client: EngineClient, decoder: Decoder, metrics: Metrics) -> None:
         self._settings = settings
+        self._intake = Intake(settings.max_body_bytes)
         self._client = client
         self._decoder = decoder
         self._metrics = metrics
@@ -61,10 +63,10 @@ class Journey:
         timeout_s = self._timeout_s(request)
         ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
-        with self._client.admit(deadline) as hold:  # refuse before the body is read
+        with self._client.admit(deadline) as hold, self._intake.room() as take:  # refuse before the body is read
             try:
                 async with asyncio.timeout_at(ends):
-                    uploads = await self._uploads(request, parse)
+                    uploads = await self._uploads(request, parse, take)
             except TimeoutError:
                 raise DeadlineExceeded("the request did not arrive before its deadline") from None
             log.note(images=len(uploads))
@@ -77,9 +79,8 @@ class Journey:
             self._metrics.image(endpoint, outcome)
         return answers
 
-    async def _uploads(self, request: Request, parse: Parse) -> Sequence[Upload]:
-        claimed = request.headers.get("content-length")
-        body = await read_body(request.stream(), claimed, self._settings.max_body_bytes)
+    async def _uploads(self, request: Request, parse: Parse, take: Callable[[int], None]) -> Sequence[Upload]:
+        body = await self._intake.read(request.stream(), request.headers, take)
         if len(body) <= SMALL_BODY:
             return parse(body, self._client.max_images)
         return await self._decoder.threads.run(parse, body, self._client.max_images)

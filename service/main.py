@@ -16,6 +16,7 @@ from service import log
 from service.app import create_app
 from service.batcher import Batcher
 from service.client import LocalClient
+from service.connections import Connection
 from service.cores import usable_cores
 from service.decode import Decoder
 from service.engine import Engine
@@ -155,6 +156,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,

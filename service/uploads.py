@@ -3,7 +3,7 @@
 import base64
 import binascii
 import io
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
@@ -17,24 +17,6 @@ MAX_FIELDS = 100  # parts of a form that are no images
 
 # a photo as a file, or normalised pixels [3, H, W], or why this one of several cannot be read
 Upload = bytes | Floats | MalformedRequest
-
-
-async def read_body(chunks: AsyncIterator[bytes], claimed_bytes: str | None, max_bytes: int) -> bytes:
-    """The whole body, or an error as soon as it is known to be too large, whatever its Content-Length claims.
-
-    Raises:
-        PayloadTooLarge: it has, or claims, more than max_bytes.
-    """
-    too_large = PayloadTooLarge(f"the body is larger than {max_bytes} bytes")
-    if claimed_bytes is not None and claimed_bytes.isdecimal() and int(claimed_bytes) > max_bytes:
-        raise too_large
-    parts, size = [], 0
-    async for chunk in chunks:
-        parts.append(chunk)
-        size += len(chunk)
-        if size > max_bytes:
-            raise too_large
-    return b"".join(parts)
 
 
 def parse_uploads(content_type: str, body: bytes, max_images: int) -> Sequence[Upload]:

@@ -15,7 +15,6 @@ from types import TracebackType
 
 import httpx
 import numpy as np
-import uvicorn
 
 from model import Preprocess
 from service.app import create_app
@@ -25,7 +24,7 @@ from service.cost import CostTable
 from service.decode import Decoder
 from service.engine import Engine
 from service.keys import read_keys
-from service.main import Server
+from service.main import Server, uvicorn_config
 from service.metrics import DeviceEvents, Metrics
 from service.schemas import LabelBody, ModelBody
 from service.settings import Settings
@@ -122,7 +121,7 @@ class ServerThread:
     """The whole application under uvicorn in a thread, around a runner of the test's own."""
 
     def __init__(self, runner: ModelRunner, hung_s: float = PATIENCE_S, **options: object) -> None:
-        settings = Settings.model_validate(options)
+        settings = Settings.model_validate({"port": 0} | options)
         preprocess = Preprocess(resize=32, crop=32)
         metrics = Metrics()
         batcher = Batcher(1, settings.max_wait_ms / 1000)
@@ -147,7 +146,7 @@ class ServerThread:
         decoder = Decoder(preprocess, settings.max_pixels, threads=2)
         keys = read_keys(settings.api_key_file) if settings.api_key_file else None
         app = create_app(settings, self.engine_client, decoder, metrics, model, keys)
-        config = uvicorn.Config(app, port=0, log_config=None)
+        config = uvicorn_config(app, settings)
         self._server = Server(config, self.engine_client, settings.drain_timeout_s)
         self._thread = threading.Thread(target=self._server.run)
 

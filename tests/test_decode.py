@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from model import Preprocess
-from service.decode import check_pixels, decode_image
+from service.decode import MOST_READS, check_pixels, decode_image
 from service.errors import MalformedRequest, PayloadTooLarge, UnreadableImage, UnsupportedMediaType
 from tests.conftest import encoded, photo
 
@@ -81,6 +81,36 @@ def test_a_text_bomb_is_an_error() -> None:
     info.add_text("comment", "a" * 30_000_000, zip=True)
     with pytest.raises(UnreadableImage):
         decode_image(encoded(photo(), "PNG", pnginfo=info), PREPROCESS, MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "marker", "filler"),
+    [
+        ("JPEG", 2, b"\xff"),  # bytes that fill up the space before a marker
+        ("JPEG", 2, b"\xff\xe3\x00\x02"),  # segments without content
+        ("PNG", 33, b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4, "big")),
+        ("GIF", 6 + 7 + 3 * 256, b"!\xfe\x01x\0"),  # comments
+    ],
+)
+def test_a_file_of_very_many_parts_is_an_error(file_format: str, marker: int, filler: bytes) -> None:
+    """They cost Pillow some of Python each, and a large file can hold millions; a few thousand pass."""
+    whole = encoded(photo(1), file_format)
+    some = whole[:marker] + filler * 2000 + whole[marker:]
+    assert decode_image(some, PREPROCESS, 5_000_000).shape == (3, 32, 32)
+    with pytest.raises(UnreadableImage, match="too many parts"):
+        decode_image(whole[:marker] + filler * MOST_READS + whole[marker:], PREPROCESS, 5_000_000)
+
+
+def test_a_jpeg_with_very_many_scans_is_an_error() -> None:
+    """Each goes over all pixels again: a small file of them would keep a decoder busy for hours."""
+    image = Image.fromarray(np.full((2000, 2000, 3), 200, np.uint8))
+    content = io.BytesIO()
+    image.save(content, "JPEG", progressive=True)
+    whole = content.getvalue()
+    assert decode_image(whole, PREPROCESS, 5_000_000).shape == (3, 32, 32)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    with pytest.raises(UnreadableImage, match="too many times"):
+        decode_image(whole[:-2] + 250 * last + whole[-2:], PREPROCESS, 5_000_000)
 
 
 def test_the_first_frame_of_an_animation_counts() -> None:

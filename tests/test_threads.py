@@ -32,7 +32,8 @@ def test_results_and_errors_come_back() -> None:
 def test_what_is_cancelled_before_its_turn_never_runs() -> None:
     """What is running already goes on, and its result is dropped."""
     threads = Threads(1, "cancelled")
-    go_on, ran = threading.Event(), []
+    go_on = threading.Event()
+    ran: list[str] = []
 
     async def ask() -> None:
         first = asyncio.ensure_future(threads.run(go_on.wait, PATIENCE_S))

@@ -1,7 +1,5 @@
 """Request bodies to images."""
 
-import asyncio
-from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import pytest
@@ -11,7 +9,7 @@ from pydantic import ValidationError
 
 from service.errors import MalformedRequest, PayloadTooLarge
 from service.schemas import ImagesBody
-from service.uploads import parse_uploads, read_body
+from service.uploads import parse_uploads
 
 FORM = "multipart/form-data; boundary=frontier"
 
@@ -53,22 +51,6 @@ def test_no_damaged_form_breaks_the_parser(noise: bytes, position: int) -> None:
     body = part(b"one", 'name="a"; filename="1.jpg"') + b"--frontier--\r\n"
     with suppress(MalformedRequest):
         assert parse_uploads(FORM, body[:position] + noise + body[position:], 8)
-
-
-@pytest.mark.parametrize(("claimed", "chunks"), [("11", []), (None, [b"123456", b"78901"]), ("5", [b"123456789012"])])
-def test_a_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str | None, chunks: list[bytes]) -> None:
-    """By what it claims or by what has arrived, whichever tells first; what comes after is not read."""
-    arrived = 0
-
-    async def stream() -> AsyncIterator[bytes]:
-        nonlocal arrived
-        for chunk in [*chunks, b"more", b"more"]:
-            arrived += 1
-            yield chunk
-
-    with pytest.raises(PayloadTooLarge):
-        asyncio.run(read_body(stream(), claimed, max_bytes=10))
-    assert arrived == len(chunks)
 
 
 @pytest.mark.parametrize(
