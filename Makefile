@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test lint format sanitize benchmarks clean
+.PHONY: serve test lint format sanitize benchmarks chaos soak clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -40,6 +40,10 @@ sanitize-%: tests/native/check.c $(NATIVE)
 # Tables on the screen; JSON and pictures in build/benchmarks. Most of the half hour is other compilers' compiling.
 benchmarks: .venv/benchmarks
 	$(foreach name,network involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
+
+# 10,000 requests, good and bad, from callers of whom many leave: some minutes. And an hour of them: memory must not grow.
+chaos soak: .venv/test
+	$(BIN)/python -m tests.$@
 
 clean:
 	rm -rf .venv build *.egg-info model/native/*.so

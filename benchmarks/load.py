@@ -36,10 +36,16 @@ class Load:
         bodies: sent in turn.
         timeout_ms: deadline of each request; None: the server's.
         content_type: of the bodies.
+        retry: ask once more, after the time that was given, where an answer is 429.
     """
 
     def __init__(
-        self, url: str, bodies: Sequence[bytes], timeout_ms: int | None = None, content_type: str = "image/jpeg"
+        self,
+        url: str,
+        bodies: Sequence[bytes],
+        timeout_ms: int | None = None,
+        content_type: str = "image/jpeg",
+        retry: bool = False,
     ) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port or 80
@@ -47,7 +53,9 @@ class Load:
         head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n{deadline}Content-Type: {content_type}\r\n"
         self._requests = [f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
         self._idle: deque[Streams] = deque()
+        self._retry = retry
         self.answers: list[Answer] = []
+        self.retries: list[Answer] = []
 
     async def closed(self, connections: int, seconds: float) -> None:
         """Keep so many requests going."""
@@ -71,20 +79,28 @@ class Load:
                 group.create_task(self.ask(turn, due))
 
     async def ask(self, turn: int, due: float) -> None:
-        """Send one request over an idle connection, or a new one."""
+        """Send one request, and perhaps once more."""
+        answer = await self._answer(turn, due)
+        self.answers.append(answer)
+        if self._retry and answer.retry_after_s:
+            await asyncio.sleep(answer.retry_after_s)
+            self.retries.append(await self._answer(turn, time.monotonic()))
+
+    async def _answer(self, turn: int, due: float) -> Answer:
+        """The answer to a request over an idle connection, or a new one."""
         try:
             streams = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
             streams[1].write(self._requests[turn % len(self._requests)])
             status, headers = await _read_answer(streams[0])
         except (OSError, EOFError):
-            self.answers.append(Answer(0, due, time.monotonic() - due, None))
-            return
+            return Answer(0, due, time.monotonic() - due, None)
         retry = headers.get("retry-after")
-        self.answers.append(Answer(status, due, time.monotonic() - due, float(retry) if retry else None))
+        answer = Answer(status, due, time.monotonic() - due, float(retry) if retry else None)
         if headers.get("connection") == "close":
             streams[1].close()
         else:
             self._idle.append(streams)
+        return answer
 
 
 async def _read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
@@ -99,9 +115,11 @@ class Answers(list[Answer]):
 
     Attributes:
         sender_s: the sender's processor time, which the server did not have where both share the cores.
+        retries: what became of the second requests.
     """
 
     sender_s: float = 0.0
+    retries: Sequence[Answer] = ()
 
     def ok(self) -> list[float]:
         """Times of the successful ones, ascending."""
@@ -120,13 +138,15 @@ def open_loop(load: Load, rate: float, seconds: float) -> Answers:
 
 def _beside(load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float) -> Answers:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        answers, sender_s = pool.submit(_run, load, loop, *how).result()
+        answers, retries, sender_s = pool.submit(_run, load, loop, *how).result()
     found = Answers(answers)
-    found.sender_s = sender_s
+    found.retries, found.sender_s = retries, sender_s
     return found
 
 
-def _run(load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float) -> tuple[list[Answer], float]:
+def _run(
+    load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float
+) -> tuple[list[Answer], list[Answer], float]:
     before = time.process_time()
     uvloop.run(loop(load, *how))
-    return load.answers, time.process_time() - before
+    return load.answers, load.retries, time.process_time() - before

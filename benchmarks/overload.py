@@ -1,19 +1,23 @@
 """Three times more requests than the server can answer: what the accepted ones get, and what the refused ones are told.
 
 python -m benchmarks.overload PHOTOS [--checkpoint F]
+
+First for half a minute, then, after a pause, for two seconds, in which whoever is refused comes back once, when told.
 """
 
 import argparse
 import statistics
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.load import Answer, Load, closed_loop, open_loop
 from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
+from service.cores import usable_cores
 
-CONNECTIONS, SECONDS = 16, 30.0
+CONNECTIONS, SECONDS, BURST_S = 16, 30.0, 2.0
 TIMES_CAPACITY = 3
 DEADLINE_MS = 1000
 
@@ -25,7 +29,7 @@ def gauges(url: str) -> dict[str, float]:
     return {line.split()[0]: float(line.split()[1]) for line in lines if line.split()[0] in wanted}
 
 
-def row(what: str, answers: list[Answer], seconds: float) -> dict[str, object]:
+def row(what: str, answers: Sequence[Answer], seconds: float) -> dict[str, object]:
     accepted = sorted(answer.took_s for answer in answers if answer.status == 200)
     refused = [answer for answer in answers if answer.status == 429]
     return {
@@ -52,14 +56,26 @@ def main() -> None:
         closed_loop(Load(url, photos), CONNECTIONS, 3)
         calm = closed_loop(Load(url, photos), CONNECTIONS, SECONDS / 2)
         capacity = len(calm) / (SECONDS / 2)
-        flood = open_loop(Load(url, photos, DEADLINE_MS), TIMES_CAPACITY * capacity, SECONDS)
+        offered = TIMES_CAPACITY * capacity
+        flood = open_loop(Load(url, photos, DEADLINE_MS), offered, SECONDS)
+        time.sleep(30)
+        burst = open_loop(Load(url, photos, DEADLINE_MS, retry=True), offered, BURST_S)
         time.sleep(0.5)
-        rows = [row("closed loop", calm, SECONDS / 2), row(f"open loop, {TIMES_CAPACITY} times that", flood, SECONDS)]
+        rows = [
+            row("closed loop", calm, SECONDS / 2),
+            row(f"open loop, {TIMES_CAPACITY} times that", flood, SECONDS),
+            row("the same for a moment", burst, BURST_S),
+        ]
         after = gauges(base)
     good = sum(answer.status == 200 for answer in flood) / SECONDS / capacity
+    retried = sum(answer.status == 200 for answer in burst.retries) / len(burst.retries)
+    # What sending takes from the server, more for the flood than for the calm, is no loss of the server's.
+    cores = usable_cores() - calm.sender_s / (SECONDS / 2), usable_cores() - flood.sender_s / SECONDS
+    fair = good * cores[0] / cores[1]
     heading = f"overload, deadline {DEADLINE_MS} ms, {len(photos)} JPEG photos, load from the same cores"
-    report("overload", heading, rows, goodput=good, gauges=after)
-    print(f"goodput / capacity: {good:.2f}; afterwards {after}")
+    report("overload", heading, rows, goodput=good, goodput_on_equal_cores=fair, retried=retried, gauges=after)
+    print(f"goodput / capacity: {good:.2f}, on equal shares of the cores {fair:.2f}")
+    print(f"retries that succeeded: {retried:.2f} of {len(burst.retries)}; afterwards {after}")
 
 
 if __name__ == "__main__":

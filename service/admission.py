@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from service.errors import Overloaded
 
 SHORTEST_RETRY_S = 1.0  # the header counts whole seconds
+LONGEST_RETRY_S = 30.0  # by then most things have changed
 SMOOTHING = 0.05  # weight of the newest answer in the running estimate
 # More in one answer is an accident, not a rule; less is an answer that did not need the device, as to a damaged photo.
 LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
@@ -31,6 +32,7 @@ class Admission:
         self._work_s = work_s
         self._clock = clock
         self._factor = 1.0
+        self._promised = 0.0  # until when the device has work if all who were refused come back as they were told
 
     @property
     def backlog_s(self) -> float:
@@ -57,11 +59,11 @@ class Admission:
             others = self.accepted - held
             if others + images > self.most:
                 wait_s = self.predicted_s(others) - self.predicted_s(max(0, self.most - images))
-                raise _overloaded(f"{others} images are waiting", wait_s)
+                raise self._overloaded(f"{others} images are waiting", wait_s, images)
             since, work_s = self._clock(), self._work_s(others + images)
             late_s = since + CAUTION * work_s * self._factor - deadline
             if others and late_s > 0:
-                raise _overloaded("the answer would come after the deadline", late_s)
+                raise self._overloaded("the answer would come after the deadline", late_s, images)
             self.accepted += images - held
             held = images
 
@@ -78,6 +80,10 @@ class Admission:
             ratio = min(LARGEST_FACTOR, max(SMALLEST_FACTOR, took_s / work_s))
             self._factor += (ratio - self._factor) * SMOOTHING
 
-
-def _overloaded(reason: str, wait_s: float) -> Overloaded:
-    return Overloaded(f"{reason}; try again later", max(SHORTEST_RETRY_S, wait_s))
+    def _overloaded(self, reason: str, wait_s: float, images: int) -> Overloaded:
+        """A refusal that tells when to come back: not all who were refused at the same moment, but one after the other,
+        as fast as they can be answered."""
+        now = self._clock()
+        back = max(now + max(SHORTEST_RETRY_S, wait_s), min(self._promised, now + LONGEST_RETRY_S))
+        self._promised = back + images * self.predicted_s(self.most) / self.most
+        return Overloaded(f"{reason}; try again later", back - now)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 
 import pytest
 
-from service.admission import Admission
+from service.admission import LONGEST_RETRY_S, Admission
 from service.errors import Overloaded
 
 FAR = 1e9
@@ -82,6 +82,26 @@ def test_who_would_be_late_is_refused(admission: Admission, clock: Clock) -> Non
             accepted(admission.admit(112.0), others)
         clock.now += 3  # in which three images were answered
         accepted(admission.admit(112.0), stack)
+
+
+def test_who_is_refused_together_comes_back_one_after_the_other(admission: Admission, clock: Clock) -> None:
+    """Each as long after the one before as an image takes, and none later than in half a minute."""
+    clock.now = 100.0
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack, images=10)
+        waits = []
+        for _ in range(50):
+            with pytest.raises(Overloaded) as refused, admission.admit(FAR):
+                pass
+            waits.append(refused.value.retry_after_s)
+    assert waits[:5] == [1, 2, 3, 4, 5]
+    assert max(waits) == LONGEST_RETRY_S
+    clock.now += 100
+    with ExitStack() as stack:  # what was promised long ago is over
+        accepted(admission.admit(FAR), stack, images=10)
+        with pytest.raises(Overloaded) as refused, admission.admit(FAR):
+            pass
+        assert refused.value.retry_after_s == 1
 
 
 def test_a_free_device_tries_anything(admission: Admission) -> None:
