@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test lint format sanitize benchmarks chaos soak clean
+.PHONY: serve test lint format sanitize benchmarks chaos soak fuzz clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -44,6 +44,13 @@ benchmarks: .venv/benchmarks
 # 10,000 requests, good and bad, from callers of whom many leave: some minutes. And an hour of them: memory must not grow.
 chaos soak: .venv/test
 	$(BIN)/python -m tests.$@
+
+# Half an hour of bytes that no photo has; what breaks something is left in build/fuzz.
+fuzz: .venv/test
+	$(BIN)/pip install --quiet atheris==3.0.0
+	mkdir -p build/fuzz
+	$(foreach run,decode:1200 infer:300 uploads:300,(cd build/fuzz && PYTHONPATH=../.. ../../$(BIN)/python -m tests.fuzz \
+	    $(word 1,$(subst :, ,$(run))) -max_total_time=$(word 2,$(subst :, ,$(run)))) &&) true
 
 clean:
 	rm -rf .venv build *.egg-info model/native/*.so
