@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,11 +29,20 @@ from service.schemas import LabelBody, ModelBody
 from service.settings import Settings
 from service.types import EngineClient, State
 
+if sys.platform != "win32":
+    import resource
+
 logger = logging.getLogger(__name__)
+
+CONNECTIONS = 65_536  # that may be open at once, where the system allows it
 
 # How long a drain refuses at least, even with nothing to do: a caller who is about to send another request over an open
 # connection gets an answer that closes it, instead of a connection that breaks under the request.
 SHORTEST_DRAIN_S = 1.0
+
+# Longer than proxies keep idle connections: the one that closes first must not be the one that cannot know whether a
+# request is on its way already. nginx keeps them for 60 s.
+KEEP_ALIVE_S = 75
 
 # That is ever chosen, by kind of device; warm-up stops long before where larger batches gain nothing.
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}
@@ -84,6 +94,7 @@ def serve(settings: Settings) -> int:
         CheckpointError, ValueError: the checkpoint, the device or the API keys cannot be used.
     """
     log.configure(settings.log_level, settings.log_format)
+    _allow_connections()
     keys = read_keys(settings.api_key_file) if settings.api_key_file else None
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
@@ -122,6 +133,14 @@ def prepare_each(checkpoint: Checkpoint, settings: Settings) -> list[Prepared]:
     return prepared
 
 
+def _allow_connections() -> None:
+    """Where the system lets this process have only a thousand files open unless it asks for more: idle ones count."""
+    if sys.platform != "win32":
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS if most == resource.RLIM_INFINITY else min(most, CONNECTIONS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+
+
 def _engine(prepared: Prepared, settings: Settings, metrics: Metrics) -> Engine:
     wanted = settings.max_batch_size
     largest = min(settings.max_queue, LARGEST_BATCH[prepared.device.type] if wanted == "auto" else wanted)
@@ -157,6 +176,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         http=Connection,
+        timeout_keep_alive=KEEP_ALIVE_S,
         log_config=None,
         access_log=False,
         server_header=False,
