@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.fallback import first_that_runs
 from model.folded import folded, scale_and_shift
 from model.form import Maps
 from model.involution import Involution
@@ -89,12 +90,18 @@ class _Convolution(NamedTuple):
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """relu(convolution + plus), in one pass where cuDNN can."""
         weight, bias, stride, padding = self
-        if not x.is_cuda:
+
+        def in_passes() -> Tensor:
             out = F.conv2d(x, weight, bias, stride, padding)
             return (out if plus is None else out + plus).relu()
-        if plus is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
-        return torch.cudnn_convolution_add_relu(x, weight, plus, 1.0, bias, stride, padding, (1, 1), 1)
+
+        def in_one_pass() -> Tensor:
+            if plus is None:
+                return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
+            return torch.cudnn_convolution_add_relu(x, weight, plus, 1.0, bias, stride, padding, (1, 1), 1)
+
+        shape = (x.shape, weight.shape, x.dtype, plus is None)
+        return first_that_runs(shape, in_one_pass, in_passes) if x.is_cuda else in_passes()
 
     def bare(self, x: Tensor) -> Tensor:
         """The convolution alone: no bias, no ReLU."""
