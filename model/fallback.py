@@ -12,7 +12,7 @@ _not_fast: set[Hashable] = set()
 
 
 def first_that_runs(key: Hashable, fast: Callable[[], Tensor], sure: Callable[[], Tensor]) -> Tensor:
-    """What `fast` makes; where a library has no way to do it, what `sure` makes, from then on for whatever has that key.
+    """What `fast` makes; where a library has no way to do it, what `sure` makes, from then on for all with that key.
 
     A graph that is captured later must not meet the failure, so that every shape runs once before.
     """
