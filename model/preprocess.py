@@ -3,13 +3,14 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
+
+if TYPE_CHECKING:  # processes that only decode photos do without PyTorch
+    from torch import Tensor
 
 Pixels = NDArray[np.uint8]  # [3, H, W], RGB
 
@@ -73,11 +74,11 @@ class Preprocess:
         left, top = (image.width - side) / 2, (image.height - side) / 2
         return scaled_box(image, (left, top, left + side, top + side), self.crop, self.interpolation)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
+    def normalise(self, pixels: "Tensor") -> "Tensor":
         """Network input, float32, from uint8 pixels [B, 3, H, W] on any device."""
-        mean = torch.tensor(self.mean, device=pixels.device).reshape(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).reshape(3, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        values = pixels.float() / 255
+        mean, std = (values.new_tensor(each).reshape(3, 1, 1) for each in (self.mean, self.std))
+        return (values - mean) / std
 
 
 def scaled_box(

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors, log
-from service.decode import Decoder
+from service.decoder import Decoder
 from service.journey import Journey
 from service.keys import Keys
 from service.metrics import Metrics
@@ -69,6 +69,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        decoder.start()
         yield
         await client.close()
         decoder.close()

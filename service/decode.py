@@ -4,15 +4,12 @@ What a file claims of itself is checked from its header; pixels are decoded only
 """
 
 import io
-import time
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from model.preprocess import Preprocess
 from service.errors import MalformedRequest, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
-from service.threads import Threads
 from service.types import Floats, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
@@ -26,11 +23,6 @@ MOST_SCANNED = 1_000_000_000  # pixels, over all scans of a progressive JPEG; th
 
 # Our own limit, checked on every image before its pixels are decoded, takes the place of Pillow's, which only warns.
 Image.MAX_IMAGE_PIXELS = None
-
-
-class Decoded(NamedTuple):
-    pixels: Pixels
-    decode_s: float
 
 
 def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels:
@@ -101,36 +93,3 @@ def _claims_a_format(data: bytes) -> bool:
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     is_bmp = data[:2] == b"BM" and data[6:10] == bytes(4)  # reserved, zero
     return data.startswith(SIGNATURES) or is_webp or is_bmp
-
-
-class Decoder:
-    """Decodes in threads of its own: never on the event loop, never on the engine's thread.
-
-    Args:
-        preprocess: what the network expects.
-        max_pixels: width times height, at most.
-        threads: how many decode at once.
-    """
-
-    def __init__(self, preprocess: Preprocess, max_pixels: int, threads: int) -> None:
-        self._preprocess = preprocess
-        self._max_pixels = max_pixels
-        self.threads = Threads(threads, "decode")  # for other work on a request's bytes, too
-
-    async def decode(self, data: bytes | Floats) -> Decoded:
-        """Decode a photo, or check normalised pixels; raises what `decode_image` and `check_pixels` do.
-
-        Cancelled before a thread took it up, it never runs.
-        """
-        return await self.threads.run(self._timed, data)
-
-    def close(self) -> None:
-        self.threads.close()
-
-    def _timed(self, data: bytes | Floats) -> Decoded:
-        started = time.monotonic()
-        if isinstance(data, bytes):
-            pixels: Pixels = decode_image(data, self._preprocess, self._max_pixels)
-        else:
-            pixels = check_pixels(data, self._preprocess)
-        return Decoded(pixels, time.monotonic() - started)

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from service import log
-from service.decode import Decoded, Decoder
+from service.decoder import Decoded, Decoder
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.intake import Intake
 from service.metrics import Metrics

@@ -19,7 +19,7 @@ from service.batcher import Batcher
 from service.client import LocalClient
 from service.connections import Connection
 from service.cores import usable_cores
-from service.decode import Decoder
+from service.decoder import Decoder
 from service.engine import Engine
 from service.gpus import watch_gpus
 from service.keys import read_keys
@@ -107,7 +107,7 @@ def serve(settings: Settings) -> int:
     if gpus := [each.device for each in prepared if each.device.type == "cuda"]:
         watch_gpus(metrics.registry, {str(device): driver_name(device) for device in gpus})
     client = LocalClient([_engine(each, settings, metrics) for each in prepared], settings.max_queue)
-    decoder = Decoder(checkpoint.preprocess, settings.max_pixels, threads=usable_cores())
+    decoder = Decoder(checkpoint.preprocess, settings.max_pixels, usable_cores())
     del checkpoint  # the plain network's weights are not needed any more
     app = create_app(settings, client, decoder, metrics, model, keys)
     client.start()

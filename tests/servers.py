@@ -21,7 +21,7 @@ from service.app import create_app
 from service.batcher import Batcher
 from service.client import LocalClient
 from service.cost import CostTable
-from service.decode import Decoder
+from service.decoder import Decoder
 from service.engine import Engine
 from service.keys import read_keys
 from service.main import Server, uvicorn_config
@@ -143,7 +143,7 @@ class ServerThread:
             passed_over=[],
             deviation=0.0,
         )
-        decoder = Decoder(preprocess, settings.max_pixels, threads=2)
+        decoder = Decoder(preprocess, settings.max_pixels, 2)
         keys = read_keys(settings.api_key_file) if settings.api_key_file else None
         app = create_app(settings, self.engine_client, decoder, metrics, model, keys)
         config = uvicorn_config(app, settings)

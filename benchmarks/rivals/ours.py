@@ -10,7 +10,7 @@ from service.app import create_app
 from service.batcher import Batcher
 from service.client import LocalClient
 from service.cost import CostTable
-from service.decode import Decoder
+from service.decoder import Decoder
 from service.engine import Engine
 from service.main import Server, describe, uvicorn_config
 from service.metrics import DeviceEvents, Metrics

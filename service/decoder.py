@@ -1,0 +1,231 @@
+"""Photos to pixels in processes of their own: on all cores at once, and out of harm's way."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from model.preprocess import Preprocess
+from service.decode import check_pixels
+from service.decoder_process import ANSWER, REQUEST
+from service.errors import Draining, Internal, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from service.threads import Threads
+from service.types import Floats, Pixels
+
+log = logging.getLogger(__name__)
+
+LONGEST_S = 10.0  # for one photo; what takes longer is made to
+ERRORS = {error.code: error for error in (PayloadTooLarge, UnreadableImage, UnsupportedMediaType)}
+
+
+class Decoded(NamedTuple):
+    pixels: Pixels
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Photo:
+    """One that is being decoded, or waits for it."""
+
+    data: bytes
+    decoded: asyncio.Future[Decoded]
+
+
+class Decoder:
+    """Decodes as many photos at once as it has processes; more wait.
+
+    Processes are started when they are first needed, or all of them by `start`. One that ends, whatever the reason,
+    costs the caller of one photo an error. Used from one event loop.
+
+    Args:
+        preprocess: what the network expects.
+        max_pixels: width times height, at most.
+        count: processes, and threads for other work on a request's bytes.
+    """
+
+    def __init__(self, preprocess: Preprocess, max_pixels: int, count: int) -> None:
+        self._preprocess = preprocess
+        options = json.dumps({"preprocess": asdict(preprocess), "max_pixels": max_pixels})
+        self._command = [sys.executable, "-P", "-m", "service.decoder_process", options]
+        self._side = preprocess.crop
+        self._count = count
+        self._processes: set[_Process] = set()
+        self._idle: list[_Process] = []
+        self._waiting: deque[_Photo] = deque()
+        self._closed = False
+        self.threads = Threads(count, "bytes")
+
+    def start(self) -> None:
+        """Start all processes, so that the first photos do not wait for it. From the event loop."""
+        while len(self._processes) < self._count:
+            self._start()
+
+    async def decode(self, data: bytes | Floats) -> Decoded:
+        """Decode a photo, or check normalised pixels; raises what `decode_image` and `check_pixels` do.
+
+        Cancelled before a process took it up, it is not decoded.
+        """
+        if not isinstance(data, bytes):
+            started = time.monotonic()
+            return Decoded(await self.threads.run(check_pixels, data, self._preprocess), time.monotonic() - started)
+        if self._closed:
+            raise Draining
+        photo = _Photo(data, asyncio.get_running_loop().create_future())
+        if self._idle:
+            self._idle.pop().begin(photo)
+        else:
+            self._waiting.append(photo)
+            if len(self._processes) < self._count:
+                self._start()
+        return await photo.decoded
+
+    def close(self) -> None:
+        """End the processes; whoever waits for a photo is told that the server is stopping."""
+        self._closed = True
+        self.threads.close()
+        self._fail_waiting(Draining())
+        for process in [*self._processes]:
+            process.end(Draining())
+
+    def next_photo(self, process: "_Process") -> _Photo | None:
+        """What a process is to decode next; None: it will be given something."""
+        while self._waiting:
+            photo = self._waiting.popleft()
+            if not photo.decoded.done():
+                return photo
+        self._idle.append(process)
+        return None
+
+    def lost(self, process: "_Process") -> None:
+        """A process has ended."""
+        self._processes.discard(process)
+        if process in self._idle:
+            self._idle.remove(process)
+        if not process.was_up:  # it would not go better for the next one
+            self._fail_waiting(Internal())
+        elif self._waiting:
+            self._start()
+
+    def pixels(self, content: bytearray) -> Pixels:
+        return np.frombuffer(content, np.uint8).reshape(3, self._side, self._side)
+
+    def _fail_waiting(self, error: ServiceError) -> None:
+        while self._waiting:
+            _fail(self._waiting.popleft(), error)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # which would keep one ready for each core
+        with theirs, _for_us_alone(signal.SIGINT, signal.SIGTERM):
+            running = subprocess.Popen(self._command, stdin=theirs.fileno(), env=environment)  # noqa: S603
+        process = _Process(self, running)
+        self._processes.add(process)
+        loop = asyncio.get_running_loop()
+        process.connecting = loop.create_task(loop.create_unix_connection(lambda: process, sock=ours))
+
+
+@contextmanager
+def _for_us_alone(*signals: signal.Signals) -> Iterator[None]:
+    """Processes that are started meanwhile never get these signals, not even in their first moments. A supervisor or a
+    terminal sends them to all processes, but a server that drains still wants photos decoded."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Process(asyncio.Protocol):
+    """One process, as the connection to it shows it."""
+
+    connecting: "asyncio.Task[object]"  # kept, because the event loop would not
+
+    def __init__(self, decoder: Decoder, process: "subprocess.Popen[bytes]") -> None:
+        self._decoder = decoder
+        self._process = process
+        self._photo: _Photo | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._ended = False
+        self.was_up = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+
+    def begin(self, photo: _Photo) -> None:
+        assert self._transport is not None, "this is a bug: it has not shown any sign of life"
+        self._photo = photo
+        self._transport.writelines((REQUEST.pack(len(photo.data)), photo.data))
+        self._timer = asyncio.get_running_loop().call_later(LONGEST_S, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if len(self._received) < ANSWER.size:
+            return
+        failed, took_s, length = ANSWER.unpack_from(self._received)
+        if len(self._received) < ANSWER.size + length:
+            return
+        content = self._received[ANSWER.size :]
+        self._received.clear()
+        if self._photo:
+            self._settle(self._photo, failed, took_s, content)
+        self.was_up = True  # the first answer is to nobody, but a sign of life
+        if photo := self._decoder.next_photo(self):
+            self.begin(photo)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._ended:
+            self._process.kill()
+            status = self._process.wait()
+            log.error("a decoder has ended by itself, with status %d", status)
+            self.end(UnreadableImage("the image is damaged: it broke the decoder"))
+
+    def end(self, error: ServiceError) -> None:
+        """End the process, and tell whoever waits for it why."""
+        self._ended = True
+        self._process.kill()
+        self._process.wait()
+        if self._photo:
+            _fail(self._photo, error)
+        self._done()
+        self._decoder.lost(self)
+        if self._transport:
+            self._transport.abort()
+
+    def _settle(self, photo: _Photo, failed: bool, took_s: float, content: bytearray) -> None:
+        self._done()
+        if photo.decoded.done():  # the caller has left
+            return
+        if failed:
+            error = json.loads(content)
+            photo.decoded.set_exception(ERRORS[error["code"]](error["message"]))
+        else:
+            photo.decoded.set_result(Decoded(self._decoder.pixels(content), took_s))
+
+    def _too_slow(self) -> None:
+        log.error("a decoder was ended: one image took longer than %.0f s", LONGEST_S)
+        self.end(UnreadableImage("decoding the image takes too long"))
+
+    def _done(self) -> None:
+        self._photo = None
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _fail(photo: _Photo, error: ServiceError) -> None:
+    if not photo.decoded.done():
+        photo.decoded.set_exception(error)

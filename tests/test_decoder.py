@@ -1,0 +1,165 @@
+"""The processes that decode: whatever becomes of one, the others and the server go on."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import pytest
+
+from model import Preprocess
+from service import decoder as module
+from service.cores import usable_cores
+from service.decoder import Decoder
+from service.errors import Draining, Internal, UnreadableImage, UnsupportedMediaType
+from tests.asking import CUT, TEXT, assert_error, predict
+from tests.conftest import encoded, photo
+from tests.servers import ServerProcess, wait_until
+
+PROC = Path("/proc")
+pytestmark = pytest.mark.skipif(not (PROC / "self").exists(), reason="processes are found in /proc, which is not here")
+
+PREPROCESS = Preprocess(resize=40, crop=32)
+PHOTO = encoded(photo())
+
+
+def children(of: int) -> list[int]:
+    """The decoders that a process has started."""
+    pids = sorted(int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal())
+    return [pid for pid in pids if _is_decoder(pid) and f"PPid:\t{of}\n" in (PROC / str(pid) / "status").read_text()]
+
+
+def _is_decoder(pid: int) -> bool:
+    try:
+        return b"service.decoder_process" in (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1) -> None:
+    """Run a test around a decoder, and look that nothing is left of it."""
+
+    async def run() -> None:
+        decoder = Decoder(PREPROCESS, 1_000_000, count)
+        try:
+            await use(decoder)
+        finally:
+            decoder.close()
+
+    asyncio.run(run())
+    assert not children(os.getpid())
+
+
+def test_photos_come_back_as_pixels_or_errors() -> None:
+    """Many at once, each its own; the pixels may be written to, as torch wants it."""
+
+    async def use(decoder: Decoder) -> None:
+        photos = [encoded(photo(seed)) for seed in range(12)]
+        for seed, decoded in enumerate(await asyncio.gather(*map(decoder.decode, photos))):
+            assert (decoded.pixels == PREPROCESS.pixels(photo(seed))).all()
+            assert decoded.pixels.flags.writeable
+            assert decoded.decode_s > 0
+        with pytest.raises(UnreadableImage, match="damaged"):
+            await decoder.decode(CUT)
+        with pytest.raises(UnsupportedMediaType):
+            await decoder.decode(TEXT)
+        assert len(children(os.getpid())) == 3
+
+    using(use, count=3)
+
+
+def test_a_process_that_breaks_costs_one_photo() -> None:
+    """The photo may have broken it: it is an error. Those that waited behind it are decoded by the next process."""
+
+    async def use(decoder: Decoder) -> None:
+        await decoder.decode(PHOTO)
+        (pid,) = children(os.getpid())
+        os.kill(pid, signal.SIGSTOP)
+        tasks = [asyncio.create_task(decoder.decode(PHOTO)) for _ in range(3)]
+        await asyncio.sleep(0)
+        os.kill(pid, signal.SIGKILL)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(each).__name__ for each in outcomes] == ["UnreadableImage", "Decoded", "Decoded"]
+
+    using(use)
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ten seconds; here after a third of one."""
+    monkeypatch.setattr(module, "LONGEST_S", 0.3)
+
+    async def use(decoder: Decoder) -> None:
+        await decoder.decode(PHOTO)
+        (pid,) = children(os.getpid())
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(UnreadableImage, match="too long"):
+            await decoder.decode(PHOTO)
+        await decoder.decode(PHOTO)
+
+    using(use)
+
+
+def test_a_caller_who_leaves_takes_nothing_along() -> None:
+    """Before their turn, nothing is decoded for them; in the middle of it, the process goes on to the next."""
+
+    async def use(decoder: Decoder) -> None:
+        await decoder.decode(PHOTO)
+        before = children(os.getpid())
+        tasks = [asyncio.create_task(decoder.decode(PHOTO)) for _ in range(3)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        tasks[1].cancel()
+        assert (await tasks[2]).pixels.shape == (3, 32, 32)
+        assert children(os.getpid()) == before
+
+    using(use)
+
+
+def test_processes_that_do_not_start_are_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, instead of one attempt after the other."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    async def use(decoder: Decoder) -> None:
+        for _ in range(2):
+            with pytest.raises(Internal):
+                await decoder.decode(PHOTO)
+
+    using(use)
+
+
+def test_when_it_is_closed_everyone_is_told() -> None:
+    """Whose photo is being decoded, who waits, and who comes later."""
+
+    async def use(decoder: Decoder) -> None:
+        await decoder.decode(PHOTO)
+        tasks = [asyncio.create_task(decoder.decode(PHOTO)) for _ in range(3)]
+        await asyncio.sleep(0)
+        decoder.close()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(each, Draining) for each in outcomes)
+        with pytest.raises(Draining):
+            await decoder.decode(PHOTO)
+
+    using(use)
+
+
+def test_a_server_lives_on_without_its_decoders_and_they_not_without_it(tiny_path: Path) -> None:
+    """Killed one and all, they are replaced; when the server itself is killed, none is left behind."""
+    with ServerProcess("--checkpoint", tiny_path) as running:
+        wait_until(lambda: len(children(running.process.pid)) == usable_cores(), "a decoder for each core")
+        first = children(running.process.pid)
+        for pid in first:
+            os.kill(pid, signal.SIGTERM)  # meant for the server: they do not take it for themselves
+        assert predict(running.client, PHOTO).status_code == 200
+        assert children(running.process.pid) == first
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not set(children(running.process.pid)) & set(first), "their end")
+        assert predict(running.client, PHOTO).status_code == 200
+        assert_error(predict(running.client, CUT), 422, "unreadable_image")
+        last = children(running.process.pid)
+        running.process.kill()
+        running.process.wait()
+        wait_until(lambda: not any(map(_is_decoder, last)), "the decoders' end")
