@@ -8,6 +8,7 @@ error's code, never anything that the server would execute.
 
 import importlib.util
 import json
+import os
 import socket
 import struct
 import sys
@@ -45,6 +46,7 @@ def main() -> None:
     preprocess = Preprocess(**options["preprocess"])
     connection = socket.socket(fileno=0)
     connection.sendall(ANSWER.pack(False, 0.0, 0))  # it is up
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damaged files is no news, and no log line
     for photo in _photos(connection):
         started = time.monotonic()
         failed = False
