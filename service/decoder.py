@@ -35,19 +35,21 @@ class Decoded(NamedTuple):
     decode_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Photo:
     """One that is being decoded, or waits for it."""
 
     data: bytes
     decoded: asyncio.Future[Decoded]
+    tries: int = 0  # processes that have ended over it, by themselves
 
 
 class Decoder:
     """Decodes as many photos at once as it has processes; more wait.
 
-    Processes are started when they are first needed, or all of them by `start`. One that ends, whatever the reason,
-    costs the caller of one photo an error. Used from one event loop.
+    Processes are started when they are first needed, or all of them by `start`. A photo over which one ends is tried
+    again by another: the photo may not have been the reason. Over which the second ends, too, is broken. Used from one
+    event loop.
 
     Args:
         preprocess: what the network expects.
@@ -107,6 +109,10 @@ class Decoder:
                 return photo
         self._idle.append(process)
         return None
+
+    def again(self, photo: _Photo) -> None:
+        """Decode a photo before all others."""
+        self._waiting.appendleft(photo)
 
     def lost(self, process: "_Process") -> None:
         """A process has ended."""
@@ -191,6 +197,10 @@ class _Process(asyncio.Protocol):
             self._process.kill()
             status = self._process.wait()
             log.error("a decoder has ended by itself, with status %d", status)
+            if self._photo and not self._photo.tries:
+                self._photo.tries += 1
+                self._decoder.again(self._photo)
+                self._photo = None
             self.end(UnreadableImage("the image is damaged: it broke the decoder"))
 
     def end(self, error: ServiceError) -> None:

@@ -21,7 +21,7 @@ REQUEST = struct.Struct("<I")  # length of the photo that follows
 ANSWER = struct.Struct("<BdI")  # whether it is an error, seconds, length of the pixels or the error that follow
 
 
-def _without_pytorch() -> None:
+def without_pytorch() -> None:
     """Make the package `model` importable without its front door, behind which PyTorch is."""
     spec = importlib.util.find_spec("model")
     assert spec is not None
@@ -37,7 +37,7 @@ def _photos(connection: socket.socket) -> Iterator[bytes]:
 
 
 def main() -> None:
-    _without_pytorch()
+    without_pytorch()
     from model.preprocess import Preprocess
     from service.decode import decode_image
     from service.errors import ServiceError

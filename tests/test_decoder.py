@@ -70,8 +70,8 @@ def test_photos_come_back_as_pixels_or_errors() -> None:
     using(use, count=3)
 
 
-def test_a_process_that_breaks_costs_one_photo() -> None:
-    """The photo may have broken it: it is an error. Those that waited behind it are decoded by the next process."""
+def test_a_process_that_ends_costs_nobody_anything() -> None:
+    """It may have been anything, as the system when memory is short: its photo and those behind it go to the next."""
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
@@ -80,8 +80,26 @@ def test_a_process_that_breaks_costs_one_photo() -> None:
         tasks = [asyncio.create_task(decoder.decode(PHOTO)) for _ in range(3)]
         await asyncio.sleep(0)
         os.kill(pid, signal.SIGKILL)
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(each).__name__ for each in outcomes] == ["UnreadableImage", "Decoded", "Decoded"]
+        assert len(await asyncio.gather(*tasks)) == 3
+
+    using(use)
+
+
+def test_a_photo_that_breaks_two_processes_is_broken() -> None:
+    """Its caller has the error, and the photos behind it are decoded."""
+    breaks = (
+        "import os, service.decoder_process as process; process.without_pytorch(); from service import decode;"
+        "process.without_pytorch = lambda: None;"
+        "right = decode.decode_image;"
+        "decode.decode_image = lambda data, *rest: os._exit(7) if data == b'poison' else right(data, *rest);"
+        "process.main()"
+    )
+
+    async def use(decoder: Decoder) -> None:
+        command = decoder._command
+        command[command.index("-m") : -1] = ["-c", breaks]
+        outcomes = await asyncio.gather(*map(decoder.decode, (PHOTO, b"poison", PHOTO, PHOTO)), return_exceptions=True)
+        assert [type(each).__name__ for each in outcomes] == ["Decoded", "UnreadableImage", "Decoded", "Decoded"]
 
     using(use)
 
