@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from service.metrics import DeviceEvents, Metrics
 from service.schemas import LabelBody, ModelBody
 from service.settings import Settings
 from service.transfer import Finished
-from service.types import ModelRunner, Pixels, RunnerOutput, Running
+from service.types import ModelRunner, Pixels, RunnerOutput, Running, Wish
 
 REDNET = Path(sys.executable).with_name("rednet")
 PATIENCE_S = 60.0
@@ -108,7 +108,7 @@ class FakeRunner:
         assert self.warm.wait(PATIENCE_S)
         return CostTable({1: 0.01, 8: 0.08}, self.max_batch_size)
 
-    def launch(self, pixels: Sequence[Pixels]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
         self.running.set()
         assert self.go_on.wait(PATIENCE_S)
         self.batches.append(len(pixels))
