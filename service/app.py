@@ -23,7 +23,7 @@ from service.decode import Decoder
 from service.journey import Journey
 from service.keys import Keys
 from service.metrics import Metrics
-from service.routes import health, v1, v2
+from service.routes import explain, health, v1, v2
 from service.routes.context import require_key
 from service.schemas import ModelBody
 from service.settings import Settings
@@ -75,9 +75,11 @@ def create_app(
 
     app = FastAPI(title="RedNet Serve", description="A RedNet involution classifier.", lifespan=lifespan)
     app.state.client, app.state.metrics, app.state.model, app.state.keys = client, metrics, model, keys
+    app.state.settings = settings
     app.state.journey = Journey(settings, client, decoder, metrics)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.router, dependencies=guard)
+    app.include_router(explain.router, dependencies=guard)
     app.include_router(v2.router, dependencies=guard)
     app.include_router(health.router)
     app.include_router(health.scraped, dependencies=guard if settings.metrics_access == "key" else [])

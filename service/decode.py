@@ -6,8 +6,9 @@ What a file claims of itself is checked from its header; pixels are decoded only
 import asyncio
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import numpy as np
@@ -35,7 +36,14 @@ class Decoded(NamedTuple):
 
 
 def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels:
-    """An encoded photo as the network's uint8 pixels [3, crop, crop].
+    """An encoded photo as the network's uint8 pixels [3, crop, crop]; raises what `opened` does."""
+    with opened(data, max_pixels) as image:
+        return preprocess.pixels(image)
+
+
+@contextmanager
+def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An encoded photo, its header read and its pixels not yet; also what is done with it raises no other errors.
 
     Raises:
         UnsupportedMediaType: it is no image, or of a format that is not served.
@@ -48,7 +56,7 @@ def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels
                 raise PayloadTooLarge(
                     f"the image has {image.width}x{image.height} pixels; at most {max_pixels} are allowed"
                 )
-            return preprocess.pixels(image)
+            yield image
     except ServiceError:
         raise
     except UnidentifiedImageError:

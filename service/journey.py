@@ -13,11 +13,12 @@ from service.decode import Decoded, Decoder
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
-from service.types import EngineClient, Floats, Inference
+from service.types import EngineClient, Floats, Inference, Wish
 from service.uploads import Upload, read_body
 
 T = TypeVar("T")
 Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images it may hold, to its images
+Draw = Callable[[bytes, Inference], bytes]  # a photo as a file, and its answer, to a picture
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 LONGEST_TIMEOUT_MS = 3_600_000
@@ -29,6 +30,8 @@ class Answer:
 
     outcome: Inference | ServiceError
     decode_s: float
+    picture: bytes = b""
+    draw_s: float = 0.0
 
 
 class Journey:
@@ -47,12 +50,16 @@ class Journey:
         self._decoder = decoder
         self._metrics = metrics
 
-    async def answers(self, request: Request, parse: Parse) -> Sequence[Answer]:
+    async def answers(
+        self, request: Request, parse: Parse, wish: Wish | None = None, draw: Draw | None = None
+    ) -> Sequence[Answer]:
         """An answer for every image of the request, in order.
 
         Args:
             request: its body has not been read.
             parse: called in one of the decoder's threads.
+            wish: what each answer is to hold besides.
+            draw: makes a picture for each answer to a photo; called there, too.
 
         Raises:
             ServiceError: there is none for the request as a whole.
@@ -69,7 +76,7 @@ class Journey:
                 raise DeadlineExceeded("the request did not arrive before its deadline") from None
             log.note(images=len(uploads))
             hold(len(uploads))
-            answers = await _unless_disconnected(request, self._answer_all(uploads, ends, deadline))
+            answers = await _unless_disconnected(request, self._answer_all(uploads, ends, deadline, wish, draw))
         endpoint: str = request.scope["route"].path
         for answer in answers:
             outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
@@ -81,17 +88,26 @@ class Journey:
         body = await read_body(request.stream(), claimed, self._settings.max_body_bytes)
         return await self._decoder.run(parse, body, self._client.max_images)
 
-    async def _answer_all(self, uploads: Sequence[Upload], ends: float, deadline: float) -> Sequence[Answer]:
-        return await asyncio.gather(*(self._answer(upload, ends, deadline) for upload in uploads))
+    async def _answer_all(
+        self, uploads: Sequence[Upload], ends: float, deadline: float, wish: Wish | None, draw: Draw | None
+    ) -> Sequence[Answer]:
+        return await asyncio.gather(*(self._answer(upload, ends, deadline, wish, draw) for upload in uploads))
 
-    async def _answer(self, upload: Upload, ends: float, deadline: float) -> Answer:
+    async def _answer(
+        self, upload: Upload, ends: float, deadline: float, wish: Wish | None, draw: Draw | None
+    ) -> Answer:
         decode_s = 0.0
         try:
             if isinstance(upload, ServiceError):
                 raise upload
             async with asyncio.timeout_at(ends):
                 pixels, decode_s = await self._decode(upload)
-                return Answer(await self._client.infer(pixels, deadline), decode_s)
+                inference = await self._client.infer(pixels, deadline, wish)
+                if draw is None or not isinstance(upload, bytes):
+                    return Answer(inference, decode_s)
+                picture, draw_s = await self._decoder.run(_timed, draw, upload, inference)
+                self._metrics.stage("draw", draw_s)
+                return Answer(inference, decode_s, picture, draw_s)
         except TimeoutError:
             return Answer(DeadlineExceeded("no answer before the deadline"), decode_s)
         except ServiceError as error:
@@ -113,6 +129,11 @@ class Journey:
         if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= LONGEST_TIMEOUT_MS):
             raise MalformedRequest(f"{TIMEOUT_HEADER} must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}")
         return int(text) / 1000
+
+
+def _timed(draw: Draw, photo: bytes, inference: Inference) -> tuple[bytes, float]:
+    started = time.monotonic()
+    return draw(photo, inference), time.monotonic() - started
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[None, None, T]) -> T:

@@ -48,7 +48,7 @@ async def predict(
         else error_body(answer.outcome)
         for answer in answers
     ]
-    return _json({"model": model.name, "predictions": predictions}, answers, metrics, started)
+    return json_response({"model": model.name, "predictions": predictions}, answers, metrics, started)
 
 
 @router.post(
@@ -80,7 +80,7 @@ async def features(
         return respond(content.getvalue(), NPY, answers, metrics, started)
     vectors = [error_body(row) if isinstance(row, ServiceError) else row for row in rows]
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
-    return _json({"model": model.name, "dimension": dimension, "features": vectors}, answers, metrics, started)
+    return json_response({"model": model.name, "dimension": dimension, "features": vectors}, answers, metrics, started)
 
 
 @router.get("/model")
@@ -96,8 +96,11 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
 
 
 async def _answers(request: Request, journey: Journey) -> Sequence[Answer]:
-    """The answers for a request's images; raises the first error where not one image has an answer."""
-    answers = await journey.answers(request, partial(parse_uploads, request.headers.get("content-type", "")))
+    return answered(await journey.answers(request, partial(parse_uploads, request.headers.get("content-type", ""))))
+
+
+def answered(answers: Sequence[Answer]) -> Sequence[Answer]:
+    """The same answers; raises the first error where not one image has an answer."""
     errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
     if len(errors) == len(answers):
         raise errors[0]
@@ -111,6 +114,7 @@ def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
     return vector / max(float(np.linalg.norm(vector)), 1e-12) if normalize else vector
 
 
-def _json(content: dict[str, Any], answers: Sequence[Answer], metrics: Metrics, started: float) -> Response:
+def json_response(content: dict[str, Any], answers: Sequence[Answer], metrics: Metrics, started: float) -> Response:
+    """The response around JSON that may hold arrays; arguments as for `respond`."""
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     return respond(body, "application/json", answers, metrics, started)

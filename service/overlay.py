@@ -1,0 +1,67 @@
+"""A photo with a heat-map over it."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from model.preprocess import Preprocess, upright_rgb
+from service.decode import opened
+from service.types import Floats
+
+LONGEST = 1024  # pixels of a picture's longer side
+# Viridis, by Nathaniel Smith and Stéfan van der Walt (2015, public domain), at nine even steps. Its lightness rises
+# evenly, so that it reads the same for the colour-blind, and in grey.
+COLOURS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
+COVER = (0.35, 0.75)  # how much of the photo the colour hides: where the map is lowest, and where it is highest
+OUTSIDE = 0.5  # brightness of the photo where there is no map
+
+
+def draw_overlay(data: bytes, grid: Floats, preprocess: Preprocess, max_pixels: int) -> bytes:
+    """The upright photo, in grey under its map: a PNG, its longer side at most 1024 pixels.
+
+    Colours run from the lowest value of the grid to its highest. Outside of what the network sees there is no map, and
+    the photo is darker.
+
+    Args:
+        data: the encoded photo.
+        grid: [h, w], over the part of the photo that the network sees.
+        preprocess: says which part that is.
+        max_pixels: as for `decode_image`.
+
+    Raises:
+        ServiceError: as `decode_image`.
+    """
+    with opened(data, max_pixels) as image:
+        scale = LONGEST / max(image.size)
+        if scale < 1:  # a JPEG is decoded at no more than twice the size that is needed
+            image.draft(None, (int(image.width * scale), int(image.height * scale)))
+        photo = upright_rgb(image)
+        photo.thumbnail((LONGEST, LONGEST))
+        picture = np.asarray(photo, np.float32)  # [H, W, 3]
+        grey = np.asarray(photo.convert("L"), np.float32)[..., None]
+    left, top, right, bottom = (round(edge) for edge in preprocess.box(*photo.size))
+    seen = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
+    drawn = picture * OUTSIDE
+    height, width = drawn[seen].shape[:2]
+    heat = _smooth(grid, width, height)[..., None]
+    cover = COVER[0] + (COVER[1] - COVER[0]) * heat
+    drawn[seen] = grey[seen] * (1 - cover) + _coloured(heat) * cover
+    content = io.BytesIO()
+    Image.fromarray(drawn.round().astype(np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def _smooth(grid: Floats, width: int, height: int) -> Floats:
+    """The grid from 0 to 1, [height, width]: smooth between the middles of its cells."""
+    span = float(np.ptp(grid))
+    unit = (grid - grid.min()) / span if span > 0 else np.zeros_like(grid)
+    scaled = Image.fromarray(unit.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(scaled).clip(0, 1)
+
+
+def _coloured(heat: Floats) -> Floats:
+    """Colours [H, W, 3] of values from 0 to 1, [H, W, 1]."""
+    steps = np.array([list(bytes.fromhex(colour)) for colour in COLOURS], np.float32)
+    at = np.linspace(0, 1, len(COLOURS))
+    return np.stack([np.interp(heat[..., 0], at, channel) for channel in steps.T], axis=-1).astype(np.float32)
