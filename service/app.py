@@ -75,7 +75,6 @@ def create_app(
 
     app = FastAPI(title="RedNet Serve", description="A RedNet involution classifier.", lifespan=lifespan)
     app.state.client, app.state.metrics, app.state.model, app.state.keys = client, metrics, model, keys
-    app.state.settings = settings
     app.state.journey = Journey(settings, client, decoder, metrics)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.router, dependencies=guard)

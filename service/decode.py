@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from model.preprocess import Preprocess
 from service.errors import MalformedRequest, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from service.overlay import draw_overlay
 from service.types import Floats, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
@@ -35,10 +36,21 @@ class Decoded(NamedTuple):
     decode_s: float
 
 
+class Drawn(NamedTuple):
+    png: bytes
+    draw_s: float
+
+
 def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels:
     """An encoded photo as the network's uint8 pixels [3, crop, crop]; raises what `opened` does."""
     with opened(data, max_pixels) as image:
         return preprocess.pixels(image)
+
+
+def draw_image(data: bytes, grid: Floats, preprocess: Preprocess, max_pixels: int) -> bytes:
+    """An encoded photo with a map over it, as `draw_overlay` makes it; raises what `opened` does."""
+    with opened(data, max_pixels) as image:
+        return draw_overlay(image, grid, preprocess)
 
 
 @contextmanager
@@ -116,6 +128,10 @@ class Decoder:
         """
         return await self.run(self._timed, data)
 
+    async def draw(self, data: bytes, grid: Floats) -> Drawn:
+        """Draw a map over a photo; raises what `draw_image` does."""
+        return await self.run(self._timed_drawing, data, grid)
+
     async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Run other work on a request's bytes in the same threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
@@ -130,3 +146,8 @@ class Decoder:
         else:
             pixels = check_pixels(data, self._preprocess)
         return Decoded(pixels, time.monotonic() - started)
+
+    def _timed_drawing(self, data: bytes, grid: Floats) -> Drawn:
+        started = time.monotonic()
+        png = draw_image(data, grid, self._preprocess, self._max_pixels)
+        return Drawn(png, time.monotonic() - started)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from service import log
-from service.decode import Decoded, Decoder
+from service.decode import Decoded, Decoder, Drawn
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
@@ -18,7 +18,6 @@ from service.uploads import Upload, read_body
 
 T = TypeVar("T")
 Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images it may hold, to its images
-Draw = Callable[[bytes, Inference], bytes]  # a photo as a file, and its answer, to a picture
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 LONGEST_TIMEOUT_MS = 3_600_000
@@ -30,8 +29,7 @@ class Answer:
 
     outcome: Inference | ServiceError
     decode_s: float
-    picture: bytes = b""
-    draw_s: float = 0.0
+    drawn: Drawn | None = None
 
 
 class Journey:
@@ -51,7 +49,7 @@ class Journey:
         self._metrics = metrics
 
     async def answers(
-        self, request: Request, parse: Parse, wish: Wish | None = None, draw: Draw | None = None
+        self, request: Request, parse: Parse, wish: Wish | None = None, draw: bool = False
     ) -> Sequence[Answer]:
         """An answer for every image of the request, in order.
 
@@ -59,7 +57,7 @@ class Journey:
             request: its body has not been read.
             parse: called in one of the decoder's threads.
             wish: what each answer is to hold besides.
-            draw: makes a picture for each answer to a photo; called there, too.
+            draw: that over the photo, as a picture.
 
         Raises:
             ServiceError: there is none for the request as a whole.
@@ -89,13 +87,11 @@ class Journey:
         return await self._decoder.run(parse, body, self._client.max_images)
 
     async def _answer_all(
-        self, uploads: Sequence[Upload], ends: float, deadline: float, wish: Wish | None, draw: Draw | None
+        self, uploads: Sequence[Upload], ends: float, deadline: float, wish: Wish | None, draw: bool
     ) -> Sequence[Answer]:
         return await asyncio.gather(*(self._answer(upload, ends, deadline, wish, draw) for upload in uploads))
 
-    async def _answer(
-        self, upload: Upload, ends: float, deadline: float, wish: Wish | None, draw: Draw | None
-    ) -> Answer:
+    async def _answer(self, upload: Upload, ends: float, deadline: float, wish: Wish | None, draw: bool) -> Answer:
         decode_s = 0.0
         try:
             if isinstance(upload, ServiceError):
@@ -103,11 +99,11 @@ class Journey:
             async with asyncio.timeout_at(ends):
                 pixels, decode_s = await self._decode(upload)
                 inference = await self._client.infer(pixels, deadline, wish)
-                if draw is None or not isinstance(upload, bytes):
-                    return Answer(inference, decode_s)
-                picture, draw_s = await self._decoder.run(_timed, draw, upload, inference)
-                self._metrics.stage("draw", draw_s)
-                return Answer(inference, decode_s, picture, draw_s)
+                if draw and isinstance(upload, bytes) and inference.grid is not None:
+                    drawn = await self._decoder.draw(upload, inference.grid)
+                    self._metrics.stage("draw", drawn.draw_s)
+                    return Answer(inference, decode_s, drawn)
+                return Answer(inference, decode_s)
         except TimeoutError:
             return Answer(DeadlineExceeded("no answer before the deadline"), decode_s)
         except ServiceError as error:
@@ -129,11 +125,6 @@ class Journey:
         if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= LONGEST_TIMEOUT_MS):
             raise MalformedRequest(f"{TIMEOUT_HEADER} must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}")
         return int(text) / 1000
-
-
-def _timed(draw: Draw, photo: bytes, inference: Inference) -> tuple[bytes, float]:
-    started = time.monotonic()
-    return draw(photo, inference), time.monotonic() - started
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[None, None, T]) -> T:

@@ -6,7 +6,6 @@ import numpy as np
 from PIL import Image
 
 from model.preprocess import Preprocess, upright_rgb
-from service.decode import opened
 from service.types import Floats
 
 LONGEST = 1024  # pixels of a picture's longer side
@@ -17,32 +16,29 @@ COVER = (0.35, 0.75)  # how much of the photo the colour hides: where the map is
 OUTSIDE = 0.5  # brightness of the photo where there is no map
 
 
-def draw_overlay(data: bytes, grid: Floats, preprocess: Preprocess, max_pixels: int) -> bytes:
+def draw_overlay(image: Image.Image, grid: Floats, preprocess: Preprocess) -> bytes:
     """The upright photo, in grey under its map: a PNG, its longer side at most 1024 pixels.
 
     Colours run from the lowest value of the grid to its highest. Outside of what the network sees there is no map, and
     the photo is darker.
 
     Args:
-        data: the encoded photo.
+        image: the photo; its pixels are read here, if they have not been.
         grid: [h, w], over the part of the photo that the network sees.
         preprocess: says which part that is.
-        max_pixels: as for `decode_image`.
 
     Raises:
-        ServiceError: as `decode_image`.
+        OSError, ValueError, SyntaxError and others of Pillow's: the file is damaged.
     """
-    with opened(data, max_pixels) as image:
-        scale = LONGEST / max(image.size)
-        if scale < 1:  # a JPEG is decoded at no more than twice the size that is needed
-            image.draft(None, (int(image.width * scale), int(image.height * scale)))
-        photo = upright_rgb(image)
-        photo.thumbnail((LONGEST, LONGEST))
-        picture = np.asarray(photo, np.float32)  # [H, W, 3]
-        grey = np.asarray(photo.convert("L"), np.float32)[..., None]
+    scale = LONGEST / max(image.size)
+    if scale < 1:  # a JPEG is decoded at no more than twice the size that is needed
+        image.draft(None, (int(image.width * scale), int(image.height * scale)))
+    photo = upright_rgb(image)
+    photo.thumbnail((LONGEST, LONGEST))
+    grey = np.asarray(photo.convert("L"), np.float32)[..., None]  # [H, W, 1]
+    drawn = np.asarray(photo, np.float32) * OUTSIDE  # [H, W, 3]
     left, top, right, bottom = (round(edge) for edge in preprocess.box(*photo.size))
     seen = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
-    drawn = picture * OUTSIDE
     height, width = drawn[seen].shape[:2]
     heat = _smooth(grid, width, height)[..., None]
     cover = COVER[0] + (COVER[1] - COVER[0]) * heat

@@ -19,8 +19,8 @@ SERVICE = {
     "admission": {"errors"},
     "client": {"admission", "cost", "engine", "errors", "types"},
     "scores": {"types"},
-    "decode": {"errors", "types", "model.preprocess"},
-    "overlay": {"decode", "types", "model.preprocess"},
+    "overlay": {"types", "model.preprocess"},
+    "decode": {"errors", "overlay", "types", "model.preprocess"},
     "transfer": {"types", "model.form", "torch"},
     "runner": {"cost", "transfer", "types", "model.explain", "model.form", "model.prepare", "torch"},
     "gpus": set(),
@@ -31,7 +31,7 @@ SERVICE = {
     "uploads": {"errors", "schemas", "types"},
     "tensors": {"errors", "schemas", "types", "uploads"},
     "journey": {"decode", "errors", "log", "metrics", "settings", "types", "uploads"},
-    "routes.context": {"errors", "journey", "keys", "metrics", "schemas", "settings", "types"},
+    "routes.context": {"errors", "journey", "keys", "metrics", "schemas", "types"},
     "routes.health": {"routes.context", "schemas", "types"},
     "routes.respond": {"journey", "log", "metrics", "types"},
     "routes.v1": {
@@ -48,8 +48,6 @@ SERVICE = {
     "routes.explain": {
         "errors",
         "journey",
-        "model.preprocess",
-        "overlay",
         "routes.context",
         "routes.respond",
         "routes.v1",

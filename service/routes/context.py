@@ -13,7 +13,6 @@ from service.journey import Journey
 from service.keys import Keys
 from service.metrics import Metrics
 from service.schemas import ModelBody
-from service.settings import Settings
 from service.types import EngineClient
 
 
@@ -37,11 +36,6 @@ async def _model(request: Request) -> ModelBody:
     return model
 
 
-async def _settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
-
-
 async def _keys(request: Request) -> Keys:
     keys: Keys = request.app.state.keys
     return keys
@@ -60,4 +54,3 @@ ClientOf = Annotated[EngineClient, Depends(_client)]
 JourneyOf = Annotated[Journey, Depends(_journey)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 ModelOf = Annotated[ModelBody, Depends(_model)]
-SettingsOf = Annotated[Settings, Depends(_settings)]

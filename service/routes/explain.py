@@ -2,25 +2,58 @@
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from model.preprocess import Preprocess
 from service.errors import MalformedRequest, ServiceError
 from service.journey import Answer
-from service.overlay import draw_overlay
-from service.routes.context import JourneyOf, MetricsOf, ModelOf, SettingsOf
+from service.routes.context import JourneyOf, MetricsOf, ModelOf
 from service.routes.respond import respond
 from service.routes.v1 import ERRORS, answered, error_body, json_response
 from service.schemas import ExplainBody, ModelBody, described_images
 from service.scores import probabilities
-from service.types import ClassActivation, Inference, KernelSums, Wish
+from service.types import ClassActivation, KernelSums, Wish
 from service.uploads import Upload, parse_uploads
 
 JSON, PNG = "application/json", "image/png"
 LISTED = 10  # so many ids stand in an error's message
 Layer = Literal["class", "stage1", "stage2", "stage3", "stage4"]
+
+
+class Asked(NamedTuple):
+    """What the parameters ask for."""
+
+    layer: Layer
+    group: int | None
+    wish: Wish
+
+
+async def _asked(
+    model: ModelOf,
+    layer: Annotated[
+        Layer, Query(description="`class`: what each place adds to a class; `stageN`: the kernels of that stage")
+    ] = "class",
+    class_: Annotated[
+        str | None, Query(alias="class", description="for `class`: index or id of it; by default the predicted one")
+    ] = None,
+    group: Annotated[
+        int | None, Query(ge=0, description="for `stageN`: which group of channels; by default the mean of all groups")
+    ] = None,
+) -> Asked:
+    """Raises `MalformedRequest` where a parameter does not go with the layer, or names nothing that is there."""
+    if layer == "class":
+        if group is not None:
+            raise MalformedRequest("group: only layers stage1 to stage4 have groups")
+        return Asked(layer, None, ClassActivation(None if class_ is None else _class_index(class_, model)))
+    if class_ is not None:
+        raise MalformedRequest(f"class: only layer class has classes, not {layer}")
+    stage = int(layer.removeprefix("stage")) - 1
+    groups = (model.config["base_channels"] << stage) // model.config["group_channels"]
+    if group is not None and group >= groups:
+        raise MalformedRequest(f"group: {layer} of this network has groups 0 to {groups - 1}")
+    return Asked(layer, group, KernelSums(stage, group))
+
 
 router = APIRouter(prefix="/v1", tags=["v1"])
 
@@ -33,7 +66,7 @@ router = APIRouter(prefix="/v1", tags=["v1"])
         200: {
             "content": {PNG: {"schema": {"type": "string", "format": "binary"}}},
             "description": "The photo with a heat-map over it, from the lowest value (violet) to the highest (yellow); "
-            "or the map's values.",
+            "or the values.",
         },
     },
     openapi_extra=described_images(),
@@ -43,28 +76,17 @@ async def explain(
     journey: JourneyOf,
     model: ModelOf,
     metrics: MetricsOf,
-    settings: SettingsOf,
-    layer: Annotated[
-        Layer, Query(description="`class`: what each place adds to a class; `stageN`: the kernels of that stage")
-    ] = "class",
-    class_: Annotated[
-        str | None, Query(alias="class", description="for `class`: index or id of it; by default the predicted one")
-    ] = None,
-    group: Annotated[
-        int | None, Query(ge=0, description="for `stageN`: which group of channels; by default the mean of all groups")
-    ] = None,
+    asked: Annotated[Asked, Depends(_asked)],
     accept: Annotated[str, Header(description=f"{PNG}, or {JSON} for the values of the map")] = "*/*",
 ) -> Response:
     """A heat-map over a photo, from the pass that also predicts.
 
     `class` is the class activation map: how much each place adds to the logit of a class. For this network that is no
-    estimate: the values' mean is the logit, but for a constant. `stageN` is the sum of the involution kernel made at each
-    place, by the last layer of that stage: where the operator aggregates, whatever the class.
+    estimate: the values' mean is the logit, but for a constant. `stageN` is the sum of the involution kernel made at
+    each place, by the last layer of that stage: where the operator aggregates, not why a class was chosen.
 
     As a picture the answer has place for one image; with `Accept: application/json` for any number of them.
     """
-    wish = _wish(layer, class_, group, model)
-    preprocess = Preprocess(**model.preprocess)
     as_json = JSON in accept
 
     def parse(body: bytes, max_images: int) -> Sequence[Upload]:
@@ -73,36 +95,13 @@ async def explain(
             raise MalformedRequest(f"a picture explains one image, not {len(uploads)}; for several, Accept: {JSON}")
         return uploads
 
-    def draw(photo: bytes, inference: Inference) -> bytes:
-        assert inference.grid is not None
-        return draw_overlay(photo, inference.grid, preprocess, settings.max_pixels)
-
-    answers = answered(await journey.answers(request, parse, wish, None if as_json else draw))
+    answers = answered(await journey.answers(request, parse, asked.wish, draw=not as_json))
     started = time.monotonic()
-    if not as_json:
-        return respond(answers[0].picture, PNG, answers, metrics, started)
-    explanations = [_explanation(answer, wish, model) for answer in answers]
-    content = {"model": model.name, "layer": layer, "group": group, "explanations": explanations}
+    if drawn := answers[0].drawn:
+        return respond(drawn.png, PNG, answers, metrics, started)
+    explanations = [_explanation(answer, asked.wish, model) for answer in answers]
+    content = {"model": model.name, "layer": asked.layer, "group": asked.group, "explanations": explanations}
     return json_response(content, answers, metrics, started)
-
-
-def _wish(layer: Layer, class_: str | None, group: int | None, model: ModelBody) -> Wish:
-    """What the parameters ask for.
-
-    Raises:
-        MalformedRequest: one does not go with the layer, or names nothing that is there.
-    """
-    if layer == "class":
-        if group is not None:
-            raise MalformedRequest("group: only layers stage1 to stage4 have groups")
-        return ClassActivation(None if class_ is None else _class_index(class_, model))
-    if class_ is not None:
-        raise MalformedRequest(f"class: kernels know no classes; layer must be class, not {layer}")
-    stage = int(layer.removeprefix("stage")) - 1
-    groups = (model.config["base_channels"] << stage) // model.config["group_channels"]
-    if group is not None and group >= groups:
-        raise MalformedRequest(f"group: {layer} of this network has groups 0 to {groups - 1}")
-    return KernelSums(stage, group)
 
 
 def _class_index(text: str, model: ModelBody) -> int:
