@@ -12,8 +12,20 @@ LONGEST = 1024  # pixels of a picture's longer side
 # Viridis, by Nathaniel Smith and Stéfan van der Walt (2015, public domain), at nine even steps. Its lightness rises
 # evenly, so that it reads the same for the colour-blind, and in grey.
 COLOURS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
-COVER = (0.35, 0.75)  # how much of the photo the colour hides: where the map is lowest, and where it is highest
+COVER = (0.25, 0.8)  # how much of the photo the colour hides: where the map is lowest, and where it is highest
+TAIL = 2  # percent of the values at either end that colours do not tell apart: a few would take them all
 OUTSIDE = 0.5  # brightness of the photo where there is no map
+COMPRESSION = 1  # of the PNG: more would take several times as long, and save a tenth
+
+
+def _palette() -> Floats:
+    """256 colours, [256, 3]."""
+    steps = np.array([list(bytes.fromhex(colour)) for colour in COLOURS], np.float32)
+    at, every = np.linspace(0, 1, len(COLOURS)), np.linspace(0, 1, 256)
+    return np.stack([np.interp(every, at, channel) for channel in steps.T], axis=-1).astype(np.float32)
+
+
+_PALETTE = _palette()
 
 
 def draw_overlay(image: Image.Image, grid: Floats, preprocess: Preprocess) -> bytes:
@@ -40,24 +52,17 @@ def draw_overlay(image: Image.Image, grid: Floats, preprocess: Preprocess) -> by
     left, top, right, bottom = (round(edge) for edge in preprocess.box(*photo.size))
     seen = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
     height, width = drawn[seen].shape[:2]
-    heat = _smooth(grid, width, height)[..., None]
-    cover = COVER[0] + (COVER[1] - COVER[0]) * heat
-    drawn[seen] = grey[seen] * (1 - cover) + _coloured(heat) * cover
+    heat = _smooth(grid, width, height)
+    cover = (COVER[0] + (COVER[1] - COVER[0]) * heat)[..., None]
+    drawn[seen] = grey[seen] * (1 - cover) + _PALETTE[(heat * 255).round().astype(np.uint8)] * cover
     content = io.BytesIO()
-    Image.fromarray(drawn.round().astype(np.uint8)).save(content, "PNG")
+    Image.fromarray(drawn.round().astype(np.uint8)).save(content, "PNG", compress_level=COMPRESSION)
     return content.getvalue()
 
 
 def _smooth(grid: Floats, width: int, height: int) -> Floats:
     """The grid from 0 to 1, [height, width]: smooth between the middles of its cells."""
-    span = float(np.ptp(grid))
-    unit = (grid - grid.min()) / span if span > 0 else np.zeros_like(grid)
+    low, high = np.percentile(grid, (TAIL, 100 - TAIL))
+    unit = ((grid - low) / max(high - low, 1e-12)).clip(0, 1)
     scaled = Image.fromarray(unit.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(scaled).clip(0, 1)
-
-
-def _coloured(heat: Floats) -> Floats:
-    """Colours [H, W, 3] of values from 0 to 1, [H, W, 1]."""
-    steps = np.array([list(bytes.fromhex(colour)) for colour in COLOURS], np.float32)
-    at = np.linspace(0, 1, len(COLOURS))
-    return np.stack([np.interp(heat[..., 0], at, channel) for channel in steps.T], axis=-1).astype(np.float32)

@@ -33,6 +33,7 @@ SERVICE = {
     "journey": {"decode", "errors", "log", "metrics", "settings", "types", "uploads"},
     "routes.context": {"errors", "journey", "keys", "metrics", "schemas", "types"},
     "routes.health": {"routes.context", "schemas", "types"},
+    "routes.page": {"errors"},
     "routes.respond": {"journey", "log", "metrics", "types"},
     "routes.v1": {
         "errors",
@@ -77,6 +78,7 @@ SERVICE = {
         "routes.context",
         "routes.explain",
         "routes.health",
+        "routes.page",
         "routes.v1",
         "routes.v2",
         "schemas",
