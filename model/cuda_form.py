@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.exact import exact_float32
-from model.form import Output
+from model.form import Output, Stages
 from model.fused import Fused
 from model.ladder import Ladder, Program
 from model.preprocess import Preprocess
@@ -40,7 +40,7 @@ class CudaForm:
         self.backend = "CUDA graphs, Triton involution"
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
+    def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
         with torch.cuda.device(self._device), exact_float32() if self._exact else nullcontext():
             usual = pixels.dtype == torch.uint8 and pixels.shape[2:] == (self._side, self._side)
             if usual and len(pixels) and not (stages or kernel_sums):
@@ -50,8 +50,8 @@ class CudaForm:
             return Output(
                 logits,
                 features,
-                tuple(each.float() for each in maps) if stages else None,
-                tuple(each.float() for each in sums) if kernel_sums else None,
+                tuple(maps[stage].float() for stage in sorted(stages)) if stages else None,
+                tuple(sums(stage).float() for stage in sorted(kernel_sums)) if kernel_sums else None,
             )
 
     def _captured(self, size: int) -> Program:

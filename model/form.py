@@ -1,10 +1,12 @@
 """What every inference form of a network takes and gives."""
 
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-Maps = tuple[Tensor, ...]  # one for each of the four stages
+Stages = Collection[int]  # which of the four, counted from 0
+Maps = tuple[Tensor, ...]  # one for each stage that was asked for, in their order
 
 
 class Output(NamedTuple):
@@ -21,5 +23,5 @@ class Form(Protocol):
 
     backend: str  # what runs it, for people
 
-    def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
-        """Forward pixels [B, 3, H, W], uint8 or normalised float32; maps are made only if asked for."""
+    def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
+        """Forward pixels [B, 3, H, W], uint8 or normalised float32; maps are made only of the stages asked for."""

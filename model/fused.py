@@ -4,7 +4,7 @@ Everything is channels-last. Batch norms are folded into the convolutions before
 sum are done by the convolution that they follow, and what surrounds an involution by its kernel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,9 +47,9 @@ class Fused:
         ]
         self._head = net.head
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, Maps, Iterator[Tensor]]:
-        """Logits [B, num_classes] and features [B, D] in float32; the four stage maps [B, C, h, w] in `dtype`; and, as
-        they are asked for, the summed kernels of each stage's last involution, [B, G, h, w].
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, Maps, Callable[[int], Tensor]]:
+        """Logits [B, num_classes] and features [B, D] in float32; the four stage maps [B, C, h, w] in `dtype`; and a
+        function that makes the summed kernels of a stage's last involution, [B, G, h, w].
 
         Args:
             pixels: [B, 3, H, W] on the device, uint8, or float32 that is normalised already.
@@ -66,9 +66,11 @@ class Fused:
             maps.append(x)
             inner.append(inside)
         features = x.mean(dim=(2, 3), dtype=torch.float32)
-        lasts = (blocks[-1].involution for blocks in self._stages)
-        sums = (last.kernel_sums(each) for last, each in zip(lasts, inner, strict=True))
-        return self._head(features), features, tuple(maps), sums
+
+        def kernel_sums(stage: int) -> Tensor:
+            return self._stages[stage][-1].involution.kernel_sums(inner[stage])
+
+        return self._head(features), features, tuple(maps), kernel_sums
 
 
 class _Convolution(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.folded import folded, scale_and_shift
-from model.form import Maps, Output
+from model.form import Maps, Output, Stages
 from model.involution import Involution
 from model.native import Engine, Floats, unavailable
 from model.preprocess import Preprocess
@@ -42,22 +42,20 @@ class NativeForm:
         self._engine = Engine(_numbers(config), arrays, threads or torch.get_num_threads(), build)
         self.backend = f"native engine, {self._engine.build}, {self._engine.threads} threads"
 
-    def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
+    def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
         config, (batch, _, height, width) = self._config, pixels.shape
         logits = np.empty((batch, config.num_classes), np.float32)
         features = np.empty((batch, config.feature_channels), np.float32)
-        maps: list[Floats] = []
-        sums: list[Floats] = []
+        maps: list[Floats | None] = []
+        sums: list[Floats | None] = []
         height, width = -(-height // 4), -(-width // 4)
         for stage, stride in enumerate(config.strides):
             height, width = -(-height // stride), -(-width // stride)
             channels = config.base_channels << stage
-            if stages:
-                maps.append(np.empty((batch, height, width, 4 * channels), np.float32))
-            if kernel_sums:
-                sums.append(np.empty((batch, height, width, channels // GROUP_CHANNELS), np.float32))
-        unwanted = (None,) * len(config.strides)
-        self._engine.run(pixels.detach().cpu().numpy(), [logits, features, *(maps or unwanted), *(sums or unwanted)])
+            shape = (batch, height, width)
+            maps.append(np.empty((*shape, 4 * channels), np.float32) if stage in stages else None)
+            sums.append(np.empty((*shape, channels // GROUP_CHANNELS), np.float32) if stage in kernel_sums else None)
+        self._engine.run(pixels.detach().cpu().numpy(), [logits, features, *maps, *sums])
         return Output(
             torch.from_numpy(logits),
             torch.from_numpy(features),
@@ -66,8 +64,8 @@ class NativeForm:
         )
 
 
-def _channels_first(maps: list[Floats]) -> Maps:
-    return tuple(torch.from_numpy(each).permute(0, 3, 1, 2) for each in maps)
+def _channels_first(maps: list[Floats | None]) -> Maps:
+    return tuple(torch.from_numpy(each).permute(0, 3, 1, 2) for each in maps if each is not None)
 
 
 def _numbers(config: RedNetConfig) -> list[int]:

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +24,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}  # of `deviation`; roundi
 AUTO = {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}  # precisions that may win; half ones do not on a CPU
 TIMED_IMAGES = 16  # in the batch that decides between precisions
 TIMED_RUNS = 3
+STAGES = range(4)
 
 
 class SelfCheckError(ValueError):
@@ -36,12 +37,14 @@ class Prepared:
 
     Attributes:
         backend: what runs it, for people.
+        head: weights of the linear head, float32 [num_classes, feature_channels], on the device.
         deviation: distance of its answers from those of the plain network on the self-check's input, relative.
         passed_over: why faster forms were not taken, if so.
     """
 
     form: Form
     preprocess: Preprocess
+    head: Tensor
     device: torch.device
     precision: str
     deviation: float
@@ -51,13 +54,15 @@ class Prepared:
     def backend(self) -> str:
         return self.form.backend
 
-    def __call__(self, pixels: Tensor, *, stages: bool = False, kernel_sums: bool = False) -> Output:
+    def __call__(
+        self, pixels: Tensor, *, stages: bool | Collection[int] = False, kernel_sums: bool | Collection[int] = False
+    ) -> Output:
         """Forward pixels [B, 3, H, W], any B, sides up to 16384.
 
         Args:
             pixels: uint8, as `Preprocess.pixels` makes them; or float32, normalised already.
-            stages: make the maps of the four stages, too.
-            kernel_sums: make the summed kernels of each stage's last involution, too.
+            stages: make the maps of the four stages, too; or of which, counted from 0.
+            kernel_sums: make the summed kernels of each stage's last involution, too; likewise.
 
         Raises:
             ValueError: these are no such pixels.
@@ -65,7 +70,11 @@ class Prepared:
         wanted = pixels.dtype in (torch.uint8, torch.float32) and pixels.dim() == 4 and pixels.shape[1] == 3
         if not wanted or 0 in pixels.shape[2:]:
             raise ValueError(f"pixels must be uint8 or float32 [B, 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
-        return self.form(pixels, stages, kernel_sums)
+        return self.form(pixels, _stages(stages), _stages(kernel_sums))
+
+
+def _stages(wanted: bool | Collection[int]) -> Collection[int]:
+    return (STAGES if wanted else ()) if isinstance(wanted, bool) else wanted
 
 
 def prepare(
@@ -99,7 +108,8 @@ def prepare(
         forms = _forms(net, preprocess, device, each)
         form, deviation = first_sound(forms, yardstick, TOLERANCE[each], passed_over)
         if form:
-            passed.append(Prepared(form, preprocess, device, each, deviation, tuple(passed_over)))
+            head = net.head.fc.weight.detach().to(device, torch.float32, copy=True)
+            passed.append(Prepared(form, preprocess, head, device, each, deviation, tuple(passed_over)))
     if not passed:
         raise SelfCheckError("the self-check failed; " + "; ".join(passed_over))
     return passed[0] if len(passed) == 1 else min(passed, key=_seconds)
@@ -164,7 +174,7 @@ def first_sound(
     for name, make in forms:
         try:
             form = make()
-            output = form(batch, False, False)
+            output = form(batch)
         except Exception as error:  # noqa: BLE001  (compilers and drivers raise anything; a slower form still serves)
             passed_over.append(f"{name}: {error or type(error).__name__}")
             continue

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # processes that only decode photos do without PyTorch
     from torch import Tensor
 
 Pixels = NDArray[np.uint8]  # [3, H, W], RGB
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of a photo
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -70,9 +71,13 @@ class Preprocess:
 
     def square(self, image: Image.Image) -> Pixels:
         """The middle of an upright RGB photo, resized and cropped in one step: only pixels that stay are made."""
-        side = min(image.size) * self.crop / self.resize
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        return scaled_box(image, (left, top, left + side, top + side), self.crop, self.interpolation)
+        return scaled_box(image, self.box(*image.size), self.crop, self.interpolation)
+
+    def box(self, width: int, height: int) -> Box:
+        """The part of an upright photo of that size that the network sees."""
+        side = min(width, height) * self.crop / self.resize
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
 
     def normalise(self, pixels: "Tensor") -> "Tensor":
         """Network input, float32, from uint8 pixels [B, 3, H, W] on any device."""
@@ -81,10 +86,8 @@ class Preprocess:
         return (values - mean) / std
 
 
-def scaled_box(
-    image: Image.Image, box: tuple[float, float, float, float], side: int, interpolation: str = "bilinear"
-) -> Pixels:
-    """The part of an RGB photo inside box (left, top, right, bottom), scaled to [3, side, side]."""
+def scaled_box(image: Image.Image, box: Box, side: int, interpolation: str = "bilinear") -> Pixels:
+    """The part of an RGB photo inside box, scaled to [3, side, side]."""
     scaled = image.resize((side, side), FILTERS[interpolation], box=box)
     return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model.exact import exact_float32
 from model.folded import folded
-from model.form import Output
+from model.form import Output, Stages
 from model.kernels import implementation_name
 from model.preprocess import Preprocess
 from model.rednet import BLOCKS, RedNet
@@ -23,7 +23,7 @@ class TorchForm:
         self.backend = f"torch, {implementation_name(device, dtype)} involution"
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
+    def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
         x = pixels.to(self._device, non_blocking=True)
         x = (self._preprocess.normalise(x) if x.dtype == torch.uint8 else x).to(self._dtype)
         exact = exact_float32() if self._dtype == torch.float32 else nullcontext()
@@ -34,16 +34,16 @@ class TorchForm:
         return Output(
             logits.float(),
             features.float(),
-            tuple(each.float() for each in maps) if stages else None,
+            tuple(maps[stage].float() for stage in sorted(stages)) if stages else None,
             tuple(each.float() for each in sums) if kernel_sums else None,
         )
 
     @contextmanager
-    def _summed_kernels(self, wanted: bool) -> Iterator[list[Tensor]]:
+    def _summed_kernels(self, wanted: Stages) -> Iterator[list[Tensor]]:
         """While it lasts, the kernels that each stage's last involution makes are summed over their taps."""
         sums: list[Tensor] = []
         handles = []
-        for stage in range(len(BLOCKS[self.net.config.depth]) if wanted else 0):
+        for stage in sorted(wanted):
             last = BLOCKS[self.net.config.depth][stage] - 1
             generator = self.net.backbone.get_submodule(f"layer{stage + 1}.{last}.conv2.conv2")
 

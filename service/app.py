@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -23,7 +23,7 @@ from service.decoder import Decoder
 from service.journey import Journey
 from service.keys import Keys
 from service.metrics import Metrics
-from service.routes import health, v1, v2
+from service.routes import explain, health, page, v1, v2
 from service.routes.context import Context, context, require_key
 from service.schemas import ModelBody
 from service.settings import Settings
@@ -78,20 +78,18 @@ def create_app(
     app.state.context = Context(Journey(settings, client, decoder, metrics), client, metrics, model, keys)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.router, dependencies=guard)
+    app.include_router(explain.router, dependencies=guard)
     app.include_router(v2.router, dependencies=guard)
     app.include_router(health.router)
     app.include_router(health.scraped, dependencies=guard if settings.metrics_access == "key" else [])
-    app.add_api_route("/", _home, include_in_schema=False)
+    if settings.page == "on":
+        app.include_router(page.router)  # open: it holds nothing, and asks with the key that its user types
     app.add_exception_handler(errors.ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Surroundings, metrics=metrics)
     metrics.watch(client)
     return app
-
-
-async def _home() -> Response:
-    return RedirectResponse("/docs")
 
 
 def _error_response(scope: Scope, error: errors.ServiceError) -> Response:

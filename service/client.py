@@ -10,7 +10,7 @@ from service.admission import Admission
 from service.cost import CostTable
 from service.engine import Engine
 from service.errors import Draining, Internal, NotReady, ServiceError
-from service.types import Inference, Pixels, State
+from service.types import Inference, Pixels, State, Wish
 
 STARTING_RETRY_S = 2.0
 LAST_BATCH_S = 1.0  # how long closing waits for the batch that is running, whose callers have been told already
@@ -65,7 +65,7 @@ class LocalClient:
         self._refuse_unless_ready()
         return self._admission.admit(deadline)
 
-    async def infer(self, pixels: Pixels, deadline: float) -> Inference:
+    async def infer(self, pixels: Pixels, deadline: float, wish: Wish | None = None) -> Inference:
         if self._closed:
             raise self._why_closed()
         loop = asyncio.get_running_loop()
@@ -78,7 +78,7 @@ class LocalClient:
 
         engine = min(self._engines, key=lambda engine: engine.backlog_s(self._loads[engine] + 1))
         self._loads[engine] += 1
-        job_id = engine.submit(pixels, deadline, reply)
+        job_id = engine.submit(pixels, deadline, reply, wish)
         try:
             return await future
         except asyncio.CancelledError:

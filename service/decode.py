@@ -4,12 +4,15 @@ What a file claims of itself is checked from its header; pixels are decoded only
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from model.preprocess import Preprocess
 from service.errors import MalformedRequest, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from service.overlay import draw_overlay
 from service.types import Floats, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
@@ -26,7 +29,20 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels:
-    """An encoded photo as the network's uint8 pixels [3, crop, crop].
+    """An encoded photo as the network's uint8 pixels [3, crop, crop]; raises what `opened` does."""
+    with opened(data, max_pixels) as image:
+        return preprocess.pixels(image)
+
+
+def draw_image(data: bytes, grid: Floats, preprocess: Preprocess, max_pixels: int) -> bytes:
+    """An encoded photo with a map over it, as `draw_overlay` makes it; raises what `opened` does."""
+    with opened(data, max_pixels) as image:
+        return draw_overlay(image, grid, preprocess)
+
+
+@contextmanager
+def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An encoded photo, its header read and its pixels not yet; also what is done with it raises no other errors.
 
     Raises:
         UnsupportedMediaType: it is no image, or of a format that is not served.
@@ -42,7 +58,7 @@ def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int) -> Pixels
                 )
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") * count > MOST_SCANNED:
                 raise UnreadableImage("the JPEG file goes over its pixels too many times")
-            return preprocess.pixels(image)
+            yield image
     except ServiceError:
         raise
     except UnidentifiedImageError:

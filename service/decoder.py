@@ -35,12 +35,18 @@ class Decoded(NamedTuple):
     decode_s: float
 
 
+class Drawn(NamedTuple):
+    png: bytes
+    draw_s: float
+
+
 @dataclass(slots=True)
 class _Photo:
-    """One that is being decoded, or waits for it."""
+    """One that is being decoded, or drawn on, or waits for it."""
 
     data: bytes
-    decoded: asyncio.Future[Decoded]
+    grid: Floats | None  # [h, w], to be drawn over it; None: it is to be decoded
+    done: asyncio.Future[tuple[bytearray, float]]  # pixels or PNG, and seconds
     tries: int = 0  # processes that have ended over it, by themselves
 
 
@@ -82,16 +88,27 @@ class Decoder:
         if not isinstance(data, bytes):
             started = time.monotonic()
             return Decoded(await self.threads.run(check_pixels, data, self._preprocess), time.monotonic() - started)
+        content, decode_s = await self._process_photo(data, None)
+        if len(content) != 3 * self._side**2:
+            raise UnreadableImage("the image is damaged: it broke the decoder")
+        return Decoded(np.frombuffer(content, np.uint8).reshape(3, self._side, self._side), decode_s)
+
+    async def draw(self, data: bytes, grid: Floats) -> Drawn:
+        """Draw a map [h, w] over a photo; raises what `draw_image` does."""
+        content, draw_s = await self._process_photo(data, grid)
+        return Drawn(bytes(content), draw_s)
+
+    async def _process_photo(self, data: bytes, grid: Floats | None) -> tuple[bytearray, float]:
         if self._closed:
             raise Draining
-        photo = _Photo(data, asyncio.get_running_loop().create_future())
+        photo = _Photo(data, grid, asyncio.get_running_loop().create_future())
         if self._idle:
             self._idle.pop().begin(photo)
         else:
             self._waiting.append(photo)
             if len(self._processes) < self._count:
                 self._start()
-        return await photo.decoded
+        return await photo.done
 
     def close(self) -> None:
         """End the processes; whoever waits for a photo is told that the server is stopping."""
@@ -105,7 +122,7 @@ class Decoder:
         """What a process is to decode next; None: it will be given something."""
         while self._waiting:
             photo = self._waiting.popleft()
-            if not photo.decoded.done():
+            if not photo.done.done():
                 return photo
         self._idle.append(process)
         return None
@@ -123,9 +140,6 @@ class Decoder:
             self._fail_waiting(Internal())
         elif self._waiting:
             self._start()
-
-    def pixels(self, content: bytearray) -> Pixels:
-        return np.frombuffer(content, np.uint8).reshape(3, self._side, self._side)
 
     def _fail_waiting(self, error: ServiceError) -> None:
         while self._waiting:
@@ -174,7 +188,9 @@ class _Process(asyncio.Protocol):
     def begin(self, photo: _Photo) -> None:
         assert self._transport is not None, "this is a bug: it has not shown any sign of life"
         self._photo = photo
-        self._transport.writelines((REQUEST.pack(len(photo.data)), photo.data))
+        height, width = (0, 0) if photo.grid is None else photo.grid.shape
+        grid = b"" if photo.grid is None else photo.grid.astype(np.float32).tobytes()
+        self._transport.writelines((REQUEST.pack(len(photo.data), height, width), photo.data, grid))
         self._timer = asyncio.get_running_loop().call_later(LONGEST_S, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
@@ -217,13 +233,13 @@ class _Process(asyncio.Protocol):
 
     def _settle(self, photo: _Photo, failed: bool, took_s: float, content: bytearray) -> None:
         self._done()
-        if photo.decoded.done():  # the caller has left
+        if photo.done.done():  # the caller has left
             return
         if failed:
             error = json.loads(content)
-            photo.decoded.set_exception(ERRORS[error["code"]](error["message"]))
+            photo.done.set_exception(ERRORS[error["code"]](error["message"]))
         else:
-            photo.decoded.set_result(Decoded(self._decoder.pixels(content), took_s))
+            photo.done.set_result((content, took_s))
 
     def _too_slow(self) -> None:
         log.error("a decoder was ended: one image took longer than %.0f s", LONGEST_S)
@@ -237,5 +253,5 @@ class _Process(asyncio.Protocol):
 
 
 def _fail(photo: _Photo, error: ServiceError) -> None:
-    if not photo.decoded.done():
-        photo.decoded.set_exception(error)
+    if not photo.done.done():
+        photo.done.set_exception(error)

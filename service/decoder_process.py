@@ -1,4 +1,4 @@
-"""What runs in each of the decoder's processes: photos in, pixels out, until the connection ends.
+"""What runs in each of the decoder's processes: photos in, pixels or pictures out, until the connection ends.
 
 python -m service.decoder_process OPTIONS    # JSON; the connection is standard input
 
@@ -17,8 +17,12 @@ import types
 from collections.abc import Iterator
 from contextlib import suppress
 
-REQUEST = struct.Struct("<I")  # length of the photo that follows
-ANSWER = struct.Struct("<BdI")  # whether it is an error, seconds, length of the pixels or the error that follow
+import numpy as np
+from numpy.typing import NDArray
+
+# Length of the photo that follows; height and width of the float32 map behind it, to be drawn over it; 0: none.
+REQUEST = struct.Struct("<III")
+ANSWER = struct.Struct("<BdI")  # whether it is an error, seconds, length of the pixels, PNG or error that follow
 
 
 def without_pytorch() -> None:
@@ -30,28 +34,34 @@ def without_pytorch() -> None:
     sys.modules["model"] = package
 
 
-def _photos(connection: socket.socket) -> Iterator[bytes]:
+def _requests(connection: socket.socket) -> Iterator[tuple[bytes, NDArray[np.float32] | None]]:
+    """Photos, each with the map to draw over it, or None: it is to be decoded."""
     with connection.makefile("rb") as stream:
         while len(head := stream.read(REQUEST.size)) == REQUEST.size:
-            yield stream.read(REQUEST.unpack(head)[0])
+            length, height, width = REQUEST.unpack(head)
+            photo, grid = stream.read(length), stream.read(4 * height * width)
+            yield photo, np.frombuffer(grid, np.float32).reshape(height, width) if grid else None
 
 
 def main() -> None:
     without_pytorch()
     from model.preprocess import Preprocess
-    from service.decode import decode_image
+    from service.decode import decode_image, draw_image
     from service.errors import ServiceError
 
     options = json.loads(sys.argv[1])
-    preprocess = Preprocess(**options["preprocess"])
+    preprocess, max_pixels = Preprocess(**options["preprocess"]), options["max_pixels"]
     connection = socket.socket(fileno=0)
     connection.sendall(ANSWER.pack(False, 0.0, 0))  # it is up
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damaged files is no news, and no log line
-    for photo in _photos(connection):
+    for photo, grid in _requests(connection):
         started = time.monotonic()
         failed = False
         try:
-            content = decode_image(photo, preprocess, options["max_pixels"]).tobytes()
+            if grid is None:
+                content = decode_image(photo, preprocess, max_pixels).tobytes()
+            else:
+                content = draw_image(photo, grid, preprocess, max_pixels)
         except ServiceError as error:
             failed, content = True, json.dumps({"code": error.code, "message": error.message}).encode()
         connection.sendall(ANSWER.pack(failed, time.monotonic() - started, len(content)) + content)

@@ -17,7 +17,18 @@ import numpy as np
 from service.batcher import Batcher
 from service.cost import CostTable
 from service.errors import DeadlineExceeded, Draining, Internal, ServiceError
-from service.types import DeviceLost, EngineEvents, Inference, Job, ModelRunner, Pixels, RunnerOutput, Running, State
+from service.types import (
+    DeviceLost,
+    EngineEvents,
+    Inference,
+    Job,
+    ModelRunner,
+    Pixels,
+    RunnerOutput,
+    Running,
+    State,
+    Wish,
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +102,15 @@ class Engine:
         self._send(None)
         self._thread.join(timeout_s)
 
-    def submit(self, pixels: Pixels, deadline: float, reply: Callable[[Inference | ServiceError], None]) -> int:
+    def submit(
+        self,
+        pixels: Pixels,
+        deadline: float,
+        reply: Callable[[Inference | ServiceError], None],
+        wish: Wish | None = None,
+    ) -> int:
         """Queue an image; `reply` is called exactly once, unless it is cancelled. Returns the id to cancel it by."""
-        job = Job(next(self._ids), pixels, time.monotonic(), deadline, reply)
+        job = Job(next(self._ids), pixels, time.monotonic(), deadline, reply, wish)
         if not self._send(job):
             reply(self._why_closed())
         return job.id
@@ -193,7 +210,8 @@ class Engine:
         """Give a batch to the device; None if that is over already."""
         launched = time.monotonic()
         try:
-            running = runner.launch([job.pixels for job in batch])
+            wishes = {index: job.wish for index, job in enumerate(batch) if job.wish}
+            running = runner.launch([job.pixels for job in batch], wishes)
             over = running.done()
         except DeviceLost:
             raise
@@ -224,8 +242,8 @@ class Engine:
         inference_s = landed - began
         queue_s = [began - job.enqueued for job in jobs]
         for index, job in enumerate(jobs):
-            logits, features = output.logits[index], output.features[index]
-            self._answer(job, Inference(logits, features, queue_s[index], inference_s, len(jobs)))
+            logits, features, grid = output.logits[index], output.features[index], output.grids.get(index)
+            self._answer(job, Inference(logits, features, queue_s[index], inference_s, len(jobs), grid))
         ratio = min(LARGEST_SLOWDOWN, inference_s / max(self.costs.batch_s(len(jobs)), 1e-6))
         self.slowdown += (ratio - self.slowdown) * SMOOTHING
         starved_s = max(0.0, began - max(self._landed, min(job.enqueued for job in jobs)))

@@ -9,12 +9,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from service import log
-from service.decoder import Decoded, Decoder
+from service.decoder import Decoded, Decoder, Drawn
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.intake import Intake
 from service.metrics import Metrics
 from service.settings import Settings
-from service.types import EngineClient, Floats, Inference
+from service.types import EngineClient, Floats, Inference, Wish
 from service.uploads import Upload
 
 Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images it may hold, to its images
@@ -30,6 +30,7 @@ class Answer:
 
     outcome: Inference | ServiceError
     decode_s: float
+    drawn: Drawn | None = None
 
 
 class Journey:
@@ -49,12 +50,16 @@ class Journey:
         self._decoder = decoder
         self._metrics = metrics
 
-    async def answers(self, request: Request, parse: Parse) -> Sequence[Answer]:
+    async def answers(
+        self, request: Request, parse: Parse, wish: Wish | None = None, draw: bool = False
+    ) -> Sequence[Answer]:
         """An answer for every image of the request, in order.
 
         Args:
             request: its body has not been read.
             parse: called in one of the decoder's threads if the body is large.
+            wish: what each answer is to hold besides.
+            draw: that over the photo, as a picture.
 
         Raises:
             ServiceError: there is none for the request as a whole.
@@ -72,7 +77,7 @@ class Journey:
             log.note(images=len(uploads))
             hold(len(uploads))
             async with _WhileConnected(request):
-                answers = await self._answer_all(uploads, ends, deadline)
+                answers = await self._answer_all(uploads, ends, deadline, wish, draw)
         endpoint: str = request.scope["route"].path
         for answer in answers:
             outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
@@ -85,18 +90,25 @@ class Journey:
             return parse(body, self._client.max_images)
         return await self._decoder.threads.run(parse, body, self._client.max_images)
 
-    async def _answer_all(self, uploads: Sequence[Upload], ends: float, deadline: float) -> Sequence[Answer]:
-        answers = (self._answer(upload, ends, deadline) for upload in uploads)
+    async def _answer_all(
+        self, uploads: Sequence[Upload], ends: float, deadline: float, wish: Wish | None, draw: bool
+    ) -> Sequence[Answer]:
+        answers = (self._answer(upload, ends, deadline, wish, draw) for upload in uploads)
         return [await next(answers)] if len(uploads) == 1 else await asyncio.gather(*answers)
 
-    async def _answer(self, upload: Upload, ends: float, deadline: float) -> Answer:
+    async def _answer(self, upload: Upload, ends: float, deadline: float, wish: Wish | None, draw: bool) -> Answer:
         decode_s = 0.0
         try:
             if isinstance(upload, ServiceError):
                 raise upload
             async with asyncio.timeout_at(ends):
                 pixels, decode_s = await self._decode(upload)
-                return Answer(await self._client.infer(pixels, deadline), decode_s)
+                inference = await self._client.infer(pixels, deadline, wish)
+                if draw and isinstance(upload, bytes) and inference.grid is not None:
+                    drawn = await self._decoder.draw(upload, inference.grid)
+                    self._metrics.stage("draw", drawn.draw_s)
+                    return Answer(inference, decode_s, drawn)
+                return Answer(inference, decode_s)
         except TimeoutError:
             return Answer(DeadlineExceeded("no answer before the deadline"), decode_s)
         except ServiceError as error:

@@ -20,7 +20,7 @@ from service.types import EngineClient, State
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-Stage = Literal["decode", "queue", "inference", "respond"]
+Stage = Literal["decode", "queue", "inference", "draw", "respond"]
 
 
 class Metrics:

@@ -1,16 +1,21 @@
 """The device. The only module on a request's way that knows torch."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from model.explain import class_activation
+from model.form import Output
 from model.prepare import Prepared
 from service.cost import CostTable, measure
 from service.transfer import Direct, Overlapped, named_errors
-from service.types import Pixels, Running
+from service.types import ClassActivation, KernelSums, Pixels, Running, Wish
 
+LAST_STAGE = (3,)
+NO_WISHES: Mapping[int, Wish] = {}
 MEASURED_S = 0.1  # runs of one batch size go on for so long; a batch that takes longer by itself runs once
 
 
@@ -44,11 +49,32 @@ class PreparedRunner:
         batch_s(1)  # what is slow only once
         return measure(batch_s, self._largest, self._auto, self._least)
 
-    def launch(self, pixels: Sequence[Pixels]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish] = NO_WISHES) -> Running:
         if any(image.dtype == np.float32 for image in pixels):  # a batch has one type
             pixels = [self._normalised(image) for image in pixels]
         with named_errors():
-            return self._transfer.download(self._prepared(self._transfer.upload(pixels)))
+            maps = LAST_STAGE if any(isinstance(wish, ClassActivation) for wish in wishes.values()) else ()
+            summed = sorted({wish.stage for wish in wishes.values() if isinstance(wish, KernelSums)})
+            output = self._prepared(self._transfer.upload(pixels), stages=maps, kernel_sums=summed)
+            sums = dict(zip(summed, output.kernel_sums or (), strict=True))
+            grids = {index: self._grid(output, sums, index, wish) for index, wish in wishes.items()}
+            return self._transfer.download(output, grids)
+
+    def _grid(self, output: Output, sums: Mapping[int, Tensor], index: int, wish: Wish) -> Tensor:
+        """What an image of the batch wished for, [h, w], on the device.
+
+        Args:
+            sums: of kernels, by stage.
+        """
+        match wish:
+            case ClassActivation(class_index):
+                assert output.stages is not None
+                best = output.logits[index].argmax(keepdim=True)  # with a dimension: without one, the host would wait
+                chosen = best if class_index is None else [class_index]
+                return class_activation(output.stages[0][index], self._prepared.head[chosen][0])
+            case KernelSums(stage, group):
+                every = sums[stage][index]  # [G, h, w]
+                return every.mean(dim=0) if group is None else every[group].clone()
 
     def _normalised(self, image: Pixels) -> Pixels:
         normalise = self._prepared.preprocess.normalise

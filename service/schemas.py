@@ -44,6 +44,25 @@ class FeaturesBody(BaseModel):
     features: list[list[float] | ErrorBody] = Field(description="one entry per image, in order")
 
 
+class ExplainedClass(ClassScore):
+    logit: float = Field(description="the mean of the grid, plus a constant of the class: the head's bias")
+
+
+class Explanation(BaseModel):
+    explained: ExplainedClass | None = Field(None, alias="class", description="what `class` layers explain")
+    grid: list[list[float]] = Field(
+        description="rows of values, top to bottom, over the middle of the upright photo: the square whose side is "
+        "`crop / resize` of the photo's short side, as `/v1/model` says (`preprocess`)"
+    )
+
+
+class ExplainBody(BaseModel):
+    model: str
+    layer: str
+    group: int | None = Field(description="of the kernels; null: the mean of all groups")
+    explanations: list[Explanation | ErrorBody] = Field(description="one entry per image, in order")
+
+
 class LabelBody(BaseModel):
     index: int
     id: str = Field(description="short name; for networks trained on folders, the folder's")

@@ -41,6 +41,7 @@ class Settings(BaseModel):
         None, description="file of API keys, one a line, of which requests must carry one; default: anyone may ask"
     )
     metrics_access: Literal["open", "key"] = Field("open", description="whether /metrics, too, wants an API key")
+    page: Literal["on", "off"] = Field("on", description="whether there is a page for people at /")
     request_timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none")
     drain_timeout_s: float = Field(
         30.0, ge=0, le=3600, description="after SIGTERM, how long accepted requests may still take"

@@ -1,6 +1,6 @@
 """Pixels to the device and answers back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.form import Output
-from service.types import DeviceLost, Pixels, RunnerOutput, Running
+from service.types import DeviceLost, Floats, Pixels, RunnerOutput, Running
 
 
 @contextmanager
@@ -42,8 +42,8 @@ class Direct:
     def upload(self, pixels: Sequence[Pixels]) -> Tensor:
         return torch.from_numpy(np.stack(pixels))
 
-    def download(self, output: Output) -> Running:
-        return Finished(RunnerOutput(output.logits.numpy(), output.features.numpy()))
+    def download(self, output: Output, grids: Mapping[int, Tensor]) -> Running:
+        return Finished(RunnerOutput(output.logits.numpy(), output.features.numpy(), _arrays(grids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class InFlight:
 
     logits: Tensor
     features: Tensor
+    grids: Mapping[int, Tensor]
     arrived: torch.cuda.Event
 
     def done(self) -> bool:
@@ -61,7 +62,7 @@ class InFlight:
     def wait(self) -> RunnerOutput:
         with named_errors():
             self.arrived.synchronize()
-        return RunnerOutput(self.logits.numpy(), self.features.numpy())
+        return RunnerOutput(self.logits.numpy(), self.features.numpy(), _arrays(self.grids))
 
 
 class Overlapped:
@@ -85,8 +86,13 @@ class Overlapped:
         uploaded.record_stream(computing)  # its memory is not to be used again before the computation has read it
         return uploaded
 
-    def download(self, output: Output) -> Running:
+    def download(self, output: Output, grids: Mapping[int, Tensor]) -> Running:
         logits, features = (each.to("cpu", non_blocking=True) for each in (output.logits, output.features))
+        grids = {index: grid.to("cpu", non_blocking=True) for index, grid in grids.items()}
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self._device))
-        return InFlight(logits, features, arrived)
+        return InFlight(logits, features, grids, arrived)
+
+
+def _arrays(grids: Mapping[int, Tensor]) -> dict[int, Floats]:
+    return {index: grid.numpy() for index, grid in grids.items()}

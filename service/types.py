@@ -1,6 +1,6 @@
 """The values that travel through the server, and the seams along the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,11 +16,28 @@ Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8] | Floats  # [3, H, W], RGB; float32: normalised already
 
 
+class ClassActivation(NamedTuple):
+    """Asks what each position adds to the logit of a class."""
+
+    class_index: int | None = None  # None: of the class that is predicted
+
+
+class KernelSums(NamedTuple):
+    """Asks for the sum of each position's kernel, of the last involution of a stage."""
+
+    stage: int  # counted from 0
+    group: int | None = None  # of channels that share a kernel; None: the mean of all groups
+
+
+Wish = ClassActivation | KernelSums  # what an image's answer is to hold besides: a map, out of the same pass
+
+
 class RunnerOutput(NamedTuple):
     """One forward pass over B images."""
 
     logits: Floats  # [B, num_classes]
     features: Floats  # [B, feature_channels]
+    grids: Mapping[int, Floats] = {}  # [h, w] each, by position in the batch: of those who wished for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +49,7 @@ class Inference:
     queue_s: float
     inference_s: float
     batch_size: int
+    grid: Floats | None = None  # [h, w], what was wished for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +61,7 @@ class Job:
     enqueued: float
     deadline: float
     reply: Callable[[Inference | ServiceError], None]  # called exactly once, from the engine's thread; must not raise
+    wish: Wish | None = None
 
 
 class State(StrEnum):
@@ -74,8 +93,12 @@ class ModelRunner(Protocol):
     def warm_up(self) -> CostTable:
         """Do everything that makes a first call slower than later ones, and measure what batches cost."""
 
-    def launch(self, pixels: Sequence[Pixels]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
         """Begin one forward pass over images of one size, behind those that were launched before.
+
+        Args:
+            pixels: of each image.
+            wishes: by position in the batch, of those who have one. A batch without costs nothing more.
 
         Raises:
             MemoryError: there is no memory for so many.
@@ -129,12 +152,13 @@ class EngineClient(Protocol):
                 at all.
         """
 
-    async def infer(self, pixels: Pixels, deadline: float) -> Inference:
+    async def infer(self, pixels: Pixels, deadline: float, wish: Wish | None = None) -> Inference:
         """The answer for one image. Cancelling it takes the image out of the queue.
 
         Args:
             pixels: the image.
             deadline: by `time.monotonic()`; no device time is spent on the image after it.
+            wish: what the answer is to hold besides.
 
         Raises:
             DeadlineExceeded, Draining, Internal: there is no answer.

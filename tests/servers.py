@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from service.metrics import DeviceEvents, Metrics
 from service.schemas import LabelBody, ModelBody
 from service.settings import Settings
 from service.transfer import Finished
-from service.types import ModelRunner, Pixels, RunnerOutput, Running
+from service.types import ModelRunner, Pixels, RunnerOutput, Running, Wish
 
 REDNET = Path(sys.executable).with_name("rednet")
 PATIENCE_S = 60.0
@@ -107,14 +107,15 @@ class FakeRunner:
         assert self.warm.wait(PATIENCE_S)
         return CostTable({1: 0.01, 8: 0.08}, self.max_batch_size)
 
-    def launch(self, pixels: Sequence[Pixels]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
         self.running.set()
         assert self.go_on.wait(PATIENCE_S)
         self.batches.append(len(pixels))
         if self.fail_on(pixels):
             raise RuntimeError("a failure that the test asked for")
         means = np.stack([image.mean(axis=(1, 2), dtype=np.float32) for image in pixels])
-        return Finished(RunnerOutput(means, means[:, :2]))
+        grid = np.arange(4, dtype=np.float32).reshape(2, 2)
+        return Finished(RunnerOutput(means, means[:, :2], dict.fromkeys(wishes, grid)))
 
 
 class ServerThread:

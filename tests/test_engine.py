@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +12,7 @@ from service.batcher import Batcher
 from service.engine import Engine
 from service.errors import DeadlineExceeded, Draining, Internal, ServiceError
 from service.transfer import Finished
-from service.types import Inference, Pixels, RunnerOutput, Running, State
+from service.types import Inference, Pixels, RunnerOutput, Running, State, Wish
 from tests.servers import FakeRunner, wait_until
 
 FAR = 1e9
@@ -109,7 +109,7 @@ def test_answers_that_cannot_be_right_are_errors(output: str) -> None:
     """A runner that returns too few rows, or NaNs, never has them passed on as answers."""
 
     class Wrong(FakeRunner):
-        def launch(self, pixels: Sequence[Pixels]) -> Running:
+        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
             logits = np.full((len(pixels), 3), np.nan if output == "not finite" else 0.0, np.float32)
             return Finished(RunnerOutput(logits[output == "too few" :], logits))
 

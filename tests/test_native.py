@@ -77,7 +77,7 @@ def test_every_depth_and_build_is_the_definition(name: str) -> None:
     pixels = photos(3, 96, 160)
     logits, features = exact(net, pixels)
     for engine in engines(net, (2,)):
-        output = engine(pixels, False, False)
+        output = engine(pixels)
         assert relative_error(output.logits, logits) < TOLERANCE, engine.backend
         assert relative_error(output.features, features) < TOLERANCE, engine.backend
 
@@ -90,7 +90,7 @@ def test_every_size_is_the_definition(size: tuple[int, int]) -> None:
     pixels = photos(3, *size)
     logits, features = exact(net, pixels)
     for engine in engines(net, (1, 2, 5)):
-        output = engine(pixels, False, False)
+        output = engine(pixels)
         assert relative_error(output.logits, logits) < TOLERANCE, engine.backend
         assert relative_error(output.features, features) < TOLERANCE, engine.backend
 
@@ -116,7 +116,7 @@ def test_every_configuration_is_the_definition(fields: dict[str, Any]) -> None:
     pixels = photos(3, 50, 70)
     logits, _ = exact(net, pixels)
     for engine in engines(net, (1, 2)):
-        assert relative_error(engine(pixels, False, False).logits, logits) < TOLERANCE, engine.backend
+        assert relative_error(engine(pixels).logits, logits) < TOLERANCE, engine.backend
 
 
 @needs_native
@@ -126,11 +126,11 @@ def test_no_bit_depends_on_neighbours_or_threads() -> None:
     pixels = photos(9, 144, 160)  # late stages take three images at a time
     for build in builds():
         alone = NativeForm(net, Preprocess(), threads=1, build=build)
-        expected = [alone(photo.unsqueeze(0), True, True) for photo in pixels]
+        expected = [alone(photo.unsqueeze(0), range(4), range(4)) for photo in pixels]
         for threads in (1, 2, 3, 5, 64):
             engine = NativeForm(net, Preprocess(), threads=threads, build=build)
             for batch in range(1, 10):
-                output = engine(pixels[:batch], True, True)
+                output = engine(pixels[:batch], range(4), range(4))
                 for name, ours in output._asdict().items():
                     known = [getattr(each, name) for each in expected[:batch]]
                     if name in ("stages", "kernel_sums"):
@@ -212,10 +212,10 @@ def test_threads_of_python_may_share_an_engine() -> None:
 
     form = NativeForm(network(), Preprocess(), threads=2)
     batches = [photos(batch, side, 48) for batch in (1, 2, 3) for side in (32, 48, 64)]  # three sizes: memory is shared
-    expected = [form(pixels, False, False).logits for pixels in batches]
+    expected = [form(pixels).logits for pixels in batches]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            results = pool.map(lambda pixels: form(pixels, False, False).logits, batches)
+            results = pool.map(lambda pixels: form(pixels).logits, batches)
             assert all(torch.equal(ours, known) for ours, known in zip(results, expected, strict=True))
 
 
@@ -227,11 +227,11 @@ from model.preprocess import Preprocess
 form = NativeForm(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
 pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 x, kernel = torch.randn(2, 16, 8, 8), torch.randn(2, 1, 9, 8, 8)
-form(pixels, False, False)
+form(pixels)
 expected = involution(x, kernel)
 if os.fork() == 0:
     try:
-        form(pixels, False, False)
+        form(pixels)
     except ValueError as error:
         same = torch.equal(involution(x, kernel), expected)
         os._exit(0 if "do not outlive a fork" in str(error) and same else 1)
@@ -283,7 +283,7 @@ form = NativeForm(create_rednet("rednet26", base_channels=16, stem_channels=32).
 pixels = torch.zeros(16, 3, 224, 224, dtype=torch.uint8)
 def work():
     while True:
-        form(pixels, False, False)
+        form(pixels)
 threading.Thread(target=work, daemon=True).start()
 time.sleep(0.5)
 """

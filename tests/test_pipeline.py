@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from service.cost import CostTable
 from service.errors import Internal
-from service.types import DeviceLost, Inference, Pixels, RunnerOutput, Running, State
+from service.types import DeviceLost, Inference, Pixels, RunnerOutput, Running, State, Wish
 from tests.servers import PATIENCE_S, FakeRunner, wait_until
 from tests.test_engine import running
 
@@ -44,8 +44,8 @@ class Device(FakeRunner):
     def warm_up(self) -> CostTable:
         return CostTable({1: self.batch_s, 8: self.batch_s}, self.max_batch_size)
 
-    def launch(self, pixels: Sequence[Pixels]) -> Running:
-        output = super().launch(pixels).wait()
+    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+        output = super().launch(pixels, wishes).wait()
         ticket = Ticket(output, MemoryError() if len(pixels) > self.room else None)
         self.tickets.append(ticket)
         if not self.held:
@@ -121,7 +121,7 @@ def test_a_device_that_is_lost_ends_the_engine() -> None:
             raise AssertionError
 
     class Lost(Device):
-        def launch(self, pixels: Sequence[Pixels]) -> Running:
+        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
             return LostTicket()
 
     with running(Lost()) as caller:
@@ -158,8 +158,8 @@ def test_a_failing_image_fails_alone(bad: int) -> None:
     """Also where it shows only when the device has run."""
 
     class Poisoned(Device):
-        def launch(self, pixels: Sequence[Pixels]) -> Running:
-            ticket = super().launch(pixels)
+        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+            ticket = super().launch(pixels, wishes)
             assert isinstance(ticket, Ticket)
             if any(image[0, 0, 0] == 66 for image in pixels):
                 ticket.error = RuntimeError("a failure that the test asked for")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model import RedNet, SelfCheckError, create_rednet, load_checkpoint, prepare
-from model.form import Form, Output
+from model.form import Form, Output, Stages
 from model.native import unavailable
 from model.prepare import DTYPES, Prepared, first_sound, plain_answer
 from model.preprocess import Preprocess
@@ -63,7 +63,7 @@ def test_maps_come_out_of_the_same_pass(net: RedNet, native: bool) -> None:
     run = prepare(net)
     if not native:
         form = TorchForm(net, Preprocess(), torch.device("cpu"), torch.float32)
-        run = Prepared(form, Preprocess(), torch.device("cpu"), "fp32", 0.0)
+        run = Prepared(form, Preprocess(), net.head.fc.weight, torch.device("cpu"), "fp32", 0.0)
     pixels = photos(3, 70, 50)
     kernels: list[Tensor] = []
     for stage in range(4):
@@ -132,7 +132,7 @@ class Deviating:
     def __init__(self, form: Form) -> None:
         self._form = form
 
-    def __call__(self, pixels: Tensor, stages: bool, kernel_sums: bool) -> Output:
+    def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
         output = self._form(pixels, stages, kernel_sums)
         return Output(output.logits, output.features * 1.01)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import Preprocess, load_checkpoint, prepare
-from model.form import Output
+from model.form import Output, Stages
 from model.prepare import Prepared
 from service.runner import PreparedRunner
 from tests.test_prepare import CUDA, photos
@@ -24,7 +24,7 @@ def test_batches_launched_behind_one_another_get_their_own_answers(tiny_path: Pa
     batches = [photos(size, 64, 64) + size for size in (1, 5, 8, 3, 8, 2)]
     launched = [runner.launch(list(batch.numpy())) for batch in batches]
     for batch, running in reversed(list(zip(batches, launched, strict=True))):
-        logits, features = running.wait()
+        logits, features, _ = running.wait()
         assert running.done()
         expected = prepared(batch)
         np.testing.assert_allclose(logits, expected.logits.cpu().numpy(), rtol=1e-4, atol=1e-4)
@@ -37,9 +37,9 @@ def test_a_device_without_memory_says_so_in_one_way() -> None:
     class Full:
         backend = "full"
 
-        def __call__(self, pixels: torch.Tensor, stages: bool, kernel_sums: bool) -> Output:
+        def __call__(self, pixels: torch.Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
             raise torch.OutOfMemoryError
 
-    runner = PreparedRunner(Prepared(Full(), SQUARE, torch.device("cpu"), "fp32", 0.0), largest=8)
+    runner = PreparedRunner(Prepared(Full(), SQUARE, torch.empty(0), torch.device("cpu"), "fp32", 0.0), largest=8)
     with pytest.raises(MemoryError, match="more memory"):
         runner.launch([np.zeros((3, 64, 64), np.uint8)] * 3)

@@ -1,7 +1,7 @@
 """This project's server around the null model; around the network it is `rednet serve` itself."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.rivals.shared import LARGEST_BATCH, MAX_PIXELS, checkpoint, null_network, options
 from model import prepare
@@ -16,14 +16,14 @@ from service.main import Server, describe, uvicorn_config
 from service.metrics import DeviceEvents, Metrics
 from service.settings import Settings
 from service.transfer import Finished
-from service.types import Pixels, RunnerOutput, Running
+from service.types import Pixels, RunnerOutput, Running, Wish
 
 
 class NullRunner:
     def warm_up(self) -> CostTable:
         return CostTable({1: 1e-5, LARGEST_BATCH: 8e-5}, LARGEST_BATCH)
 
-    def launch(self, pixels: Sequence[Pixels]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
         logits = null_network(pixels)
         return Finished(RunnerOutput(logits, logits))
 

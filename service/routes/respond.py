@@ -33,6 +33,8 @@ def respond(
         "queue": max(inference.queue_s for inference in inferences),
         "inference": max(inference.inference_s for inference in inferences),
     }
+    if drawn := [answer.drawn.draw_s for answer in answers if answer.drawn]:
+        times["draw"] = max(drawn)
     batch = max(inference.batch_size for inference in inferences)
     log.note_ms(**times)
     log.note(batch_size=batch)

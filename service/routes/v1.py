@@ -45,7 +45,7 @@ async def predict(
         else error_body(answer.outcome)
         for answer in answers
     ]
-    return _json(server, {"predictions": predictions}, answers, started)
+    return json_response(server, {"predictions": predictions}, answers, started)
 
 
 @router.post(
@@ -75,7 +75,7 @@ async def features(
         return respond(content.getvalue(), NPY, answers, server.metrics, started)
     vectors = [error_body(row) if isinstance(row, ServiceError) else row for row in rows]
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
-    return _json(server, {"dimension": dimension, "features": vectors}, answers, started)
+    return json_response(server, {"dimension": dimension, "features": vectors}, answers, started)
 
 
 @router.get("/model")
@@ -92,8 +92,12 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
 
 
 async def _answers(request: Request, server: Context) -> Sequence[Answer]:
-    """The answers for a request's images; raises the first error where not one image has an answer."""
-    answers = await server.journey.answers(request, partial(parse_uploads, request.headers.get("content-type", "")))
+    parse = partial(parse_uploads, request.headers.get("content-type", ""))
+    return answered(await server.journey.answers(request, parse))
+
+
+def answered(answers: Sequence[Answer]) -> Sequence[Answer]:
+    """The same answers; raises the first error where not one image has an answer."""
     errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
     if len(errors) == len(answers):
         raise errors[0]
@@ -107,6 +111,7 @@ def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
     return vector / max(float(np.linalg.norm(vector)), 1e-12) if normalize else vector
 
 
-def _json(server: Context, content: dict[str, Any], answers: Sequence[Answer], started: float) -> Response:
+def json_response(server: Context, content: dict[str, Any], answers: Sequence[Answer], started: float) -> Response:
+    """The response around JSON that may hold arrays; arguments as for `respond`."""
     body = orjson.dumps({"model": server.model.name, **content}, option=orjson.OPT_SERIALIZE_NUMPY)
     return respond(body, "application/json", answers, server.metrics, started)

@@ -1,0 +1,107 @@
+"""What an explanation costs beside a plain prediction: in the network, and over HTTP as JSON and as a picture.
+
+python -m benchmarks.explain PHOTOS [--checkpoint F]
+"""
+
+import argparse
+import statistics
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.measure import report
+from benchmarks.server import post_when_ready, serving
+from model import Prepared, load_checkpoint, prepare
+from service.runner import PreparedRunner
+from service.types import ClassActivation, KernelSums, Wish
+
+ROUNDS = 40
+WISHES: Mapping[str, Wish | None] = {
+    "predict": None,
+    "class": ClassActivation(),
+    **{f"stage{stage + 1}": KernelSums(stage) for stage in range(4)},
+}
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each run: by turns, so that a slow moment of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(ROUNDS + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if turn:  # the first one loads things
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def rows(what: str, times: Mapping[str, list[float]]) -> list[dict[str, object]]:
+    """A row each: its median, and the median of its ratio to the plain prediction of the same turn."""
+    plain = times["predict"]
+    return [
+        {
+            "what": what,
+            "answer": name,
+            "ms": 1000 * statistics.median(own),
+            "of predict": statistics.median(a / b for a, b in zip(own, plain, strict=True)),
+        }
+        for name, own in times.items()
+    ]
+
+
+def network(prepared: Prepared, batch: int) -> list[dict[str, object]]:
+    """Batches of which every image has the same wish."""
+    runner = PreparedRunner(prepared, largest=batch)
+    side = prepared.preprocess.crop
+    images = list(np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8))
+
+    def run(wish: Wish | None) -> Callable[[], object]:
+        wishes = dict.fromkeys(range(batch), wish) if wish else {}
+        return lambda: runner.launch(images, wishes).wait()
+
+    return rows(f"network, batch {batch}", in_turns({name: run(wish) for name, wish in WISHES.items()}))
+
+
+def http(base: str, photos: list[bytes]) -> list[dict[str, object]]:
+    """One photo after another, from one caller."""
+    post_when_ready(f"{base}/v1/predict", photos[0])
+
+    def run(path: str, accept: str) -> Callable[[], object]:
+        turn = iter(range(1_000_000))
+
+        def ask() -> bytes:
+            photo = photos[next(turn) % len(photos)]
+            headers = {"Content-Type": "application/octet-stream", "Accept": accept}
+            with urllib.request.urlopen(urllib.request.Request(f"{base}/v1/{path}", photo, headers)) as answer:
+                content: bytes = answer.read()
+                return content
+
+        return ask
+
+    runs = {"predict": run("predict", "*/*")}
+    for layer in ("class", "stage3"):
+        runs[f"{layer}, JSON"] = run(f"explain?layer={layer}", "application/json")
+        runs[f"{layer}, picture"] = run(f"explain?layer={layer}", "image/png")
+    return rows("HTTP", in_turns(runs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path, help="a folder of JPEG files")
+    parser.add_argument("--checkpoint", type=Path)
+    options = parser.parse_args()
+    checkpoint = load_checkpoint(options.checkpoint)
+    prepared = prepare(checkpoint.net, checkpoint.preprocess)
+    table = network(prepared, 1) + network(prepared, 8)
+    photos = [path.read_bytes() for path in sorted(options.photos.glob("*.JP*G"))]
+    with serving(*(["--checkpoint", options.checkpoint] if options.checkpoint else [])) as base:
+        table += http(base, photos)
+    report("explain", f"{checkpoint.name} on {prepared.backend}, {torch.get_num_threads()} threads", table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Heat-maps out of the pass that predicts: what they are, and how they are asked for."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model import Preprocess, RedNet, load_checkpoint, prepare
+from model.form import Form, Output, Stages
+from model.prepare import Prepared
+from model.torch_form import TorchForm
+from service.runner import PreparedRunner
+from service.schemas import ExplainBody
+from service.types import ClassActivation, KernelSums, Pixels, Running, Wish
+from tests.asking import CUT, TEXT, assert_error, occupy, predict, sample
+from tests.conftest import encoded, photo
+from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
+from tests.shared import needs_native
+from tests.test_prepare import photos
+
+EXPLAIN = "/v1/explain"
+JSON = {"Accept": "application/json"}
+SQUARE = Preprocess(resize=72, crop=64)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def net(tiny_path: Path) -> RedNet:
+    return load_checkpoint(tiny_path).net
+
+
+class Recording:
+    """A form that remembers which maps it was asked for."""
+
+    backend = "recording"
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self.asked: list[tuple[list[int], list[int]]] = []
+
+    def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
+        self.asked.append((list(stages), list(kernel_sums)))
+        return self._form(pixels, stages, kernel_sums)
+
+
+@pytest.fixture(params=[pytest.param("native", marks=needs_native), "torch"])
+def form(request: pytest.FixtureRequest, net: RedNet) -> Recording:
+    if request.param == "native":
+        return Recording(prepare(net, SQUARE, "cpu").form)
+    return Recording(TorchForm(net, SQUARE, CPU, torch.float32))
+
+
+@pytest.fixture
+def runner(form: Recording, net: RedNet) -> PreparedRunner:
+    return PreparedRunner(Prepared(form, SQUARE, net.head.fc.weight.detach(), CPU, "fp32", 0.0), largest=8)
+
+
+def kernels_of(net: RedNet, pixels: Tensor) -> list[Tensor]:
+    """The summed kernels of each stage's last involution, [B, G, h, w], by the plain network."""
+    sums: list[Tensor] = []
+    handles = []
+    for stage in range(1, 5):
+        generator = net.backbone.get_submodule(f"layer{stage}")[-1].conv2.conv2  # type: ignore[index]
+        add = lambda _, __, out: sums.append(out.unflatten(1, (-1, 49)).sum(dim=2))  # noqa: E731
+        handles.append(generator.register_forward_hook(add))
+    with torch.inference_mode():
+        net(SQUARE.normalise(pixels))
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
+def test_everyone_in_a_batch_gets_what_they_wished_for(runner: PreparedRunner, net: RedNet) -> None:
+    """Maps of a class and of kernels in one batch with images that wish for none, each its own."""
+    pixels = photos(5, 64, 64)
+    wishes: dict[int, Wish] = {0: ClassActivation(3), 2: KernelSums(1), 3: KernelSums(2, group=3), 4: ClassActivation()}
+    output = runner.launch(list(pixels.numpy()), wishes).wait()
+    assert output.grids.keys() == wishes.keys()
+    with torch.inference_mode():
+        last = net.stages(SQUARE.normalise(pixels))[-1]
+        sums = kernels_of(net, pixels)
+        by_class = torch.einsum("bchw,kc->bkhw", last, net.head.fc.weight)
+    predicted = int(output.logits[4].argmax())
+    expected = {0: by_class[0, 3], 2: sums[1][2].mean(dim=0), 3: sums[2][3, 3], 4: by_class[4, predicted]}
+    for index, grid in expected.items():
+        np.testing.assert_allclose(output.grids[index], grid, rtol=1e-3, atol=1e-4)
+
+
+def test_the_mean_of_a_class_map_is_its_logit(runner: PreparedRunner, net: RedNet) -> None:
+    """Less the bias; for every class, predicted or not."""
+    images = list(photos(5, 64, 64).numpy())
+    output = runner.launch(images, {index: ClassActivation(index) for index in range(5)}).wait()
+    bias = net.head.fc.bias.detach().numpy()
+    for index, grid in output.grids.items():
+        assert grid.mean() + bias[index] == pytest.approx(output.logits[index, index], rel=1e-5, abs=1e-5)
+
+
+def test_only_the_maps_that_are_needed_are_made(runner: PreparedRunner, form: Recording) -> None:
+    """None for a batch of plain images; the last stage's for a class; one stage's kernels for kernels."""
+    images = list(photos(2, 64, 64).numpy())
+    wishes: list[Mapping[int, Wish]] = [{}, {0: ClassActivation()}, {1: KernelSums(2)}]
+    for each in (*wishes, {0: KernelSums(3), 1: KernelSums(0)}):
+        runner.launch(images, each).wait()
+    assert form.asked == [([], []), ([3], []), ([], [2]), ([], [0, 3])]
+
+
+def test_some_stages_are_given_in_their_order(form: Recording) -> None:
+    """Those that were asked for, however they were."""
+    pixels = photos(2, 64, 64)
+    every, some = form(pixels, range(4), range(4)), form(pixels, {3, 1}, [2])
+    assert every.stages is not None
+    assert every.kernel_sums is not None
+    assert some.stages is not None
+    assert some.kernel_sums is not None
+    for ours, whole in zip((*some.stages, *some.kernel_sums), (*every.stages[1::2], every.kernel_sums[2]), strict=True):
+        torch.testing.assert_close(ours, whole)
+
+
+def explained(server: ServerProcess, data: bytes, **parameters: object) -> dict[str, Any]:
+    """The answer for one photo, as JSON that fits its description."""
+    response = server.client.post(EXPLAIN, content=data, params=parameters, headers=JSON)  # type: ignore[arg-type]
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/json"
+    ExplainBody.model_validate(response.json())
+    answer: dict[str, Any] = response.json()["explanations"][0]
+    return answer
+
+
+def test_a_class_is_explained_by_index_or_id(server: ServerProcess, net: RedNet) -> None:
+    """Over HTTP: the predicted class unless one is named; its logit is the grid's mean plus the bias."""
+    data = encoded(photo())
+    likeliest = predict(server.client, data).json()["predictions"][0]["classes"][0]
+    best, by_index, by_id = (explained(server, data, **chosen) for chosen in ({}, {"class": 3}, {"class": "n3"}))
+    assert best["class"]["label"] == likeliest["label"]
+    assert best["class"]["probability"] == pytest.approx(likeliest["probability"], rel=1e-4)
+    assert by_index == by_id
+    assert (by_id["class"]["index"], by_id["class"]["label"]) == (3, "thing 3")
+    for each in (best, by_id):
+        assert np.shape(each["grid"]) == (2, 2)
+        bias = net.head.fc.bias[each["class"]["index"]].item()
+        assert np.mean(each["grid"]) + bias == pytest.approx(each["class"]["logit"], rel=1e-4, abs=1e-6)
+
+
+def test_kernels_are_shown_by_stage_and_group(server: ServerProcess) -> None:
+    """Of four stages, at four resolutions; the mean of the groups is what comes without one."""
+    data = encoded(photo())
+    for stage, side in ((1, 16), (2, 8), (3, 4), (4, 2)):
+        assert np.shape(explained(server, data, layer=f"stage{stage}")["grid"]) == (side, side)
+    groups = [explained(server, data, layer="stage2", group=group)["grid"] for group in range(2)]
+    mean = explained(server, data, layer="stage2")
+    np.testing.assert_allclose(mean["grid"], np.mean(groups, axis=0), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(*groups)
+    assert "class" not in mean
+
+
+def test_a_picture_comes_unless_json_is_asked_for(server: ServerProcess) -> None:
+    """As large as the photo, by each of the three ways to send it, with the time that drawing took."""
+    data = encoded(photo(width=90, height=70))
+    answers = [
+        server.client.post(EXPLAIN, content=data),
+        server.client.post(EXPLAIN, files={"any": ("photo.png", data)}, headers={"Accept": "image/png"}),
+        server.client.post(EXPLAIN, json={"images": [base64.b64encode(data).decode()]}),
+    ]
+    for answer in answers:
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+        assert Image.open(io.BytesIO(answer.content)).size == (90, 70)
+        assert "draw;dur=" in answer.headers["server-timing"]
+    kernels = server.client.post(EXPLAIN, content=data, params={"layer": "stage1"})
+    assert kernels.content != answers[0].content
+
+
+def test_several_images_are_explained_as_json(server: ServerProcess) -> None:
+    """Each its own, with the error of one that cannot be read in its place; a picture has place for one."""
+    data = encoded(photo())
+    files = [("f", ("a.png", data)), ("f", ("b.png", TEXT)), ("f", ("c.png", encoded(photo(1))))]
+    answer = server.client.post(EXPLAIN, files=files, headers=JSON).json()
+    first, second, third = answer["explanations"]
+    np.testing.assert_allclose(first["grid"], explained(server, data)["grid"], rtol=1e-4)
+    assert second["error"]["code"] == "unsupported_media_type"
+    assert third["grid"] != first["grid"]
+    refused = server.client.post(EXPLAIN, files=files)
+    assert_error(refused, 400, "malformed_request")
+    assert "application/json" in refused.text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"layer": "stage5"}, "'stage4'"),
+        ({"layer": "stem"}, "'class'"),
+        ({"class": "5"}, "from 0 to 4 or one of the ids n0, n1"),
+        ({"class": "-1"}, "from 0 to 4"),
+        ({"class": "thing 3"}, "n0, n1"),
+        ({"class": "٣"}, "from 0 to 4"),
+        ({"class": "1", "layer": "stage1"}, "only layer class"),
+        ({"group": "0"}, "only layers stage1"),
+        ({"group": "1", "layer": "stage1"}, "groups 0 to 0"),
+        ({"group": "-1", "layer": "stage2"}, "greater than or equal to 0"),
+        ({"group": "x", "layer": "stage2"}, "integer"),
+    ],
+)
+def test_what_is_not_there_is_refused(server: ServerProcess, parameters: dict[str, str], says: str) -> None:
+    """400, with what there is instead."""
+    response = server.client.post(EXPLAIN, content=encoded(photo()), params=parameters)
+    assert_error(response, 400, "malformed_request")
+    assert says in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("headers", [{}, JSON])
+def test_bad_images_are_the_same_errors_as_everywhere(server: ServerProcess, headers: dict[str, str]) -> None:
+    """Whether a picture or JSON was asked for."""
+    for data, status, code in (
+        (b"", 400, "malformed_request"),
+        (TEXT, 415, "unsupported_media_type"),
+        (CUT, 422, "unreadable_image"),
+    ):
+        assert_error(server.client.post(EXPLAIN, content=data, headers=headers), status, code)
+
+
+def test_the_document_describes_every_answer(server: ServerProcess) -> None:
+    """Both forms, every error, and what the parameters may be."""
+    described = server.client.get("/openapi.json").json()["paths"][EXPLAIN]["post"]
+    assert described["responses"]["200"]["content"].keys() == {"application/json", "image/png"}
+    assert {"400", "401", "413", "415", "422", "429", "500", "503", "504"} < described["responses"].keys()
+    parameters = {each["name"]: each for each in described["parameters"]}
+    assert parameters.keys() == {"layer", "class", "group", "accept"}
+    assert parameters["layer"]["schema"]["enum"] == ["class", "stage1", "stage2", "stage3", "stage4"]
+    assert "multipart/form-data" in described["requestBody"]["content"]
+
+
+def test_explained_images_share_batches_with_others() -> None:
+    """What arrives while the device is busy runs together, and only who asked carries a map away."""
+
+    class Noting(FakeRunner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wishes: list[Mapping[int, Wish]] = []
+
+        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+            self.wishes.append(wishes)
+            return super().launch(pixels, wishes)
+
+    runner = Noting()
+    with ServerThread(runner) as running, ThreadPoolExecutor(3) as pool:
+        held = occupy(running, runner, pool)
+        data = encoded(photo())
+        plain = pool.submit(predict, running.client, data)
+        asked = pool.submit(running.client.post, EXPLAIN, content=data, headers=JSON)
+        decoded = {"series": "rednet_stage_duration_seconds_count", "stage": "decode"}
+        wait_until(lambda: sample(running.client, **decoded) == 3, "both")
+        runner.go_on.set()
+        assert [each.result().status_code for each in (held, plain, asked)] == [200] * 3
+        assert runner.batches == [1, 2]
+        assert list(runner.wishes[0]) == []
+        assert list(runner.wishes[1].values()) == [ClassActivation(None)]
+        assert asked.result().json()["explanations"][0]["grid"] == [[0, 1], [2, 3]]
