@@ -101,13 +101,15 @@ class Mischief:
 
     def good(self) -> Request:
         files = [self._one(self._photos) for _ in range(self._random.choice((1, 1, 1, 2, 5)))]
-        match self._random.randrange(5):
+        match self._random.randrange(7):
             case 0:
                 return form(files)
             case 1:
                 return as_json(files)
             case 2:
                 return post(files[0], X_Request_Timeout_Ms=self._random.choice((1, 20, 200, 5000)))
+            case 3:
+                return post(files[0], path=self._one(("/v1/features", "/v1/explain", "/v1/explain?layer=stage3")))
             case _:
                 return post(files[0])
 
