@@ -19,6 +19,7 @@ from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 # Length of the photo that follows; height and width of the float32 map behind it, to be drawn over it; 0: none.
 REQUEST = struct.Struct("<III")
@@ -51,6 +52,7 @@ def main() -> None:
 
     options = json.loads(sys.argv[1])
     preprocess, max_pixels = Preprocess(**options["preprocess"]), options["max_pixels"]
+    Image.init()  # what Pillow else does for the first photo
     connection = socket.socket(fileno=0)
     connection.sendall(ANSWER.pack(False, 0.0, 0))  # it is up
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damaged files is no news, and no log line
