@@ -210,7 +210,7 @@ class Engine:
         """Give a batch to the device; None if that is over already."""
         launched = time.monotonic()
         try:
-            wishes = {index: job.wish for index, job in enumerate(batch) if job.wish}
+            wishes = {index: job.wish for index, job in enumerate(batch) if job.wish is not None}
             running = runner.launch([job.pixels for job in batch], wishes)
             over = running.done()
         except DeviceLost:
@@ -231,7 +231,7 @@ class Engine:
         jobs = flight.jobs
         try:
             output = flight.running.wait()
-            _check(output, len(jobs))
+            _check(output, jobs)
         except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001  (likewise)
@@ -284,8 +284,10 @@ class Engine:
         return Internal() if self.state is State.FAILED else Draining()
 
 
-def _check(output: RunnerOutput, images: int) -> None:
-    if not len(output.logits) == len(output.features) == images:
-        raise RuntimeError(f"this is a bug: {len(output.logits)} answers for {images} images")
+def _check(output: RunnerOutput, jobs: Sequence[Job]) -> None:
+    if not len(output.logits) == len(output.features) == len(jobs):
+        raise RuntimeError(f"this is a bug: {len(output.logits)} answers for {len(jobs)} images")
+    if output.grids.keys() != {index for index, job in enumerate(jobs) if job.wish is not None}:
+        raise RuntimeError("this is a bug: maps for other images than those that wished for one")
     if not np.isfinite(output.logits).all():
         raise RuntimeError("the network's logits are not finite")

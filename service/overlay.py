@@ -31,8 +31,8 @@ _PALETTE = _palette()
 def draw_overlay(image: Image.Image, grid: Floats, preprocess: Preprocess) -> bytes:
     """The upright photo, in grey under its map: a PNG, its longer side at most 1024 pixels.
 
-    Colours run from the lowest value of the grid to its highest. Outside of what the network sees there is no map, and
-    the photo is darker.
+    Colours run from the lowest value of the grid to its highest, a few outermost ones left out. Outside of what the
+    network sees there is no map, and the photo is darker.
 
     Args:
         image: the photo; its pixels are read here, if they have not been.

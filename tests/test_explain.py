@@ -262,3 +262,17 @@ def test_explained_images_share_batches_with_others() -> None:
         assert list(runner.wishes[0]) == []
         assert list(runner.wishes[1].values()) == [ClassActivation(None)]
         assert asked.result().json()["explanations"][0]["grid"] == [[0, 1], [2, 3]]
+
+
+def test_an_answer_without_its_map_is_a_defect() -> None:
+    """500, and neither a picture of nothing nor an answer that the document does not describe."""
+
+    class Forgetful(FakeRunner):
+        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+            return super().launch(pixels, {})
+
+    with ServerThread(Forgetful()) as running:
+        for headers in ({}, JSON):
+            response = running.client.post(EXPLAIN, content=encoded(photo()), headers=headers)
+            assert_error(response, 500, "internal")
+        assert predict(running.client, encoded(photo())).status_code == 200

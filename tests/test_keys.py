@@ -90,6 +90,7 @@ def test_without_a_key_everything_but_health_is_401(running: ServerThread, heade
     assert_error(response, 401, "unauthorized")
     assert response.headers["www-authenticate"] == 'Bearer realm="rednet"'
     assert_error(running.client.post("/v1/features", headers=headers), 401, "unauthorized")
+    assert_error(running.client.post("/v1/explain?layer=none", headers=headers), 401, "unauthorized")
     for path in GUARDED:
         assert running.client.get(path, headers=headers).status_code == 401
     answer = running.client.post("/v2/models/fake/infer", headers=headers)
@@ -132,7 +133,7 @@ def test_the_description_says_what_needs_a_key(running: ServerThread) -> None:
         return {path for path, operations in paths.items() for each in operations.values() if "security" in each}
 
     paths = guarded(running.client)
-    assert {PREDICT, "/v1/features", "/v1/model", "/v2", "/v2/models/{name}/infer"} <= paths
+    assert {PREDICT, "/v1/features", "/v1/explain", "/v1/model", "/v2", "/v2/models/{name}/infer"} <= paths
     assert not paths & {*OPEN, "/metrics"}
     with ServerThread(FakeRunner()) as without:
         assert not guarded(without.client)

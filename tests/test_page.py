@@ -180,6 +180,26 @@ def test_a_photo_is_dropped_or_pasted(page: Page, kind: str) -> None:
 
 
 @needs_chromium
+def test_the_newest_choice_is_shown(page: Page) -> None:
+    """Whoever does not wait for an answer gets the one to what they chose last, with nothing of the others in it."""
+    page.evaluate("""() => {
+        for (const name of ["church", "tench"]) document.querySelector(`[data-photo="${name}.jpg"]`).click();
+    }""")
+    assert_answered(page)
+    assert page.inner_text("#curl").count("@tench.jpg") == 3
+    page.evaluate("""() => {
+        document.querySelector("[data-photo='springer.jpg']").click();
+        document.querySelector("[value=stage1]").click();
+        document.querySelector("#classes li:last-child button").click();
+    }""")
+    expect(page.locator("#curl")).to_contain_text("@springer.jpg")
+    assert_answered(page)
+    assert page.inner_text("#curl").count("@springer.jpg") == 3
+    expect(page.get_by_alt_text("the kernels of stage 1")).to_be_visible()
+    expect(page.locator("#classes button").first).to_have_attribute("aria-pressed", "true")
+
+
+@needs_chromium
 def test_it_is_used_by_keyboard_alone(page: Page) -> None:
     """A photo, another class, another stage, and how much of the maps shows."""
     page.keyboard.press("Tab")  # to the documentation

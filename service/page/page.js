@@ -14,6 +14,7 @@ const STAGES = ["decode", "queue", "inference", "draw"]; // of a request, as Ser
 
 let key = ""; // kept in this variable only
 let photo = null; // a file and its name
+let shown = null; // the photo whose answer is on the page
 let classes = []; // the likeliest ones
 let chosen = 0; // which of them is explained
 const asking = new Map(); // what ends a request that is not wanted any more, by its name
@@ -74,6 +75,7 @@ async function attempt(work, retry) {
 function showError(message) {
   byId("error").textContent = message;
   byId("error").hidden = false;
+  byId("status").textContent = "";
 }
 
 function askForKey(retry) {
@@ -105,7 +107,9 @@ function open(file, name) {
 
 async function showAll() {
   byId("status").textContent = "Asking the server";
-  photo.file = await photo.file;
+  const wanted = photo;
+  wanted.file = await wanted.file;
+  if (wanted !== photo) return; // there is a newer one
   const answers = [send("predict", "v1/predict?top_k=5"), send("class", "v1/explain?layer=class"), send("kernels", explainKernels())];
   const [{ predictions }, classMap, kernelMap] = await Promise.all(answers).catch((error) => {
     if (error instanceof Refusal) byId("answer").hidden = true; // another photo's
@@ -115,6 +119,7 @@ async function showAll() {
   for (const image of document.querySelectorAll(".photo")) show(image, photo.file);
   showClassMap(classMap);
   showKernelMap(kernelMap);
+  shown = wanted;
   byId("answer").hidden = false;
   byId("status").textContent = `${classes[0].label}, ${percent(classes[0].probability)}. The heat-maps are below.`;
 }
@@ -164,12 +169,14 @@ function showClasses() {
 }
 
 function choose(index) {
+  if (photo !== shown) return; // these are the classes of another photo
   chosen = index;
   attempt(async () => showClassMap(await send("class", explainClass())), () => choose(index));
 }
 
 function chooseStage() {
-  if (photo) attempt(async () => showKernelMap(await send("kernels", explainKernels())), chooseStage);
+  if (photo !== shown) open(photo.file, photo.name);
+  else attempt(async () => showKernelMap(await send("kernels", explainKernels())), chooseStage);
 }
 
 // Beside the pictures: times, and the commands that do the same.
@@ -180,6 +187,7 @@ function showAsides() {
     return element("tr", [head, ...[...STAGES, "all"].map((part) => cell(took[part]))]);
   });
   byId("times").replaceChildren(...rows);
+  byId("copy").textContent = "Copy";
   const file = quoted(`@${photo.name}`);
   const start = `curl ${key ? '-H "Authorization: Bearer $KEY" ' : ""}--data-binary ${file} `;
   const at = (path) => quoted(new URL(path, document.baseURI).href);

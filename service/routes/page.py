@@ -1,10 +1,10 @@
 """The page for people: photos in, classes and heat-maps out. It asks the API as anybody would."""
 
 import hashlib
-import mimetypes
 from collections.abc import Iterator
 from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import PurePosixPath
 from typing import Annotated, NamedTuple
 
 from fastapi import APIRouter, Header, Response
@@ -21,6 +21,15 @@ HEADERS = {
 }
 
 
+TYPES = {  # not the system's: it may know others, or none
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".jpg": "image/jpeg",
+}
+
+
 class File(NamedTuple):
     content: bytes
     media_type: str
@@ -34,8 +43,8 @@ def _files(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, File]]:
             yield from _files(entry, f"{prefix}{entry.name}/")
         else:
             content = entry.read_bytes()
-            media_type = mimetypes.guess_type(entry.name)[0] or "application/octet-stream"
-            yield prefix + entry.name, File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:16]}"')
+            etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+            yield prefix + entry.name, File(content, TYPES[PurePosixPath(entry.name).suffix], etag)
 
 
 FILES = dict(_files(resources.files("service") / "page"))
