@@ -147,7 +147,10 @@ class Decoder:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # which would keep one ready for each core
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # where this process has found what it runs
+            "OPENBLAS_NUM_THREADS": "1",  # of which it would keep one ready for each core
+        }
         with theirs, _for_us_alone(signal.SIGINT, signal.SIGTERM):
             running = subprocess.Popen(self._command, stdin=theirs.fileno(), env=environment)  # noqa: S603
         process = _Process(self, running)
