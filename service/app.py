@@ -69,7 +69,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        decoder.start()
+        await decoder.start()
+        client.start()  # only now: it measures what batches cost here
         yield
         await client.close()
         decoder.close()

@@ -2,14 +2,16 @@
 
 import asyncio
 
+import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import MalformedRequest
 
-LONGEST_HEAD = 65_536  # bytes of a request line and its headers
+LONGEST_HEAD = 65_536  # bytes of a request line and its headers, and of whatever else is neither that nor a body
 HEAD_S = 10.0  # for a request's head to arrive, from its first byte, and for the first byte of all
 LINGER_S = 10.0  # for the rest of a body whose request has its answer already, an error most likely
+UNREAD_S = 30.0  # for a caller to go on reading an answer
 
 
 class Connection(HttpToolsProtocol):
@@ -18,43 +20,74 @@ class Connection(HttpToolsProtocol):
     The time for a body is no matter of connections: requests have deadlines.
     """
 
-    _timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
-    _in_head = True
+    _timer: asyncio.TimerHandle | None = None  # closes the connection
+    _unread: asyncio.TimerHandle | None = None  # likewise, while the caller does not read
+    _since_progress = 0  # bytes since the last head or piece of a body
     _in_body = False
+    _closing = False  # as soon as the body that is coming has come
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._close_in(HEAD_S)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > LONGEST_HEAD and not self.transport.is_closing():
+        self._since_progress += len(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+        if self.transport.is_closing():
+            return
+        if self._since_progress > LONGEST_HEAD:
             self.send_400_response(f"the head of the request is larger than {LONGEST_HEAD} bytes")
+        elif not (self._timer or self.timeout_keep_alive_task) and self.cycle and self.cycle.response_complete:
+            self._close_in(self.timeout_keep_alive)  # what has come is no request: an empty line, or the end of a body
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
         self._close_in(HEAD_S)
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._in_body, self._head_bytes = False, True, 0
+        if self.parser.should_upgrade():  # to which `data_received` says no
+            return
+        self._in_body, self._since_progress = True, 0
         self._go_on()
         super().on_headers_complete()
+        self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
+
+    def on_body(self, body: bytes) -> None:
+        self._since_progress = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_body = False
+        self._go_on()
         super().on_message_complete()
+        if self._closing:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._in_body and not self.transport.is_closing():
+        if self._in_body and self.cycle.response_complete and not self.transport.is_closing():
             self._close_in(LINGER_S)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._is_read()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
+        self._is_read()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -65,6 +98,31 @@ class Connection(HttpToolsProtocol):
         self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
         self.transport.close()
 
+    def close_after_body(self) -> None:
+        """Close, but not under a body that is still coming: the system would take back the answer to it."""
+        if self._in_body and not self.transport.is_closing():
+            self._closing = True
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self._close_in(LINGER_S)
+        else:
+            self.transport.close()
+
+    def _decline(self, rest: bytes) -> None:
+        """Go on in HTTP/1.1 where a caller offers another protocol. The parser has taken the head for the last of it.
+
+        Args:
+            rest: what came behind the head.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("CONNECT is not served")
+            return
+        lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+
     def _close_in(self, seconds: float) -> None:
         self._go_on()
         self._timer = self.loop.call_later(seconds, self.transport.close)
@@ -73,3 +131,20 @@ class Connection(HttpToolsProtocol):
         if self._timer:
             self._timer.cancel()
             self._timer = None
+
+    def _is_read(self) -> None:
+        if self._unread:
+            self._unread.cancel()
+            self._unread = None
+
+
+class _Lingering:
+    """A connection's transport as one request sees it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        self._connection.close_after_body()

@@ -1,6 +1,7 @@
 """Photos to pixels in processes of their own: on all cores at once, and out of harm's way."""
 
 import asyncio
+import contextvars
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from service.types import Floats, Pixels
 log = logging.getLogger(__name__)
 
 LONGEST_S = 10.0  # for one photo; what takes longer is made to
+START_S = 10.0  # for the processes to start
 ERRORS = {error.code: error for error in (PayloadTooLarge, UnreadableImage, UnsupportedMediaType)}
 
 
@@ -75,10 +77,11 @@ class Decoder:
         self._closed = False
         self.threads = Threads(count, "bytes")
 
-    def start(self) -> None:
-        """Start all processes, so that the first photos do not wait for it. From the event loop."""
+    async def start(self) -> None:
+        """Start all processes, so that the first photos do not wait for it, and nothing that is timed is disturbed."""
         while len(self._processes) < self._count:
             self._start()
+        await asyncio.wait([process.known for process in self._processes], timeout=START_S)
 
     async def decode(self, data: bytes | Floats) -> Decoded:
         """Decode a photo, or check normalised pixels; raises what `decode_image` and `check_pixels` do.
@@ -108,7 +111,10 @@ class Decoder:
             self._waiting.append(photo)
             if len(self._processes) < self._count:
                 self._start()
-        return await photo.done
+        try:
+            return await photo.done
+        finally:
+            photo.data = b""  # where its caller has left it may wait on; its bytes do not count any more
 
     def close(self) -> None:
         """End the processes; whoever waits for a photo is told that the server is stopping."""
@@ -129,17 +135,20 @@ class Decoder:
 
     def again(self, photo: _Photo) -> None:
         """Decode a photo before all others."""
-        self._waiting.appendleft(photo)
+        if self._idle:
+            self._idle.pop().begin(photo)
+        else:
+            self._waiting.appendleft(photo)
 
     def lost(self, process: "_Process") -> None:
         """A process has ended."""
         self._processes.discard(process)
         if process in self._idle:
             self._idle.remove(process)
-        if not process.was_up:  # it would not go better for the next one
-            self._fail_waiting(Internal())
-        elif self._waiting:
+        if self._waiting and process.was_up:
             self._start()
+        elif not self._processes:  # it would not go better for the next one
+            self._fail_waiting(Internal())
 
     def _fail_waiting(self, error: ServiceError) -> None:
         while self._waiting:
@@ -156,7 +165,9 @@ class Decoder:
         process = _Process(self, running)
         self._processes.add(process)
         loop = asyncio.get_running_loop()
-        process.connecting = loop.create_task(loop.create_unix_connection(lambda: process, sock=ours))
+        connecting = loop.create_unix_connection(lambda: process, sock=ours)
+        # In a context of its own: what the process's log lines say is nothing of the request that happened to start it.
+        process.connecting = loop.create_task(connecting, context=contextvars.Context())
 
 
 @contextmanager
@@ -184,6 +195,7 @@ class _Process(asyncio.Protocol):
         self._received = bytearray()
         self._ended = False
         self.was_up = False
+        self.known: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # whether it is up
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
@@ -194,7 +206,7 @@ class _Process(asyncio.Protocol):
         height, width = (0, 0) if photo.grid is None else photo.grid.shape
         grid = b"" if photo.grid is None else photo.grid.astype(np.float32).tobytes()
         self._transport.writelines((REQUEST.pack(len(photo.data), height, width), photo.data, grid))
-        self._timer = asyncio.get_running_loop().call_later(LONGEST_S, self._too_slow)
+        self._timer = asyncio.get_running_loop().call_later(LONGEST_S, self._too_slow, context=contextvars.Context())
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -207,7 +219,9 @@ class _Process(asyncio.Protocol):
         self._received.clear()
         if self._photo:
             self._settle(self._photo, failed, took_s, content)
-        self.was_up = True  # the first answer is to nobody, but a sign of life
+        if not self.was_up:  # the first answer is to nobody, but a sign of life
+            self.was_up = True
+            self.known.set_result(None)
         if photo := self._decoder.next_photo(self):
             self.begin(photo)
 
@@ -225,6 +239,8 @@ class _Process(asyncio.Protocol):
     def end(self, error: ServiceError) -> None:
         """End the process, and tell whoever waits for it why."""
         self._ended = True
+        if not self.known.done():
+            self.known.set_result(None)
         self._process.kill()
         self._process.wait()
         if self._photo:

@@ -9,20 +9,21 @@ error's code, never anything that the server would execute.
 import importlib.util
 import json
 import os
+import resource
 import socket
 import struct
 import sys
 import time
 import types
-from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 # Length of the photo that follows; height and width of the float32 map behind it, to be drawn over it; 0: none.
 REQUEST = struct.Struct("<III")
+MOST_MEMORY = 1_500_000_000  # bytes; a photo of 50 million pixels takes up to 800 million
 ANSWER = struct.Struct("<BdI")  # whether it is an error, seconds, length of the pixels, PNG or error that follow
 
 
@@ -35,13 +36,12 @@ def without_pytorch() -> None:
     sys.modules["model"] = package
 
 
-def _requests(connection: socket.socket) -> Iterator[tuple[bytes, NDArray[np.float32] | None]]:
-    """Photos, each with the map to draw over it, or None: it is to be decoded."""
-    with connection.makefile("rb") as stream:
-        while len(head := stream.read(REQUEST.size)) == REQUEST.size:
-            length, height, width = REQUEST.unpack(head)
-            photo, grid = stream.read(length), stream.read(4 * height * width)
-            yield photo, np.frombuffer(grid, np.float32).reshape(height, width) if grid else None
+def _spare_the_others() -> None:
+    """When memory ends, it is this process that the system should take it from, and not the server."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
 
 
 def main() -> None:
@@ -52,21 +52,28 @@ def main() -> None:
 
     options = json.loads(sys.argv[1])
     preprocess, max_pixels = Preprocess(**options["preprocess"]), options["max_pixels"]
-    Image.init()  # what Pillow else does for the first photo
-    connection = socket.socket(fileno=0)
-    connection.sendall(ANSWER.pack(False, 0.0, 0))  # it is up
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damaged files is no news, and no log line
-    for photo, grid in _requests(connection):
+
+    def answer(photo: bytes, grid: bytes, shape: tuple[int, int]) -> bytes:
         started = time.monotonic()
         failed = False
         try:
-            if grid is None:
-                content = decode_image(photo, preprocess, max_pixels).tobytes()
+            if grid:
+                content = draw_image(photo, np.frombuffer(grid, np.float32).reshape(shape), preprocess, max_pixels)
             else:
-                content = draw_image(photo, grid, preprocess, max_pixels)
+                content = decode_image(photo, preprocess, max_pixels).tobytes()
         except ServiceError as error:
             failed, content = True, json.dumps({"code": error.code, "message": error.message}).encode()
-        connection.sendall(ANSWER.pack(failed, time.monotonic() - started, len(content)) + content)
+        return ANSWER.pack(failed, time.monotonic() - started, len(content)) + content
+
+    Image.init()  # what Pillow else does for the first photo
+    _spare_the_others()
+    connection = socket.socket(fileno=0)
+    connection.sendall(ANSWER.pack(False, 0.0, 0))  # it is up
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damaged files is no news, and no log line
+    with connection.makefile("rb") as stream:
+        while len(head := stream.read(REQUEST.size)) == REQUEST.size:
+            length, height, width = REQUEST.unpack(head)
+            connection.sendall(answer(stream.read(length), stream.read(4 * height * width), (height, width)))
 
 
 if __name__ == "__main__":

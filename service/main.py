@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from types import FrameType
 
@@ -110,7 +111,6 @@ def serve(settings: Settings) -> int:
     decoder = Decoder(checkpoint.preprocess, settings.max_pixels, usable_cores())
     del checkpoint  # the plain network's weights are not needed any more
     app = create_app(settings, client, decoder, metrics, model, keys)
-    client.start()
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
     server.run()
@@ -138,7 +138,8 @@ def _allow_connections() -> None:
     if sys.platform != "win32":
         now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = CONNECTIONS if most == resource.RLIM_INFINITY else min(most, CONNECTIONS)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+        with suppress(ValueError):  # the system may have a limit of its own, which is lower
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
 
 
 def _engine(prepared: Prepared, settings: Settings, metrics: Metrics) -> Engine:
@@ -176,6 +177,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         http=Connection,
+        ws="none",
         timeout_keep_alive=KEEP_ALIVE_S,
         log_config=None,
         access_log=False,

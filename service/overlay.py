@@ -44,7 +44,7 @@ def draw_overlay(image: Image.Image, grid: Floats, preprocess: Preprocess) -> by
     """
     scale = LONGEST / max(image.size)
     if scale < 1:  # a JPEG is decoded at no more than twice the size that is needed
-        image.draft(None, (int(image.width * scale), int(image.height * scale)))
+        image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
     photo = upright_rgb(image)
     photo.thumbnail((LONGEST, LONGEST))
     grey = np.asarray(photo.convert("L"), np.float32)[..., None]  # [H, W, 1]

@@ -21,6 +21,7 @@ from service.uploads import Upload, decode_base64, first_error, too_many
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary data
 OUTPUTS = ("logits", "probabilities", "features")
 MOST_LISTS = 1_000_000  # and objects in the JSON of a request; millions of them would hold up the server for seconds
+MOST_NAMES = 1_000  # and other strings but images; likewise
 LENGTH_BYTES = 4  # of the number before each element of a BYTES tensor, which says how long it is
 
 
@@ -54,6 +55,8 @@ def parse_infer(header_length: str | None, body: bytes, max_images: int) -> Infe
     json_bytes = _json_bytes(header_length, len(body))
     if body.count(b"[", 0, json_bytes) + body.count(b"{", 0, json_bytes) > MOST_LISTS:
         raise MalformedRequest("the request's JSON has more lists than images need")
+    if body.count(b'"', 0, json_bytes) > 2 * (max_images + MOST_NAMES):
+        raise MalformedRequest("the request's JSON has more strings than images need")
     try:
         wanted = InferBody.model_validate(orjson.loads(memoryview(body)[:json_bytes]))
     except ValidationError as error:

@@ -52,6 +52,7 @@ class Threads:
     def _work(self) -> None:
         while call := self._queue.get():
             call()
+            del call  # with what it was called with, which may be large, while there is nothing to do
 
 
 def _unless_cancelled(future: "asyncio.Future[Result]", settle: Callable[[], None]) -> None:

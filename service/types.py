@@ -119,6 +119,9 @@ class EngineEvents(Protocol):
 class EngineClient(Protocol):
     """The engine, or several, as the routes see it, wherever it runs."""
 
+    def start(self) -> None:
+        """Load and warm up; until that has ended, requests are refused."""
+
     @property
     def state(self) -> State: ...
 

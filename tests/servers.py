@@ -152,7 +152,6 @@ class ServerThread:
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self) -> "ServerThread":
-        self.engine_client.start()
         self._thread.start()
         wait_until(lambda: self._server.started, "the port")
         port = self._server.servers[0].sockets[0].getsockname()[1]

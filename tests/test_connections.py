@@ -21,6 +21,8 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
     """A server that waits half a second instead of ten."""
     monkeypatch.setattr(connections, "HEAD_S", LIMIT_S)
     monkeypatch.setattr(connections, "LINGER_S", LIMIT_S)
+    monkeypatch.setattr(connections, "UNREAD_S", LIMIT_S)
+    monkeypatch.setattr("service.main.KEEP_ALIVE_S", 2 * LIMIT_S)
     with ServerThread(FakeRunner(), max_body_mb=0.1) as server:
         yield server
 
@@ -62,6 +64,65 @@ def test_an_endless_head_is_an_error(running: ServerThread) -> None:
         head, _, body = rest(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert json.loads(body)["error"]["code"] == "malformed_request"
+
+
+@pytest.mark.parametrize("trailers", [b"X-Many: x\r\n" * 10_000, b"X-Long: " + b"x" * 100_000])
+def test_endless_trailers_are_an_error(running: ServerThread, trailers: bytes) -> None:
+    """What may follow a body in chunks is no body, and is bounded as a head is."""
+    request = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    with connected(running, request) as connection:
+        time.sleep(LIMIT_S / 5)
+        connection.sendall(trailers)
+        assert b"HTTP/1.1 400 " in rest(connection)
+
+
+def test_an_empty_line_does_not_keep_a_connection(running: ServerThread) -> None:
+    """It is no request, and the time for the next one goes on."""
+    with connected(running, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"\r\n")
+        assert rest(connection) == b""
+
+
+def test_who_does_not_read_is_cut_off(running: ServerThread) -> None:
+    """Answers that nobody takes do not pile up for ever."""
+    with connected(running, b"") as connection:
+        connection.settimeout(10 * LIMIT_S)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000_000)
+    assert predict(running.client, encoded(photo())).status_code == 200
+
+
+@pytest.mark.parametrize("offered", ["h2c", "websocket"])
+def test_an_offer_of_another_protocol_is_declined(running: ServerThread, offered: str) -> None:
+    """The request is answered as if there had been none, body and all: some clients make it with every first one."""
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": offered, "HTTP2-Settings": "AAMAAABk"}
+    for _ in range(2):
+        assert predict(running.client, encoded(photo()), **headers).status_code == 200
+    with connected(running, b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
+        assert rest(connection).startswith(b"HTTP/1.1 400 ")
+
+
+def test_an_answer_is_not_lost_under_a_body(running: ServerThread) -> None:
+    """Where the connection ends with an early answer, the rest of the body is still taken in."""
+    request = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9000000\r\n\r\n"
+    with connected(running, request + bytes(2_000_000)) as connection:
+        connection.sendall(bytes(7_000_000))
+        assert rest(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def test_the_second_of_two_requests_has_all_of_its_time(running: ServerThread) -> None:
+    """Sent right behind the first, its body may take longer than what is left of a refused one."""
+    body = encoded(photo())
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connected(running, (head.encode() + body) + head.encode() + body[:100]) as connection:
+        time.sleep(3 * LIMIT_S)
+        connection.sendall(body[100:])
+        received = b""
+        while received.count(b"HTTP/1.1 200 ") < 2:
+            chunk = connection.recv(65536)
+            assert chunk, received
+            received += chunk
 
 
 def test_what_is_no_http_is_an_error(running: ServerThread) -> None:

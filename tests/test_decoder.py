@@ -147,6 +147,17 @@ def test_processes_that_do_not_start_are_an_internal_error(monkeypatch: pytest.M
     using(use)
 
 
+def test_one_that_does_not_start_harms_nobody_while_others_work() -> None:
+    """Their photos wait for those that do."""
+
+    async def use(decoder: Decoder) -> None:
+        await decoder.decode(PHOTO)
+        decoder._command[0] = "/bin/false"
+        assert len(await asyncio.gather(*(decoder.decode(PHOTO) for _ in range(5)))) == 5
+
+    using(use, count=2)
+
+
 def test_when_it_is_closed_everyone_is_told() -> None:
     """Whose photo is being decoded, who waits, and who comes later."""
 

@@ -37,7 +37,6 @@ def serve_null(port: int, workers: int) -> int:
     described = describe(checkpoint(), [prepare(checkpoint().net, checkpoint().preprocess)])
     decoder = Decoder(checkpoint().preprocess, MAX_PIXELS, workers)
     app = create_app(settings, client, decoder, metrics, described)
-    client.start()
     server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
     server.run()
     return server.exit_code
