@@ -1,6 +1,8 @@
 """Connections that hold nobody up: uvicorn's, with the limits that it leaves to a proxy."""
 
 import asyncio
+import socket
+import struct
 
 import httptools
 import orjson
@@ -79,7 +81,7 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+        self._unread = self.loop.call_later(UNREAD_S, self._cut_off)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -123,6 +125,12 @@ class Connection(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
+    def _cut_off(self) -> None:
+        """Close at once: the system, too, drops what it still holds for the caller."""
+        connection = self.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
     def _close_in(self, seconds: float) -> None:
         self._go_on()
         self._timer = self.loop.call_later(seconds, self.transport.close)
@@ -143,8 +151,11 @@ class _Lingering:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.write = connection.transport.write
         self.is_closing = connection.transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if not self.is_closing():  # of several requests at once, uvicorn tells only the last one of the end
+            self._connection.transport.write(data)
 
     def close(self) -> None:
         self._connection.close_after_body()
