@@ -1,5 +1,7 @@
 """The int8 arithmetic of a RedNet in plain torch, and scales for it: what the engine in C must give, code for code."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ def observed(net: RedNet, pixels: Tensor) -> dict[str, float]:
     return largest
 
 
-def _forward(net: RedNet, x: Tensor, see) -> None:  # type: ignore[no-untyped-def]
+def _forward(net: RedNet, x: Tensor, see: Callable[[str, Tensor], None]) -> None:
     def layer(name: str, module: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
         reduced = module.conv1.conv(module.avgpool(x)).relu()
         kernel = module.conv2.conv(reduced)
