@@ -1,6 +1,5 @@
 """The inference form in int8: bytes on the CPU, for machines that multiply them in one instruction (AVX-512 VNNI)."""
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -11,6 +10,7 @@ from model.native import int8_unavailable
 from model.native_form import NativeForm, stored_by_column
 from model.preprocess import Preprocess
 from model.rednet import Bottleneck, RedNet
+from model.scales import check
 
 UNSIGNED, SIGNED, LARGEST_WEIGHT = 255, 127, 127  # the largest codes
 
@@ -24,7 +24,7 @@ class Int8Form(NativeForm):
     Args:
         net: a RedNet for RGB.
         preprocess: how pixels are normalised.
-        scales: for each activation that `activations` names the real value of its largest code.
+        scales: of its activations, as `model.scales` makes them.
         threads: cores to use; None: as many as torch does.
 
     Raises:
@@ -36,43 +36,18 @@ class Int8Form(NativeForm):
     ) -> None:
         if reason := int8_unavailable():
             raise ValueError(reason)
-        check_scales(net, scales)
+        check(net, scales)
         self._scales = dict(scales)
         super().__init__(net, preprocess, threads, "int8")
 
     def _arrays(self, net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
-        return (array.float() for array in _arrays(folded(net).cpu(), preprocess, _steps(net, self._scales)))
+        return (array.float() for array in _arrays(folded(net).cpu(), preprocess, steps_of(self._scales)))
 
 
-def activations(net: RedNet) -> dict[str, int]:
-    """The activations that are stored in 8 bits, by the name of the module that makes them, and their largest codes."""
-    largest = {"backbone.stem.0": UNSIGNED, **_of_involution("backbone.stem.1"), "backbone.stem.4": UNSIGNED}
-    for name, block in net.named_modules():
-        if isinstance(block, Bottleneck):
-            largest |= {f"{name}.conv1": UNSIGNED, **_of_involution(f"{name}.conv2"), name: UNSIGNED}
-            if block.downsample is not None:
-                largest[f"{name}.downsample"] = SIGNED
-    return largest
-
-
-def _of_involution(name: str) -> dict[str, int]:
-    return {f"{name}.conv1": UNSIGNED, f"{name}.conv2": SIGNED, name: UNSIGNED}
-
-
-def check_scales(net: RedNet, scales: Mapping[str, float]) -> None:
-    """Raises ValueError unless there is one positive, finite scale for each activation of the network."""
-    known = activations(net)
-    if wrong := sorted(known.keys() ^ scales.keys()):
-        kind = "lacks" if wrong[0] in known else "has, and the network has not,"
-        raise ValueError(f"the calibration is not this network's: it {kind} {wrong[0]!r} ({len(wrong)} names differ)")
-    for name, scale in scales.items():
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"the scale of {name!r} must be positive and finite, got {scale}")
-
-
-def _steps(net: RedNet, scales: Mapping[str, float]) -> dict[str, float]:
+def steps_of(scales: Mapping[str, float]) -> dict[str, float]:
     """The real value of 1 in each activation."""
-    return {name: scales[name] / largest for name, largest in activations(net).items()}
+    signed = ("conv2.conv2", "stem.1.conv2", "downsample")
+    return {name: scale / (SIGNED if name.endswith(signed) else UNSIGNED) for name, scale in scales.items()}
 
 
 def _arrays(net: RedNet, preprocess: Preprocess, steps: Mapping[str, float]) -> Iterator[Tensor]:

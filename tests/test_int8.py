@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from model.int8_form import Int8Form, activations
+from model.int8_form import Int8Form
 from model.native import int8_unavailable
 from model.native_form import NativeForm
+from model.prepare import prepare
 from model.preprocess import Preprocess
-from tests.int8_reference import Reference, observed
+from model.scales import needed, observe
+from tests.int8_arithmetic import Reference
 from tests.test_native import network, photos
 
 needs_int8 = pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))
@@ -36,7 +38,7 @@ def test_every_code_is_the_references(name: str, size: tuple[int, int], fields: 
     """
     net = network(name, **fields)
     pixels = photos(2, *size)
-    scales = observed(net, pixels)
+    scales = observe(net, Preprocess(), pixels)
     maps, sums, features, logits = Reference(net, scales)(pixels)
     output = Int8Form(net, Preprocess(), scales, threads=2)(pixels, True, True)
     assert output.stages is not None
@@ -57,7 +59,7 @@ def test_no_bit_depends_on_neighbours_or_threads() -> None:
     """A photo's answer is the same alone, in any batch up to nine and on any number of threads."""
     net = network()
     pixels = photos(9, 144, 160)
-    scales = observed(net, pixels)
+    scales = observe(net, Preprocess(), pixels)
     alone = Int8Form(net, Preprocess(), scales, threads=1)
     expected = torch.cat([alone(photo.unsqueeze(0), False, False).logits for photo in pixels])
     for threads in (1, 2, 3):
@@ -71,20 +73,46 @@ def test_it_stays_close_to_float32() -> None:
     """Features point where those of float32 do."""
     net = network()
     pixels = photos(4, 96, 96)
-    ours = Int8Form(net, Preprocess(), observed(net, pixels))(pixels, False, False).features
+    ours = Int8Form(net, Preprocess(), observe(net, Preprocess(), pixels))(pixels, False, False).features
     exact = NativeForm(net, Preprocess())(pixels, False, False).features
     assert torch.cosine_similarity(ours, exact).min() > 0.99
 
 
 @needs_int8
-@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
-def test_scales_that_are_none_are_refused(wrong: float) -> None:
-    """A missing, unknown or impossible scale is named in the error."""
+def test_prepare_takes_scales_or_photos() -> None:
+    """Both are the same network; without them, or with those of another network, there is a clear error."""
     net = network()
-    scales = dict.fromkeys(activations(net), 1.0)
-    with pytest.raises(ValueError, match=r"must be positive and finite"):
-        Int8Form(net, Preprocess(), scales | {"backbone.stem.0": wrong})
-    with pytest.raises(ValueError, match=r"lacks 'backbone.stem.0'"):
-        Int8Form(net, Preprocess(), {key: value for key, value in scales.items() if key != "backbone.stem.0"})
-    with pytest.raises(ValueError, match="the network has not, 'other'"):
-        Int8Form(net, Preprocess(), scales | {"other": 1.0})
+    pixels = photos(4, 64, 64)
+    scales = observe(net, Preprocess(), pixels)
+    from_scales = prepare(net, Preprocess(), "cpu", "int8", scales)
+    from_photos = prepare(net, Preprocess(), "cpu", "int8", pixels)
+    assert from_scales.precision == "int8"
+    assert "int8" in from_scales.backend
+    assert torch.equal(from_scales(pixels).logits, from_photos(pixels).logits)
+    with pytest.raises(ValueError, match="int8 needs a calibration"):
+        prepare(net, Preprocess(), "cpu", "int8")
+    with pytest.raises(ValueError, match=r"backbone.stem.0 is missing"):
+        prepare(net, Preprocess(), "cpu", "int8", {key: scales[key] for key in needed(net)[1:]})
+
+
+@needs_int8
+def test_auto_takes_int8_only_with_scales_and_only_if_it_is_faithful() -> None:
+    """Scales that cut off most of what the network computes fail the self-check, and float32 serves."""
+    net = network()
+    scales = observe(net, Preprocess(), photos(4, 64, 64))
+    assert prepare(net, device="cpu").precision == "fp32"
+    broken = prepare(net, device="cpu", calibration={name: scale / 20 for name, scale in scales.items()})
+    assert broken.precision == "fp32"
+    assert any("int8" in reason and "deviates" in reason for reason in broken.passed_over)
+
+
+def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without VNNI refuses int8 by name, and auto falls back to float32."""
+    net = network()
+    scales = observe(net, Preprocess(), photos(1, 64, 64))
+    monkeypatch.setattr("model.int8_form.int8_unavailable", lambda: "no VNNI here")
+    with pytest.raises(ValueError, match="no VNNI here"):
+        prepare(net, device="cpu", precision="int8", calibration=scales)
+    run = prepare(net, device="cpu", calibration=scales)
+    assert run.precision == "fp32"
+    assert any("no VNNI here" in reason for reason in run.passed_over)

@@ -1,6 +1,4 @@
-"""The int8 arithmetic of a RedNet in plain torch, and scales for it: what the engine in C must give, code for code."""
-
-from collections.abc import Callable
+"""The int8 arithmetic of a RedNet in plain torch: what the engine in C must give, code for code."""
 
 import torch
 import torch.nn.functional as F
@@ -8,53 +6,9 @@ from torch import Tensor, nn
 
 from model import RedNet
 from model.folded import folded, scale_and_shift
-from model.int8_form import activations
+from model.int8_form import steps_of
 from model.involution import involution
 from model.preprocess import Preprocess
-from model.rednet import Bottleneck
-
-
-def observed(net: RedNet, pixels: Tensor) -> dict[str, float]:
-    """The largest value of each activation on some photos."""
-    largest: dict[str, float] = {}
-
-    def see(name: str, value: Tensor) -> None:
-        largest[name] = float(value.abs().max()) or 1.0
-
-    inner = folded(net)
-    with torch.inference_mode():
-        _forward(inner, Preprocess().normalise(pixels), see)
-    return largest
-
-
-def _forward(net: RedNet, x: Tensor, see: Callable[[str, Tensor], None]) -> None:
-    def layer(name: str, module: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
-        reduced = module.conv1.conv(module.avgpool(x)).relu()
-        kernel = module.conv2.conv(reduced)
-        scale, shift = scale_and_shift(bn)
-        out = involution(x, kernel.unflatten(1, (module.groups, -1)), module.stride)
-        out = (out * scale[:, None, None] + shift[:, None, None]).relu()
-        for suffix, value in ((".conv1", reduced), (".conv2", kernel), ("", out)):
-            see(name + suffix, value)
-        return out
-
-    stem = net.backbone.stem
-    x = stem[0].conv(x).relu()
-    see("backbone.stem.0", x)
-    x = layer("backbone.stem.1", stem[1], stem[2], x)
-    x = stem[4].conv(x).relu()
-    see("backbone.stem.4", x)
-    x = F.max_pool2d(x, 3, 2, 1)
-    for name, block in net.named_modules():
-        if isinstance(block, Bottleneck):
-            shortcut = x
-            if block.downsample is not None:
-                shortcut = block.downsample[0](x)
-                see(f"{name}.downsample", shortcut)
-            y = block.conv1(x).relu()
-            see(f"{name}.conv1", y)
-            x = (block.conv3(layer(f"{name}.conv2", block.conv2, block.bn2, y)) + shortcut).relu()
-            see(name, x)
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -71,7 +25,7 @@ class Reference:
 
     def __init__(self, net: RedNet, scales: dict[str, float]) -> None:
         self.net = folded(net)
-        self.steps = {name: scales[name] / top for name, top in activations(net).items()}
+        self.steps = steps_of(scales)
 
     def codes(self, value: Tensor, signed: bool) -> Tensor:
         return torch.round(value).clamp(-128 if signed else 0, 127 if signed else 255)
