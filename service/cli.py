@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(evaluate)
     evaluate.add_argument("--confusion", type=Path, metavar="F.png", help="draw which classes are taken for which")
     evaluate.add_argument(
-        "--precision", default="auto", metavar="P", help="auto, fp32, bf16, fp16 or int8 (default: auto)"
+        "--precision", default="auto", metavar="P", help="auto, fp32, bf16, fp16, int8 (default: auto)"
     )
     _add_device(evaluate)
     _add_json(evaluate)

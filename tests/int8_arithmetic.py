@@ -1,8 +1,10 @@
 """The int8 arithmetic of a RedNet in plain torch: what the engine in C must give, code for code."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import RedNet
 from model.folded import folded, scale_and_shift
@@ -24,14 +26,20 @@ class Reference:
     """Stage maps, kernel sums, features and logits in int8 arithmetic."""
 
     def __init__(self, net: RedNet, scales: dict[str, float]) -> None:
-        self.net = folded(net)
+        self.net: Any = folded(net)
         self.steps = steps_of(scales)
 
     def codes(self, value: Tensor, signed: bool) -> Tensor:
         return torch.round(value).clamp(-128 if signed else 0, 127 if signed else 255)
 
     def conv(
-        self, conv: nn.Module, x: Tensor, before: float, after: float, signed: bool, residual: tuple | None = None
+        self,
+        conv: Any,
+        x: Tensor,
+        before: float,
+        after: float,
+        signed: bool,
+        residual: tuple[Tensor, float] | None = None,
     ) -> Tensor:
         weight, bias = conv.weight.double(), conv.bias.double()
         largest = weight.flatten(1).abs().amax(1)
@@ -43,7 +51,7 @@ class Reference:
             value = _fma(residual[0], torch.tensor(residual[1] / after, dtype=torch.float32), value)
         return self.codes(value, signed)
 
-    def layer(self, name: str, module: nn.Module, bn: nn.Module, x: Tensor, before: float) -> tuple[Tensor, Tensor]:
+    def layer(self, name: str, module: Any, bn: Any, x: Tensor, before: float) -> tuple[Tensor, Tensor]:
         reduced, kernels, after = (self.steps[name + suffix] for suffix in (".conv1", ".conv2", ""))
         pooled = x
         if module.stride > 1:
