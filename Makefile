@@ -40,7 +40,7 @@ sanitize-%: tests/native/check.c $(NATIVE)
 
 # Tables on the screen; JSON and pictures in build/benchmarks. Most of the half hour is other compilers' compiling.
 benchmarks: .venv/benchmarks
-	$(foreach name,network involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
+	$(foreach name,network int8 involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
 
 clean:
 	rm -rf .venv build *.egg-info model/native/*.so
