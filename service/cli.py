@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", metavar="DATA_DIR", type=Path)
     _add_checkpoint(evaluate)
     evaluate.add_argument("--confusion", type=Path, metavar="F.png", help="draw which classes are taken for which")
-    evaluate.add_argument("--precision", default="auto", metavar="P", help="auto, fp32, bf16 or fp16 (default: auto)")
+    evaluate.add_argument(
+        "--precision", default="auto", metavar="P", help="auto, fp32, bf16, fp16, int8 (default: auto)"
+    )
     _add_device(evaluate)
     _add_json(evaluate)
     return parser
@@ -258,7 +260,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
-    run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision)
+    run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision, checkpoint.calibration)
     _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
     answers = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
     result: dict[str, Any] = {"model": checkpoint.name, "precision": run.precision} | answers.summary()
