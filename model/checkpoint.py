@@ -100,6 +100,11 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
     write_atomically(Path(path), save(tensors, {METADATA_KEY: json.dumps(description)}))
 
 
+def fits_half(net: RedNet) -> bool:
+    """Whether `save_checkpoint` at half size would lose nothing: so with weights that were loaded from such a file."""
+    return all(torch.equal(weight, weight.half().float()) for weight in net.parameters() if weight.dim() > 1)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is never seen half-written, not even after a kill."""
     unfinished = path.with_name(path.name + ".unfinished")

@@ -113,6 +113,7 @@ MODEL = {
     "calibrate": set(),
     "confusion": set(),
     "evaluate": {"calibrate", "photos", "preprocess", "progress"},
+    "quantize": {"checkpoint", "photos", "prepare", "preprocess", "progress", "scales"},
     "recipe": {"preprocess"},
     "resume": {"checkpoint", "photos", "recipe", "rednet"},
     "steps": {"photos", "preprocess", "progress", "recipe", "rednet", "resume"},
