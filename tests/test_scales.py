@@ -35,9 +35,9 @@ def test_every_activation_that_is_stored_has_a_name(net: RedNet) -> None:
     assert "backbone.layer1.0.downsample" not in needed(straight)
 
 
-def test_a_scale_is_the_largest_value_of_any_photo(net: RedNet) -> None:
-    """Of more photos than one batch: what the network computes by hand in its first block, batch norm and ReLU done."""
-    pixels = photos(19)
+def test_a_scale_holds_all_of_nine_photos_in_ten(net: RedNet) -> None:
+    """Of more photos than one batch, in what the first block computes by hand, batch norms and ReLUs done."""
+    pixels = photos(21)
     scales = observe(net, PREPROCESS, pixels)
     check(net, scales)
     assert list(scales) == needed(net)
@@ -57,7 +57,8 @@ def test_a_scale_is_the_largest_value_of_any_photo(net: RedNet) -> None:
             "": block(x),
         }
     for name, values in expected.items():
-        assert scales["backbone.layer1.0" + name] == pytest.approx(float(values.abs().max()), rel=1e-4), name
+        largest = values.abs().flatten(1).amax(dim=1).sort().values  # of each photo
+        assert scales["backbone.layer1.0" + name] == pytest.approx(float(largest[18]), rel=1e-4), name
 
 
 def test_the_network_stays_as_it_is(net: RedNet) -> None:
