@@ -61,8 +61,8 @@ def _some_photos(folder: Path, preprocess: Preprocess, workers: int) -> Tensor:
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    chosen = [paths[index * len(paths) // MOST_PHOTOS] for index in range(MOST_PHOTOS)]
-    chosen = chosen if len(paths) > MOST_PHOTOS else paths
+    count = min(len(paths), MOST_PHOTOS)
+    chosen = [paths[index * len(paths) // count] for index in range(count)]
 
     def read(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | PhotoError:
         try:

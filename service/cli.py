@@ -153,7 +153,8 @@ def _predict(options: argparse.Namespace) -> int:
 
     set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
-    runner = PreparedRunner(prepare(checkpoint.net, checkpoint.preprocess), largest=1)
+    run = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
+    runner = PreparedRunner(run, largest=1)
     names = [label.name for label in checkpoint.labels]
     predictions: list[Any] = []
     failed = False
@@ -194,7 +195,7 @@ def _info(options: argparse.Namespace) -> int:
 
     set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
-    prepared = prepare(checkpoint.net, checkpoint.preprocess)
+    prepared = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
     model = describe(checkpoint, [prepared]).model_dump(exclude={"max_batch_size", "cost_s"})  # a server measures those
     model["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     if options.json:
