@@ -3,7 +3,7 @@
 Integers are kept in float64, in which sums of them are exact up to 2^53. What the engine does in float32 is done in
 float32 here, operation by operation: of a sum of products one fused multiply-add (another adds the way around a block),
 one rounding to the nearest integer, halves to the even one, and saturation. Factors are worked out in float64 and
-rounded to float32 once.
+rounded to float32 once, but for the weights of the first convolution, which are float32 throughout.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class Int8Reference:
         assert isinstance(conv, nn.Conv2d)
         assert conv.bias is not None
         step = self._step("backbone.stem.0", signed=False)
-        weight, bias = single(conv.weight.double() / step), single(conv.bias.double() / step)
+        weight, bias = conv.weight / step, conv.bias / step  # in float32
         h, w = -(-x.shape[2] // 2), -(-x.shape[3] // 2)
         padded = F.pad(x, (1, 1, 1, 1))
         total = bias.reshape(1, -1, 1, 1).expand(x.shape[0], -1, h, w)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from model import Preprocess, create_rednet, load_checkpoint
+from model.int8_form import Int8Form
+from model.native import int8_unavailable
 from model.scales import needed, observe
 from tests.conftest import photo
 from tests.int8_reference import Codes, Int8Reference, averaged, fused
@@ -71,3 +73,18 @@ def test_photos_do_not_disturb_each_other(tiny_path: Path) -> None:
     )
     both, alone = network(pixels).codes, network(pixels[1:]).codes
     assert all(torch.equal(both[name][1:], alone[name]) for name in both)
+
+
+@pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))
+def test_the_engine_gives_every_code_of_the_embedded_network() -> None:
+    """Of all four stages, from the pixels on: no code differs, on photos of an odd size."""
+    checkpoint = load_checkpoint()
+    net, preprocess, scales = checkpoint.net, checkpoint.preprocess, checkpoint.calibration
+    assert scales is not None
+    pixels = torch.from_numpy(np.stack([np.asarray(photo(seed, 101, 83)) for seed in range(3)])).permute(0, 3, 1, 2)
+    codes = Int8Reference(net, preprocess, scales)(pixels).codes
+    stages = Int8Form(net, preprocess, scales)(pixels, True, True).stages
+    assert stages is not None
+    for stage, block in zip(stages, ("layer1.0", "layer2.1", "layer3.3", "layer4.0"), strict=True):
+        name = f"backbone.{block}"
+        assert torch.equal((stage * (255 / scales[name])).round(), codes[name].float()), name
