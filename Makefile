@@ -24,11 +24,12 @@ format: .venv/test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# The native code under the address, undefined-behaviour and thread sanitizers, in each build: three minutes.
-sanitize: $(foreach sanitizer,address_undefined thread,$(foreach build,avx512 avx2 generic,sanitize-$(sanitizer)-$(build)))
+# The native code under the address, undefined-behaviour and thread sanitizers, in each build: four minutes.
+sanitize: $(foreach sanitizer,address_undefined thread,$(foreach build,int8 avx512 avx2 generic,sanitize-$(sanitizer)-$(build)))
 avx512 := -DVL=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma
 avx2 := -DVL=8 -mavx2 -mfma
 generic := -DVL=4
+int8 := $(avx512) -mavx512vnni -mavx512vbmi -DINT8
 comma := ,
 sanitize-%: tests/native/check.c $(NATIVE)
 	mkdir -p build
@@ -39,7 +40,7 @@ sanitize-%: tests/native/check.c $(NATIVE)
 
 # Tables on the screen; JSON and pictures in build/benchmarks. Most of the half hour is other compilers' compiling.
 benchmarks: .venv/benchmarks
-	$(foreach name,network involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
+	$(foreach name,network int8 involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
 
 # 10,000 requests, good and bad, from callers of whom many leave: some minutes. And an hour of them: memory must not grow.
 chaos soak: .venv/test

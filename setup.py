@@ -15,6 +15,7 @@ BUILDS = {
     "avx2": (8, ["-mavx2", "-mfma"]),
     "generic": (4, []),
 }
+BUILDS["int8"] = (16, [*BUILDS["avx512"][1], "-mavx512vnni", "-mavx512vbmi", "-DINT8"])
 # Sums may use fused multiply-adds; nothing here looks at errno or at floating-point exceptions.
 FLAGS = [
     "-std=gnu11",

@@ -1,7 +1,7 @@
 """Checkpoints that describe themselves, and readers for published ones. Nothing that is read is ever executed.
 
 Ours is one safetensors file: the tensors under their official names, and in the metadata entry `rednet` a JSON text
-with architecture, labels, preprocessing and provenance.
+with architecture, labels, preprocessing, provenance and, if it was quantised, the scales of the int8 network.
 """
 
 import json
@@ -25,6 +25,7 @@ from model.labels import Label, imagenet_labels, numbered_labels
 from model.paddle import PaddleError, read_pdparams
 from model.preprocess import Preprocess
 from model.rednet import BLOCKS, RedNet, RedNetConfig
+from model.scales import check
 
 FORMAT = 1
 METADATA_KEY = "rednet"
@@ -45,6 +46,7 @@ class Checkpoint:
     preprocess: Preprocess = field(default_factory=Preprocess)
     name: str
     provenance: Mapping[str, Any] = field(default_factory=dict)  # data, command, seed, versions, accuracy
+    calibration: Mapping[str, float] | None = None  # int8 scales, as `model.scales` makes them
 
 
 def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
@@ -93,7 +95,14 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
         "labels": checkpoint.labels,
         "provenance": dict(checkpoint.provenance),
     }
+    if checkpoint.calibration is not None:
+        description["calibration"] = dict(checkpoint.calibration)
     write_atomically(Path(path), save(tensors, {METADATA_KEY: json.dumps(description)}))
+
+
+def fits_half(net: RedNet) -> bool:
+    """Whether `save_checkpoint` at half size would lose nothing: so with weights that were loaded from such a file."""
+    return all(torch.equal(weight, weight.half().float()) for weight in net.parameters() if weight.dim() > 1)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -162,6 +171,10 @@ def _load_own(path: Path) -> Checkpoint:
         preprocess = Preprocess(**_with_tuples(description["preprocess"]))
         labels = [Label(str(id_), str(name)) for id_, name in description["labels"]]
         name, provenance = str(description["name"]), dict(description["provenance"])
+        calibration = description.get("calibration")
+        if calibration is not None:
+            calibration = dict(calibration)
+            check(net, calibration)
         "".join((name, *chain(*labels))).encode()  # JSON can hold halves of characters, which no answer can
     except CheckpointError:
         raise
@@ -170,7 +183,9 @@ def _load_own(path: Path) -> Checkpoint:
     _fill(path, net, tensors)
     if len(labels) != config.num_classes:
         raise CheckpointError(f"{path} names {len(labels)} classes for a network of {config.num_classes}")
-    return Checkpoint(net=net, labels=labels, preprocess=preprocess, name=name, provenance=provenance)
+    return Checkpoint(
+        net=net, labels=labels, preprocess=preprocess, name=name, provenance=provenance, calibration=calibration
+    )
 
 
 def _load_official(path: Path) -> Checkpoint:

@@ -37,10 +37,13 @@ class NativeForm:
             raise ValueError(reason)
         if config.group_channels != GROUP_CHANNELS:
             raise ValueError(f"the native engine wants {GROUP_CHANNELS} channels a group, not {config.group_channels}")
-        arrays = [np.ascontiguousarray(array.numpy(), np.float32) for array in _arrays(folded(net).cpu(), preprocess)]
+        arrays = [np.ascontiguousarray(array.numpy(), np.float32) for array in self._arrays(net, preprocess)]
         self._config = config
         self._engine = Engine(_numbers(config), arrays, threads or torch.get_num_threads(), build)
         self.backend = f"native engine, {self._engine.build}, {self._engine.threads} threads"
+
+    def _arrays(self, net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
+        return _arrays(folded(net).cpu(), preprocess)
 
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
         config, (batch, _, height, width) = self._config, pixels.shape
@@ -87,21 +90,22 @@ def _arrays(net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
     values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
     yield preprocess.normalise(values)  # what becomes of a pixel's value: [1, 3, 1, 256]
     stem = net.backbone.stem
-    yield from _convolution(stem.get_submodule("0.conv"))
+    yield from stored_by_column(stem.get_submodule("0.conv"))
     yield from _involution(stem[1], stem[2])
-    yield from _convolution(stem.get_submodule("4.conv"))
+    yield from stored_by_column(stem.get_submodule("4.conv"))
     for block in net.modules():
         if isinstance(block, Bottleneck):
-            yield from _convolution(block.conv1)
+            yield from stored_by_column(block.conv1)
             yield from _involution(block.conv2, block.bn2)
-            yield from _convolution(block.conv3)
+            yield from stored_by_column(block.conv3)
             if block.downsample is not None:
-                yield from _convolution(block.downsample[0])
+                yield from stored_by_column(block.downsample[0])
     yield net.head.fc.weight
     yield net.head.fc.bias
 
 
-def _convolution(conv: nn.Module) -> Iterator[Tensor]:
+def stored_by_column(conv: nn.Module) -> Iterator[Tensor]:
+    """Weights [out, row, column, in] and bias [out] of a folded convolution."""
     assert isinstance(conv, nn.Conv2d)
     assert conv.bias is not None
     yield conv.weight.permute(0, 2, 3, 1)  # [out, row, column, in]
@@ -110,6 +114,6 @@ def _convolution(conv: nn.Module) -> Iterator[Tensor]:
 
 def _involution(layer: nn.Module, bn: nn.Module) -> Iterator[Tensor]:
     assert isinstance(layer, Involution)
-    yield from _convolution(layer.get_submodule("conv1.conv"))
-    yield from _convolution(layer.get_submodule("conv2.conv"))
+    yield from stored_by_column(layer.get_submodule("conv1.conv"))
+    yield from stored_by_column(layer.get_submodule("conv2.conv"))
     yield from scale_and_shift(bn)

@@ -3,24 +3,28 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.exact import exact_float32
 from model.form import Form, Output
+from model.int8_form import Int8Form
 from model.kernels import IMPLEMENTATIONS, use
 from model.native_form import NativeForm
 from model.preprocess import Preprocess
 from model.rednet import RedNet
+from model.scales import check, observe
 from model.torch_form import TorchForm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}  # of `deviation`; rounding alone stays a decade below
+# Of `deviation`; rounding alone stays a decade below, in int8 less: noise is not what its scales were taken from.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1.5e-1}
 AUTO = {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}  # precisions that may win; half ones do not on a CPU
 TIMED_IMAGES = 16  # in the batch that decides between precisions
 TIMED_RUNS = 3
@@ -78,7 +82,11 @@ def _stages(wanted: bool | Collection[int]) -> Collection[int]:
 
 
 def prepare(
-    net: RedNet, preprocess: Preprocess | None = None, device: str | torch.device = "auto", precision: str = "auto"
+    net: RedNet,
+    preprocess: Preprocess | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    calibration: Mapping[str, float] | Tensor | None = None,
 ) -> Prepared:
     """Make the inference form of a network; the network itself stays as it is.
 
@@ -89,30 +97,41 @@ def prepare(
         net: any RedNet for RGB.
         preprocess: how pixels are normalised; None: ImageNet's mean and standard deviation.
         device: auto (the GPU if there is one), cpu, cuda or cuda:N.
-        precision: auto, fp32, bf16 or fp16.
+        precision: auto, fp32, bf16, fp16, or on the CPU int8; auto considers int8 only with a calibration.
+        calibration: for int8, scales as `model.scales` makes them, or photos to take them from, uint8 [N, 3, H, W].
 
     Raises:
         SelfCheckError: no form answers like the network; its weights are probably broken.
-        ValueError: there is no such device or precision here, or the network is not for RGB.
+        ValueError: there is no such device or precision here, the network is not for RGB, or the
+            calibration not its own.
     """
     if net.config.in_channels != 3:
         raise ValueError(f"only networks for RGB can be prepared, this one has {net.config.in_channels} input channels")
-    if precision not in ("auto", *DTYPES):
-        raise ValueError(f"precision must be auto, {', '.join(DTYPES)}, got {precision!r}")
+    if precision not in ("auto", *TOLERANCE):
+        raise ValueError(f"precision must be auto, {', '.join(TOLERANCE)}, got {precision!r}")
     device = resolve_device(device)
     preprocess = preprocess or Preprocess()
-    yardstick = plain_answer(net, preprocess, _noise(1, preprocess.crop))
+    if precision == "int8" and device.type != "cpu":
+        raise ValueError(f"int8 runs on the CPU, not on {device}")
+    if precision == "int8" and calibration is None:
+        raise ValueError("int8 needs a calibration: scales, or photos to take them from")
+    scales = observe(net, preprocess, calibration) if isinstance(calibration, Tensor) else calibration
+    if scales is not None:
+        check(net, scales)
+    yardstick = plain_answer(net, preprocess, _picture(preprocess.crop))
     passed_over: list[str] = []
     passed: list[Prepared] = []
-    for each in AUTO[device.type] if precision == "auto" else (precision,):
-        forms = _forms(net, preprocess, device, each)
+    automatic = (*AUTO[device.type], "int8") if scales is not None and device.type == "cpu" else AUTO[device.type]
+    for each in automatic if precision == "auto" else (precision,):
+        forms = _forms(net, preprocess, device, each, scales)
         form, deviation = first_sound(forms, yardstick, TOLERANCE[each], passed_over)
         if form:
             head = net.head.fc.weight.detach().to(device, torch.float32, copy=True)
             passed.append(Prepared(form, preprocess, head, device, each, deviation, tuple(passed_over)))
     if not passed:
         raise SelfCheckError("the self-check failed; " + "; ".join(passed_over))
-    return passed[0] if len(passed) == 1 else min(passed, key=_seconds)
+    fastest = passed[0] if len(passed) == 1 else min(passed, key=_seconds)
+    return replace(fastest, passed_over=tuple(passed_over))
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -136,9 +155,12 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def _forms(
-    net: RedNet, preprocess: Preprocess, device: torch.device, precision: str
+    net: RedNet, preprocess: Preprocess, device: torch.device, precision: str, scales: Mapping[str, float] | None
 ) -> Iterator[tuple[str, Callable[[], Form]]]:
     """The forms that may run a network, best first."""
+    if precision == "int8":
+        yield "int8", lambda: Int8Form(net, preprocess, scales or {})
+        return
     dtype = DTYPES[precision]
     if device.type == "cpu" and precision == "fp32":
         yield "native engine", lambda: NativeForm(net, preprocess)
@@ -237,3 +259,10 @@ def _seconds(prepared: Prepared) -> float:
 def _noise(images: int, side: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def _picture(side: int) -> Tensor:
+    """[1, 3, side, side], smooth as photos are: int8 has steps for the values that photos bring about."""
+    coarse = _noise(1, 8).float()
+    smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
+    return smooth.round().clamp(0, 255).to(torch.uint8)

@@ -129,7 +129,7 @@ def prepare_each(checkpoint: Checkpoint, settings: Settings) -> list[Prepared]:
     prepared: list[Prepared] = []
     for device in devices:
         precision = prepared[0].precision if prepared else settings.precision
-        prepared.append(prepare(checkpoint.net, checkpoint.preprocess, device, precision))
+        prepared.append(prepare(checkpoint.net, checkpoint.preprocess, device, precision, checkpoint.calibration))
     return prepared
 
 

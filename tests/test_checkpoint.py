@@ -15,6 +15,7 @@ from torch import Tensor
 from model import Checkpoint, CheckpointError, create_rednet, load_checkpoint, save_checkpoint
 from model.checkpoint import METADATA_KEY, infer_config
 from model.labels import imagenet_labels
+from model.scales import needed
 
 
 @pytest.fixture
@@ -35,15 +36,17 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def test_what_is_saved_comes_back(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Weights bit for bit, architecture, labels, preprocessing, name and provenance."""
-    written = replace(tiny, provenance={"data": "none", "seed": 3})
+    """Weights bit for bit, architecture, labels, preprocessing, name, provenance and int8 scales."""
+    scales = {name: 0.1 + index for index, name in enumerate(needed(tiny.net))}
+    written = replace(tiny, provenance={"data": "none", "seed": 3}, calibration=scales)
     save_checkpoint(tmp_path / "x.safetensors", written)
     read = load_checkpoint(str(tmp_path / "x.safetensors"))
-    assert (read.labels, read.preprocess, read.name, read.provenance) == (
+    assert (read.labels, read.preprocess, read.name, read.provenance, read.calibration) == (
         written.labels,
         written.preprocess,
         written.name,
         written.provenance,
+        scales,
     )
     assert read.net.config == written.net.config
     assert not read.net.training
@@ -218,6 +221,11 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         ({"config": [[]]}, "makes no sense"),
         ({"preprocess": {"mean": [None] * 3}}, "makes no sense"),
         ({"name": None, "provenance": 3}, "makes no sense"),
+        ({"calibration": 3}, "makes no sense"),
+        ({"calibration": {}}, "makes no sense.*backbone.layer1.0 is missing.* and 46 more"),
+        ({"calibration": {"backbone.layer1.0": -1.0}}, "makes no sense.*is -1.0, not a number between"),
+        ({"calibration": {"a": 1.0}}, "makes no sense.*'a' is unknown"),
+        ({"calibration": [["backbone.layer1.0", 10**400]]}, "makes no sense"),
     ],
 )
 def test_a_description_that_makes_no_sense_is_refused(

@@ -9,8 +9,8 @@ import httpx
 import pytest
 import torch
 
-from model import load_checkpoint
-from model.native import unavailable
+from model import load_checkpoint, save_checkpoint
+from model.native import int8_unavailable, unavailable
 from model.recipe import FINE_TUNING_RATE, Recipe
 from service.cli import RECIPE_FLAGS, main
 from tests.conftest import encoded, photo
@@ -117,6 +117,61 @@ def test_convert_makes_an_official_checkpoint_ours(tmp_path: Path, capsys: pytes
     assert "names 2 classes; the network has 12" in capsys.readouterr().err
 
 
+def test_quantize_stores_scales_beside_the_same_weights(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From photos in any folder; what is no photo is named and left out, few photos are told; what int8 gives, too."""
+    (tmp_path / "photos" / "a" / "b").mkdir(parents=True)
+    for seed in range(8):
+        (tmp_path / "photos" / "a" / "b" / f"{seed}.jpg").write_bytes(encoded(photo(seed), "JPEG"))
+    (tmp_path / "photos" / "bad.jpg").write_text("no photo")
+    output = tmp_path / "int8.safetensors"
+    assert main(["quantize", str(tiny_path), str(tmp_path / "photos"), "--output", str(output)]) == 0
+    written, original = load_checkpoint(output), load_checkpoint(tiny_path)
+    assert written.calibration is not None
+    assert all(torch.equal(original.net.state_dict()[key], value) for key, value in written.net.state_dict().items())
+    told = capsys.readouterr()
+    assert "bad.jpg is not a readable photo" in told.err
+    assert "from 6 photos only" in told.err
+    assert "rednet26 with int8 scales from 6 photos" in told.out
+    report = written.provenance["int8"]
+    assert report["photos"] == 6
+    if int8_unavailable() is None:
+        assert report["compared"] == 2
+        assert report["feature_cosine"] > 0.99
+    else:
+        assert "int8" in report["not_compared"]
+    again = tmp_path / "again.safetensors"
+    assert main(["quantize", str(tiny_path), str(tmp_path / "photos"), "--output", str(again)]) == 0
+    assert again.read_bytes() == output.read_bytes()
+
+
+def test_quantize_keeps_half_precision_weights_byte_for_byte(
+    tiny_path: Path, photos: list[str], tmp_path: Path
+) -> None:
+    """A file of half the size stays one, and only its description changes."""
+    half, output = tmp_path / "half.safetensors", tmp_path / "int8.safetensors"
+    save_checkpoint(half, load_checkpoint(tiny_path), half=True)
+    assert main(["quantize", str(half), str(tmp_path), "--output", str(output)]) == 0
+    before, after = (path.read_bytes() for path in (half, output))
+    assert after[8 + int.from_bytes(after[:8], "little") :] == before[8 + int.from_bytes(before[:8], "little") :]
+
+
+def test_quantize_without_photos_or_a_place_to_write_is_one_line(
+    tiny_path: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2, and nothing is written."""
+    (tmp_path / "empty").mkdir()
+    for folder, output, message in (
+        (tmp_path / "empty", tmp_path / "x.safetensors", "holds no photos"),
+        (tmp_path / "nowhere", tmp_path / "x.safetensors", "nowhere is not a folder"),
+        (tmp_path, tmp_path / "nowhere" / "x.safetensors", "cannot be written"),
+    ):
+        assert main(["quantize", str(tiny_path), str(folder), "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
+        assert not output.exists()
+
+
 def test_the_flags_of_train_are_the_recipe() -> None:
     """Each field has one, and its help tells the right default."""
     told = {flag.removeprefix("--").replace("-", "_"): default for flag, default, _ in RECIPE_FLAGS}
@@ -129,5 +184,5 @@ def test_help_does_not_wait_for_torch() -> None:
     script = "import sys, service.cli; service.cli._parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     shown = subprocess.run([REDNET, "--help"], capture_output=True, text=True, check=True).stdout
-    for command in ("serve", "predict", "info", "convert", "train", "evaluate"):
+    for command in ("serve", "predict", "info", "convert", "quantize", "train", "evaluate"):
         assert command in shown

@@ -15,14 +15,15 @@ from tests.shared import PHOTOS, SHARED, needs_shared
 
 
 def test_it_says_what_it_is() -> None:
-    """Ten named classes, preprocessing, and where the weights come from; small enough to ship."""
+    """Ten named classes, preprocessing, int8 scales, and where the weights come from; small enough to ship."""
     checkpoint = load_checkpoint()
     assert checkpoint.name == "rednet26-imagenette"
     assert checkpoint.labels[0] == ("n01440764", "tench")
     assert len(checkpoint.labels) == 10
     assert checkpoint.net.config == RedNetConfig(depth=26, num_classes=10)  # the paper's, at full width
     assert checkpoint.preprocess.crop == 224
-    assert {"data", "recipe", "torch", "accuracy", "temperature", "history"} <= checkpoint.provenance.keys()
+    assert checkpoint.calibration is not None
+    assert {"data", "recipe", "torch", "accuracy", "temperature", "history", "int8"} <= checkpoint.provenance.keys()
     assert len((resources.files("model") / EMBEDDED).read_bytes()) < 16 << 20
 
 

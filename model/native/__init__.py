@@ -37,7 +37,7 @@ class Engine:
         config: the fields of `struct config` in native/network.h.
         arrays: table, weights and biases, in the order of `network_create` there.
         threads: cores to use; no more than 64 are.
-        build: avx512, avx2 or generic; None: the best one here.
+        build: avx512, avx2 or generic; None: the best one here. int8 takes other arrays: see native/weights.h.
 
     Raises:
         ValueError: the arrays are not those of the configuration.
@@ -171,12 +171,22 @@ def builds() -> list[str]:
     return _text(library.rednet_builds()).split()
 
 
+def int8_unavailable() -> str | None:
+    """Why the int8 build cannot run here; None: it can."""
+    library, reason = _library()
+    if library is None:
+        return reason
+    if not library.rednet_int8():
+        return "this machine has no AVX-512 VNNI and VBMI, which int8 needs"
+    return None
+
+
 def _runnable(build: str | None) -> str:
     """The build of that name; None: that of REDNET_NATIVE, or the best one."""
     if reason := unavailable():
         raise RuntimeError(reason)
     build = build or os.environ.get(VARIABLE) or builds()[0]
-    if build not in builds():
+    if build not in builds() and not (build == "int8" and int8_unavailable() is None):
         raise RuntimeError(f"this machine cannot run a build {build!r}; it can run {', '.join(builds())}")
     return build
 

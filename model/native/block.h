@@ -9,7 +9,7 @@
 #include "threads.h"
 
 #define KERNEL_TILE 112 /* most pixels whose kernels exist at a time */
-#define KERNEL_TILE_FLOATS (80 * 1024) /* and most floats, if that is not fewer than half of the pixels */
+#define KERNEL_TILE_ELEMENTS (80 * 1024) /* and most elements, if that is not fewer than half of the pixels */
 #define BLOCK_TILE 224 /* pixels of the last convolution: its weights are read once for each tile */
 /* With no more pixels than this for each of its threads, a team shares output channels instead: few pixels go with
  * large weights, and each core then reads only a part of them. */
@@ -19,11 +19,15 @@ struct involution {
     struct matrix reduce, span; /* C -> C / r -> K * K * C / 16 */
     float *scale, *shift;
     int size, stride, channels;
+    int taps; /* of a kernel, padding included */
+#ifdef INT8
+    float kernel_step; /* the real value of 1 */
+#endif
 };
 
 /* What a thread needs for itself. */
 struct scratch {
-    float *pooled, *reduced, *kernels, *involved, *rows;
+    element *pooled, *reduced, *kernels, *involved, *rows;
 };
 
 /* A thread at work on images, alone or in a team. */
@@ -34,7 +38,7 @@ struct worker {
 };
 
 static int kernel_tile(const struct involution *layer) {
-    return most(KERNEL_TILE / 2, least(KERNEL_TILE, KERNEL_TILE_FLOATS / columns(&layer->span)));
+    return most(KERNEL_TILE / 2, least(KERNEL_TILE, KERNEL_TILE_ELEMENTS / columns(&layer->span)));
 }
 
 /* In how many items a team shares pixels: as many for each thread, none of more than `limit` pixels. */
@@ -43,21 +47,40 @@ ALWAYS_INLINE int shares(const struct worker *worker, int pixels, int limit) {
     return size * ceil_div(pixels, size * limit);
 }
 
+#ifdef INT8
+typedef uint32_t sums __attribute__((vector_size(VL * sizeof(uint32_t))));
+
+ALWAYS_INLINE sums load_sums(const element *from) {
+    return (sums)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+
+/* Half a code is rounded up. */
+ALWAYS_INLINE void store_average(element *to, sums sum, int count) {
+    sums half = sum + (uint32_t)(count / 2);
+    sums average = count == 4 ? half / 4 : half / (uint32_t)count;
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)average));
+}
+#else
+typedef vec sums;
+ALWAYS_INLINE sums load_sums(const element *from) { return load(from); }
+ALWAYS_INLINE void store_average(element *to, sums sum, int count) { store(to, sum * broadcast(1.0f / (float)count)); }
+#endif
+
 /* Averages over stride x stride pixels; at an odd border, over those that exist. */
-static void average(struct map in, const struct involution *layer, struct range pixels, float *out) {
+static void average(struct map in, const struct involution *layer, struct range pixels, element *out) {
     int width = ceil_div(in.width, layer->stride), height = ceil_div(in.height, layer->stride);
     for (int p = pixels.first; p < pixels.end; p++) {
         int top = p / width % height * layer->stride, left = p % width * layer->stride;
         int bottom = least(top + layer->stride, in.height), right = least(left + layer->stride, in.width);
-        const float *image = in.data + (size_t)(p / width / height) * in.image;
-        vec share = broadcast(1.0f / (float)((bottom - top) * (right - left)));
+        const element *image = in.data + (size_t)(p / width / height) * in.image;
+        int count = (bottom - top) * (right - left);
         for (int channel = 0; channel < layer->channels; channel += VL, out += VL) {
-            const float *plane = image + (size_t)(channel / GROUP) * in.group + channel % GROUP;
-            vec sum = {0};
+            const element *plane = image + (size_t)(channel / GROUP) * in.group + channel % GROUP;
+            sums sum = {0};
             for (int y = top; y < bottom; y++) {
-                for (int x = left; x < right; x++) sum += load(plane + (size_t)y * in.row + (size_t)x * in.pixel);
+                for (int x = left; x < right; x++) sum += load_sums(plane + (size_t)y * in.row + (size_t)x * in.pixel);
             }
-            store(out, sum * share);
+            store_average(out, sum, count);
         }
     }
 }
@@ -71,21 +94,27 @@ static struct map make_kernels(const struct involution *layer, struct map in, st
     }
     struct map reduced = tile_map(scratch->reduced, columns(&layer->reduce), pixels.first);
     struct map kernels = tile_map(scratch->kernels, columns(&layer->span), pixels.first);
-    struct product reduce = {&layer->reduce, in, reduced, NULL, one_by_one(in, layer->channels), true};
-    struct product span = {&layer->span, reduced, kernels, NULL, {1, layer->span.inputs, 0}, false};
+    struct product reduce = {&layer->reduce, in, reduced, NULL, one_by_one(in, layer->channels), true, false};
+    struct product span = {&layer->span, reduced, kernels, NULL, {1, layer->span.inputs, 0}, false, false};
     multiply_all(&reduce, pixels);
     multiply_all(&span, pixels);
     return kernels;
 }
 
-static void add_taps(const struct involution *layer, struct map kernels, struct range pixels, float *sums) {
-    int groups = layer->channels / GROUP, taps = layer->size * layer->size;
+static void add_taps(const struct involution *layer, struct map kernels, struct range pixels, float *totals) {
+    int groups = layer->channels / GROUP, taps = layer->taps;
     for (int p = pixels.first; p < pixels.end; p++) {
-        const float *kernel = kernels.data + (size_t)(p - kernels.origin) * kernels.pixel;
+        const element *kernel = kernels.data + (size_t)(p - kernels.origin) * kernels.pixel;
         for (int g = 0; g < groups; g++, kernel += taps) {
+#ifdef INT8
+            int codes = 0;
+            for (int t = 0; t < taps; t++) codes += (int8_t)kernel[t];
+            float sum = (float)codes * layer->kernel_step;
+#else
             float sum = 0;
             for (int t = 0; t < taps; t++) sum += kernel[t];
-            sums[(size_t)p * (size_t)groups + (size_t)g] = sum;
+#endif
+            totals[(size_t)p * (size_t)groups + (size_t)g] = sum;
         }
     }
 }
@@ -94,7 +123,7 @@ static void add_taps(const struct involution *layer, struct map kernels, struct 
 static int find_rows(const struct involution *layer, struct map in, struct map out, struct map kernels,
                      struct range pixels, struct window *rows, int *lengths) {
     int width = ceil_div(in.width, layer->stride), height = ceil_div(in.height, layer->stride), count = 0;
-    const float *corner = in.data - (size_t)(layer->size / 2) * (in.row + in.pixel);
+    const element *corner = in.data - (size_t)(layer->size / 2) * (in.row + in.pixel);
     for (int p = pixels.first; p < pixels.end; p += lengths[count++]) {
         int x = p % width, y = p / width % height, image = p / width / height;
         lengths[count] = least(width - x, pixels.end - p);
@@ -119,7 +148,7 @@ static int find_rows(const struct involution *layer, struct map in, struct map o
 static void involve(const struct involution *layer, struct map in, struct map out, struct range pixels,
                     struct scratch *scratch, float *sums) {
     struct window rows[KERNEL_TILE];
-    int lengths[KERNEL_TILE], taps = layer->size * layer->size;
+    int lengths[KERNEL_TILE], taps = layer->taps;
     int tiles = ceil_div(pixels.end - pixels.first, kernel_tile(layer));
     for (int t = 0; t < tiles; t++) {
         struct range tile = part(pixels, t, tiles);
@@ -145,8 +174,8 @@ struct block {
 
 /* Memory that the threads of a team share. */
 struct bottleneck_space {
-    float *planes; /* the middle of the block, planar with border */
-    float *middle; /* the same behind the involution, plain */
+    element *planes; /* the middle of the block, planar with border */
+    element *middle; /* the same behind the involution, plain */
     int bordered_height, bordered_width, bordered_channels, bordered_images; /* whose border in `planes` is clear */
 };
 
@@ -163,12 +192,12 @@ static void clear_planes(const struct block *block, struct map planes, int image
 /* A block for n images of height x width. Without a shortcut convolution, out must be in: each pixel is read, as the
  * residual, before it is written. sums as for `involve`. */
 static void run_block(const struct worker *worker, const struct block *block, int images, int height, int width,
-                      float *in, float *out, struct bottleneck_space *space, float *sums) {
+                      element *in, element *out, struct bottleneck_space *space, float *sums) {
     const struct involution *layer = &block->involution;
     int channels = layer->channels, pixels = images * height * width;
     struct map input = plain_map(in, height, width, block->in_channels);
     struct map planes = planar_map(space->planes, images, height, width, layer->size / 2);
-    struct product first = {&block->first, input, planes, NULL, one_by_one(input, block->in_channels), true};
+    struct product first = {&block->first, input, planes, NULL, one_by_one(input, block->in_channels), true, false};
     int threads = worker->team->barrier.size;
     if (worker->rank == 0) clear_planes(block, planes, images, space);
     bool few = threads > 1 && pixels <= FEW_PIXELS * threads;
@@ -187,9 +216,15 @@ static void run_block(const struct worker *worker, const struct block *block, in
     pixels = images * output.height * output.width;
     few = threads > 1 && pixels <= FEW_PIXELS * threads;
     struct map middle = plain_map(space->middle, output.height, output.width, channels);
-    struct product shortcut = {&block->shortcut, strided, output, NULL, one_by_one(input, block->in_channels), false};
-    struct product last = {
-        &block->last, middle, output, block->shortcut.weights ? &output : &input, one_by_one(middle, channels), true};
+    struct product shortcut = {
+        &block->shortcut, strided, output, NULL, one_by_one(input, block->in_channels), false, false};
+    struct product last = {&block->last,
+                           middle,
+                           output,
+                           block->shortcut.weights ? &output : &input,
+                           one_by_one(middle, channels),
+                           true,
+                           block->shortcut.weights != NULL};
     items = shares(worker, pixels, BLOCK_TILE);
     for (int item; (item = take(worker->team)) < items;) {
         struct range tile = part((struct range){0, pixels}, item, items);

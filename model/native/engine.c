@@ -5,7 +5,9 @@
 #include "engine.h"
 
 #include "network.h"
+#ifndef INT8 /* training is not for int8 */
 #include "operator.h"
+#endif
 
 struct engine {
     struct network *network;
@@ -79,6 +81,7 @@ const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, cons
     return pool_run(engine->pool, run_thread, &call) ? NULL : "the engine's threads do not outlive a fork";
 }
 
+#ifndef INT8
 struct operators *EXPORT(operators_create)(int threads) {
     struct operators *operators = calloc(1, sizeof *operators);
     if (operators) operators->pool = pool_create(most(1, least(threads, MOST_THREADS)));
@@ -143,3 +146,4 @@ const char *EXPORT(involution)(struct operators *operators, const int32_t *sizes
     struct operator_call call = {&o, operators, (size_t)real};
     return pool_run(operators->pool, operator_thread, &call) ? NULL : "the operator's threads do not outlive a fork";
 }
+#endif

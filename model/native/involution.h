@@ -11,67 +11,21 @@
 #define RUN 7 /* divides the widths 112, 56, 28, 14, 7 of a 224-pixel photo; fits beside one input in 16 registers */
 
 struct window {
-    const float *x; /* the first pixel of the first window */
-    size_t x_row; /* floats from one row of x to the next; pixels are GROUP apart */
-    const float *kernel; /* K*K weights of the first pixel */
-    size_t kernel_pixel; /* floats from one pixel's weights to the next one's */
-    float *out;
+    const element *x; /* the first pixel of the first window */
+    size_t x_row; /* elements from one row of x to the next; pixels are GROUP apart */
+    const element *kernel; /* K*K weights of the first pixel */
+    size_t kernel_pixel; /* elements from one pixel's weights to the next one's */
+    element *out;
     size_t out_pixel;
     const float *scale, *shift; /* out = sum * scale + shift: the batch norm that follows */
     bool relu;
 };
 
-ALWAYS_INLINE void finish(const struct window *w, int pixel, int channel, vec sum) {
-    vec value = sum * load(w->scale + channel) + load(w->shift + channel);
-    store(w->out + (size_t)pixel * w->out_pixel + channel, w->relu ? relu(value) : value);
-}
-
-/* A run of `pixels` outputs. Always inlined into functions where the first three arguments are constants. */
-ALWAYS_INLINE void involve_run(const int size, const int stride, const int pixels, const struct window *w) {
-    UNROLL
-    for (int channel = 0; channel < GROUP; channel += VL) {
-        const float *x = w->x + channel, *kernel[RUN];
-        vec sum[RUN];
-        UNROLL
-        for (int p = 0; p < pixels; p++) {
-            kernel[p] = w->kernel + (size_t)p * w->kernel_pixel;
-            sum[p] = (vec){0};
-        }
-        for (int row = 0; row < size; row++) {
-            UNROLL
-            for (int column = 0; column < stride * (pixels - 1) + size; column++) {
-                vec value = load(x + column * GROUP);
-                UNROLL
-                for (int p = 0; p < pixels; p++) {
-                    int tap = column - stride * p;
-                    if (0 <= tap && tap < size) sum[p] += value * broadcast(kernel[p][tap]);
-                }
-            }
-            UNROLL
-            for (int p = 0; p < pixels; p++) kernel[p] += size;
-            x += w->x_row;
-        }
-        UNROLL
-        for (int p = 0; p < pixels; p++) finish(w, p, channel, sum[p]);
-    }
-}
-
-/* Any kernel size and stride, one pixel after the other. */
-static void involve_any(int size, int stride, int pixels, const struct window *w) {
-    for (int p = 0; p < pixels; p++) {
-        const float *kernel = w->kernel + (size_t)p * w->kernel_pixel;
-        for (int channel = 0; channel < GROUP; channel += VL) {
-            const float *x = w->x + (size_t)(p * stride * GROUP + channel);
-            vec sum = {0};
-            for (int row = 0; row < size; row++, x += w->x_row) {
-                for (int column = 0; column < size; column++) {
-                    sum += load(x + column * GROUP) * broadcast(kernel[row * size + column]);
-                }
-            }
-            finish(w, p, channel, sum);
-        }
-    }
-}
+#ifdef INT8
+#include "involve_int8.h"
+#else
+#include "involve_float32.h"
+#endif
 
 typedef void involve_function(const struct window *);
 #define RUN_FUNCTION(name, k, s, n) \

@@ -12,10 +12,10 @@
 #include "vector.h"
 
 struct map {
-    float *data; /* the first channel of pixel 0; borders lie before it */
+    element *data; /* the first channel of pixel 0; borders lie before it */
     int height, width;
-    size_t image, row, pixel; /* floats from one to the next */
-    size_t group; /* floats from one group of channels to the next; GROUP in a plain map */
+    size_t image, row, pixel; /* elements from one to the next */
+    size_t group; /* elements from one group of channels to the next; GROUP in a plain map */
     int origin; /* the number of the pixel at data: not 0 in a map that holds a tile of a larger one */
 };
 
@@ -33,13 +33,13 @@ ALWAYS_INLINE struct range part(struct range all, int index, int parts) {
     return (struct range){all.first + (int)(length * index / parts), all.first + (int)(length * (index + 1) / parts)};
 }
 
-static struct map plain_map(float *data, int height, int width, int channels) {
+static struct map plain_map(element *data, int height, int width, int channels) {
     size_t pixel = (size_t)channels, row = pixel * (size_t)width;
     return (struct map){data, height, width, row * (size_t)height, row, pixel, GROUP, 0};
 }
 
 /* A plain map for the pixels origin, origin + 1, ... of some other map. */
-static struct map tile_map(float *data, int channels, int origin) {
+static struct map tile_map(element *data, int channels, int origin) {
     struct map map = plain_map(data, 1, INT_MAX, channels);
     map.origin = origin;
     return map;
@@ -52,26 +52,26 @@ static struct map every(struct map map, int stride) {
     return map;
 }
 
-static size_t planar_floats(int images, int height, int width, int channels, int border) {
+static size_t planar_elements(int images, int height, int width, int channels, int border) {
     return (size_t)images * (size_t)(height + 2 * border) * (size_t)(width + 2 * border) * (size_t)channels;
 }
 
-static struct map planar_map(float *buffer, int images, int height, int width, int border) {
+static struct map planar_map(element *buffer, int images, int height, int width, int border) {
     size_t row = (size_t)(width + 2 * border) * GROUP, image = row * (size_t)(height + 2 * border);
-    float *data = buffer + (size_t)border * (row + GROUP);
+    element *data = buffer + (size_t)border * (row + GROUP);
     return (struct map){data, height, width, image, row, GROUP, image * (size_t)images, 0};
 }
 
 /* Zeros around every plane of a planar map of n images. */
 static void clear_border(struct map map, int images, int groups, int border) {
-    size_t side = (size_t)border * map.pixel * sizeof(float);
+    size_t side = (size_t)border * map.pixel * sizeof(element);
     for (int g = 0; g < groups; g++) {
         for (int i = 0; i < images; i++) {
-            float *corner =
+            element *corner =
                 map.data + (size_t)g * map.group + (size_t)i * map.image - (size_t)border * (map.row + map.pixel);
             for (int y = 0; y < map.height + 2 * border; y++, corner += map.row) {
                 if (y < border || y >= map.height + border) {
-                    memset(corner, 0, map.row * sizeof(float));
+                    memset(corner, 0, map.row * sizeof(element));
                 } else {
                     memset(corner, 0, side);
                     memset(corner + map.row - (size_t)border * map.pixel, 0, side);
@@ -82,7 +82,7 @@ static void clear_border(struct map map, int images, int groups, int border) {
 }
 
 /* The addresses of pixels first, first + 1, ... */
-ALWAYS_INLINE void locate(struct map map, int first, int count, float **address) {
+ALWAYS_INLINE void locate(struct map map, int first, int count, element **address) {
     first -= map.origin;
     int x = first % map.width, line = first / map.width, y = line % map.height, image = line / map.height;
     for (int p = 0; p < count; p++) {

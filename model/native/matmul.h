@@ -1,7 +1,7 @@
 /* Convolutions as matrix products over scattered pixels: out[p] = act(weights * in[p] + bias + residual[p]).
  *
  * A 1x1 convolution multiplies the channels of a pixel. A 3x3 convolution is the same product over three stretches of
- * 3 * C contiguous floats. Pixels are found through pointers, so that strided, bordered and planar maps need no copy.
+ * 3 * C contiguous elements. Pixels are found through pointers, so that strided, bordered and planar maps need no copy.
  */
 #pragma once
 
@@ -11,11 +11,21 @@
 
 #define PANEL (VECTORS * VL) /* output channels that one register tile makes */
 #define CHUNK 512 /* pixels whose addresses are worked out at a time */
-#define CACHE_FLOATS (128 * 1024) /* of a chunk's inputs at most: they stay in the second-level cache */
-#define AHEAD 256 /* floats from use to prefetch of weights: late layers stream them from beyond that cache */
+#define CACHE_ELEMENTS \
+    (512 * 1024 / (int)sizeof(element)) /* of a chunk's inputs at most: they stay in the second-level cache */
+#define AHEAD \
+    (1024 / \
+     (int)sizeof( \
+         element)) /* elements from use to prefetch of weights: late layers stream them from beyond that cache */
 
 struct matrix {
+#ifdef INT8
+    int8_t *weights; /* panel after panel of PANEL columns, each [inputs / 4][columns][4] */
+    float *multiplier; /* [columns]: real value of a product, in steps of the output */
+    float residual_step; /* of what is added, in steps of the output */
+#else
     float *weights; /* panel after panel of PANEL columns, each [inputs][columns]; the last may be narrower */
+#endif
     float *bias; /* [columns] */
     int inputs, outputs;
     int vectors; /* of all columns: outputs rounded up to whole vectors, the rest zeros */
@@ -24,14 +34,7 @@ struct matrix {
 ALWAYS_INLINE int panels(const struct matrix *m) { return ceil_div(m->vectors, VECTORS); }
 ALWAYS_INLINE int columns(const struct matrix *m) { return m->vectors * VL; }
 
-/* One panel as a matrix of its own. */
-static struct matrix panel_of(const struct matrix *m, int panel) {
-    size_t column = (size_t)panel * PANEL;
-    int vectors = least(VECTORS, m->vectors - panel * VECTORS), outputs = least(PANEL, m->outputs - panel * PANEL);
-    return (struct matrix){m->weights + column * (size_t)m->inputs, m->bias + column, m->inputs, outputs, vectors};
-}
-
-/* How a pixel's inputs lie in memory: `count` stretches of `length` floats, `stride` apart. */
+/* How a pixel's inputs lie in memory: `count` stretches of `length` elements, `stride` apart. */
 struct stretches {
     int count, length;
     size_t stride;
@@ -48,9 +51,17 @@ static struct stretches three_by_three(struct map in, int channels) {
 }
 
 struct tile {
-    float *const *in, *const *out, *const *residual; /* of ROWS pixels; residual may be NULL */
+    element *const *in, *const *out, *const *residual; /* of ROWS pixels; residual may be NULL */
     struct stretches stretches;
-    const float *weights, *bias;
+#ifdef INT8
+    const int8_t *weights;
+    const float *multiplier;
+    float residual_step;
+    bool residual_signed;
+#else
+    const float *weights;
+#endif
+    const float *bias;
     size_t column, group; /* of the output: where the tile's first column lies, and from 16 channels to the next 16 */
     bool relu;
 };
@@ -58,56 +69,11 @@ struct tile {
 /* Where the tile's vector v lies in a map whose groups are `group` floats apart. */
 ALWAYS_INLINE size_t place(int v, size_t group) { return (size_t)(v * VL / GROUP) * group + (size_t)(v * VL % GROUP); }
 
-/* One register tile. Always inlined into functions where rows and vectors are constants. */
-ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct tile *tile) {
-    const float *in[ROWS], *weights = tile->weights;
-    vec sum[ROWS][VECTORS];
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        in[r] = tile->in[r];
-        UNROLL
-        for (int v = 0; v < vectors; v++) {
-            sum[r][v] = load(tile->bias + v * VL);
-            /* What the epilogue will read or write comes into the cache while the product runs. */
-            if (v * VL % GROUP == 0) {
-                const float *line = tile->residual ? tile->residual[r] : tile->out[r];
-                __builtin_prefetch(line + tile->column + place(v, tile->group));
-            }
-        }
-    }
-    for (int s = 0; s < tile->stretches.count; s++) {
-        for (int k = 0; k < tile->stretches.length; k++) {
-            vec w[VECTORS];
-            UNROLL
-            for (int v = 0; v < vectors; v++) {
-                w[v] = load(weights + v * VL);
-                if (v * VL % GROUP == 0) __builtin_prefetch(weights + v * VL + AHEAD);
-            }
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                vec x = broadcast(in[r][k]);
-                UNROLL
-                for (int v = 0; v < vectors; v++) sum[r][v] += x * w[v];
-            }
-            weights += vectors * VL;
-        }
-        UNROLL
-        for (int r = 0; r < rows; r++) in[r] += tile->stretches.stride;
-    }
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        float *out = tile->out[r] + tile->column;
-        if (tile->residual) {
-            const float *residual = tile->residual[r] + tile->column;
-            UNROLL
-            for (int v = 0; v < vectors; v++) sum[r][v] += load(residual + v * VL);
-        }
-        UNROLL
-        for (int v = 0; v < vectors; v++) {
-            store(out + place(v, tile->group), tile->relu ? relu(sum[r][v]) : sum[r][v]);
-        }
-    }
-}
+#ifdef INT8
+#include "tile_int8.h"
+#else
+#include "tile_float32.h"
+#endif
 
 #define TILE(rows, vectors) \
     static __attribute__((noinline)) void multiply_##rows##x##vectors(const struct tile *t) { \
@@ -136,14 +102,15 @@ struct product {
     struct map in, out;
     const struct map *residual; /* NULL: none; a plain map, as `out` then is; may be `out` itself */
     struct stretches stretches;
-    bool relu;
+    bool relu; /* in int8 it also decides between bytes from 0 and signed ones */
+    bool residual_signed; /* of int8 only */
 };
 
 /* The product for some pixels and some panels of output channels. */
 static void multiply(const struct product *p, struct range pixels, struct range panels) {
-    float *in[CHUNK], *out[CHUNK], *residual[CHUNK];
+    element *in[CHUNK], *out[CHUNK], *residual[CHUNK];
     const struct matrix *m = p->matrix;
-    int chunk = most(96, least(CHUNK, CACHE_FLOATS / m->inputs));
+    int chunk = most(96, least(CHUNK, CACHE_ELEMENTS / m->inputs));
     int chunks = ceil_div(pixels.end - pixels.first, chunk);
     for (int c = 0; c < chunks; c++) {
         struct range piece = part(pixels, c, chunks);
@@ -159,6 +126,11 @@ static void multiply(const struct product *p, struct range pixels, struct range 
             struct tile tile = {
                 .stretches = p->stretches,
                 .weights = m->weights + column * (size_t)m->inputs,
+#ifdef INT8
+                .multiplier = m->multiplier + column,
+                .residual_step = m->residual_step,
+                .residual_signed = p->residual_signed,
+#endif
                 .bias = m->bias + column,
                 .column = column / GROUP * p->out.group + column % GROUP,
                 .group = p->out.group,

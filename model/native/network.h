@@ -13,7 +13,7 @@
 struct space {
     struct stem_space stem;
     struct bottleneck_space bottleneck;
-    float *stage[STAGES + 1]; /* the stem's map, then those of the stages */
+    element *stage[STAGES + 1]; /* the stem's map, then those of the stages */
     struct scratch scratch;
 };
 
@@ -29,13 +29,14 @@ struct workspace {
 
 /* Hands out pieces of one allocation; without memory it only counts. */
 struct arena {
-    float *memory;
-    size_t used; /* floats */
+    element *memory;
+    size_t used; /* elements */
 };
 
-static float *piece(struct arena *arena, size_t floats) {
-    float *start = arena->memory ? arena->memory + arena->used : NULL;
-    arena->used += (floats + 31) / 16 * 16; /* whole cache lines, and one between neighbours */
+static element *piece(struct arena *arena, size_t elements) {
+    element *start = arena->memory ? arena->memory + arena->used : NULL;
+    size_t bytes = (elements * sizeof(element) + 127) / 64 * 64; /* whole cache lines, and one between neighbours */
+    arena->used += bytes / sizeof(element);
     return start;
 }
 
@@ -44,8 +45,9 @@ static size_t larger_size(size_t a, size_t b) { return a > b ? a : b; }
 static void place_space(const struct network *n, const struct workspace *w, struct space *space, struct arena *arena) {
     const struct config *c = &n->config;
     int height = ceil_div(w->height, 2), width = ceil_div(w->width, 2), half = c->stem_channels / 2;
-    space->stem.pixels = piece(arena, (size_t)(w->height + 2) * (size_t)(w->width + 2) * 3);
-    space->stem.planes = piece(arena, planar_floats(1, height, width, half, c->stem_kernel_size / 2));
+    space->stem.pixels =
+        (float *)piece(arena, (size_t)(w->height + 2) * (size_t)(w->width + 2) * 3 * (sizeof(float) / sizeof(element)));
+    space->stem.planes = piece(arena, planar_elements(1, height, width, half, c->stem_kernel_size / 2));
     space->stem.middle = piece(arena, (size_t)(height + 2) * (size_t)(width + 2) * (size_t)half);
     space->stage[0] = piece(arena, (size_t)w->sides[0][0] * (size_t)w->sides[0][1] * (size_t)c->stem_channels);
 
@@ -61,7 +63,7 @@ static void place_space(const struct network *n, const struct workspace *w, stru
         for (int b = 0; b < least(c->blocks[s], 2); b++, in = out) { /* the blocks behind the second are like it */
             const struct involution *layer = &n->blocks[s][b].involution;
             size_t kernel_pixels = (size_t)kernel_tile(layer), channels = (size_t)layer->channels;
-            planes = larger_size(planes, planar_floats(images, in[0], in[1], layer->channels, layer->size / 2));
+            planes = larger_size(planes, planar_elements(images, in[0], in[1], layer->channels, layer->size / 2));
             middle = larger_size(middle, (size_t)out[0] * (size_t)out[1] * channels);
             pooled = larger_size(pooled, kernel_pixels * channels);
             reduced = larger_size(reduced, kernel_pixels * (size_t)columns(&layer->reduce));
@@ -97,9 +99,9 @@ static struct workspace *workspace_create(const struct network *n, int height, i
         w->late_images = most(1, least(MOST_LATE_IMAGES, LATE_PIXELS / least(LATE_PIXELS, late[0] * late[1])));
         struct arena count = {0};
         for (int t = 0; t < threads; t++) place_space(n, w, &w->spaces[t], &count);
-        w->memory = calloc(count.used + 16, sizeof(float)); /* zeros, which borders stay */
+        w->memory = calloc(count.used + 64 / sizeof(element), sizeof(element)); /* zeros, which borders stay */
         if (w->memory) {
-            struct arena arena = {(float *)(((uintptr_t)w->memory + 63) & ~(uintptr_t)63), 0};
+            struct arena arena = {(element *)(((uintptr_t)w->memory + 63) & ~(uintptr_t)63), 0};
             for (int t = 0; t < threads; t++) place_space(n, w, &w->spaces[t], &arena);
             return w;
         }
@@ -130,8 +132,22 @@ struct call {
     struct team *all;
 };
 
+/* Values of a map, out of the engine. */
+#ifdef INT8
+ALWAYS_INLINE float map_step(const struct network *n, int stage) { return n->map_steps[stage]; }
+ALWAYS_INLINE vec load_values(const element *from) { return (vec)values_of(from, false); }
+#else
+ALWAYS_INLINE float map_step(const struct network *n, int stage) { return (void)n, (void)stage, 1; }
+ALWAYS_INLINE vec load_values(const element *from) { return load(from); }
+#endif
+
+/* Stage maps have a multiple of 64 channels, so whole vectors. */
+static void copy_values(const element *from, size_t count, float step, float *to) {
+    for (size_t i = 0; i < count; i += VL) store(to + i, load_values(from + i) * broadcast(step));
+}
+
 static void run_stage(const struct call *call, const struct worker *worker, struct space *space, int stage, int first,
-                      int images, float *in, float *out) {
+                      int images, element *in, element *out) {
     const struct network *n = call->network;
     const int *side = call->workspace->sides[stage], *out_side = call->workspace->sides[stage + 1];
     size_t pixels = (size_t)out_side[0] * (size_t)out_side[1];
@@ -140,22 +156,22 @@ static void run_stage(const struct call *call, const struct worker *worker, stru
         bool last = b == n->config.blocks[stage] - 1;
         float *sums = last ? call->outputs->sums[stage] : NULL;
         if (sums) sums += (size_t)first * pixels * (size_t)(block->involution.channels / GROUP);
-        float *to = block->shortcut.weights ? out : in;
+        element *to = block->shortcut.weights ? out : in;
         run_block(worker, block, images, side[0], side[1], in, to, &space->bottleneck, sums);
         in = to;
     }
     float *map = call->outputs->stages[stage];
     if (map && worker->rank == 0) {
         size_t floats = pixels * (size_t)stage_channels(&n->config, stage);
-        memcpy(map + (size_t)first * floats, in, (size_t)images * floats * sizeof(float));
+        copy_values(in, (size_t)images * floats, map_step(n, stage), map + (size_t)first * floats);
     }
 }
 
-static void average_pixels(const float *map, int pixels, int channels, float *features) {
-    vec share = broadcast(1.0f / (float)pixels);
+static void average_pixels(const element *map, int pixels, int channels, float step, float *features) {
+    vec share = broadcast(step / (float)pixels);
     for (int channel = 0; channel < channels; channel += VL) {
         vec sum = {0};
-        for (int p = 0; p < pixels; p++) sum += load(map + (size_t)p * (size_t)channels + (size_t)channel);
+        for (int p = 0; p < pixels; p++) sum += load_values(map + (size_t)p * (size_t)channels + (size_t)channel);
         store(features + channel, sum * share);
     }
 }
@@ -167,7 +183,7 @@ static void run_images(const struct call *call, const struct worker *worker, str
     const struct workspace *w = call->workspace;
     const struct config *c = &call->network->config;
     size_t values = (size_t)3 * (size_t)w->height * (size_t)w->width;
-    float *map[STAGES + 1];
+    element *map[STAGES + 1];
     for (int s = 0; s <= STAGES; s++) {
         /* The first stage writes over its input where no shortcut convolution needs that. */
         map[s] = s == 1 && !call->network->blocks[0][0].shortcut.weights ? space->stage[0] : space->stage[s];
@@ -180,7 +196,7 @@ static void run_images(const struct call *call, const struct worker *worker, str
         if (photo.floats) photo.floats += (size_t)(first + i) * values;
         run_stem(worker, &call->network->stem, photo, w->height, w->width, &space->stem, map[0]);
         for (int s = 0; s < LATE_STAGE; s++) {
-            float *out = map[s + 1] + (s + 1 == LATE_STAGE ? (size_t)i * kept : 0);
+            element *out = map[s + 1] + (s + 1 == LATE_STAGE ? (size_t)i * kept : 0);
             run_stage(call, worker, space, s, first + i, 1, map[s], out);
         }
     }
@@ -188,8 +204,27 @@ static void run_images(const struct call *call, const struct worker *worker, str
     int pixels = w->sides[STAGES][0] * w->sides[STAGES][1], channels = stage_channels(c, STAGES - 1);
     for (int i = 0; i < images && worker->rank == 0; i++) {
         average_pixels(map[STAGES] + (size_t)i * (size_t)pixels * (size_t)channels, pixels, channels,
+                       map_step(call->network, STAGES - 1),
                        call->outputs->features + (size_t)(first + i) * (size_t)channels);
     }
+}
+
+#ifdef INT8
+/* The linear classifier over the whole batch: threads share the classes, so that each weight is read once. */
+static void run_head(const struct call *call, struct scratch *scratch) {
+    const struct float_matrix *head = &call->network->head;
+    (void)scratch;
+    for (int panel; (panel = take(call->all)) < ceil_div(head->outputs, VL);) {
+        multiply_floats(head, panel * VL, least(VL, head->outputs - panel * VL), call->outputs->features, call->batch,
+                        call->outputs->logits);
+    }
+}
+#else
+/* One panel as a matrix of its own. */
+static struct matrix panel_of(const struct matrix *m, int panel) {
+    size_t column = (size_t)panel * PANEL;
+    int vectors = least(VECTORS, m->vectors - panel * VECTORS), outputs = least(PANEL, m->outputs - panel * PANEL);
+    return (struct matrix){m->weights + column * (size_t)m->inputs, m->bias + column, m->inputs, outputs, vectors};
 }
 
 /* The linear classifier over the whole batch: threads share the classes, so that each weight is read once. */
@@ -203,7 +238,7 @@ static void run_head(const struct call *call, struct scratch *scratch) {
             /* Made aside: the last panel may be wider than the classes that are left. */
             struct matrix part = panel_of(head, panel);
             struct map logits = tile_map(scratch->involved, PANEL, first);
-            struct product product = {&part, features, logits, NULL, one_by_one(features, head->inputs), false};
+            struct product product = {&part, features, logits, NULL, one_by_one(features, head->inputs), false, false};
             multiply_all(&product, images);
             for (int i = first; i < images.end; i++) {
                 memcpy(call->outputs->logits + (size_t)i * (size_t)head->outputs + column,
@@ -212,6 +247,7 @@ static void run_head(const struct call *call, struct scratch *scratch) {
         }
     }
 }
+#endif
 
 /* One thread's part of a call. Each takes an equal number of whole images; what remains, fewer images than threads, is
  * shared: one image, one team. */

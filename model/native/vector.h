@@ -10,6 +10,14 @@
 
 #define GROUP 16 /* channels that share an involution kernel; maps are stored in multiples of it */
 
+/* What a map is made of. In the int8 build these are codes: bytes from 0 after a ReLU, signed ones for the kernels of
+ * an involution and for what a shortcut convolution adds. */
+#ifdef INT8
+typedef uint8_t element;
+#else
+typedef float element;
+#endif
+
 typedef float vec __attribute__((vector_size(VL * sizeof(float))));
 typedef int32_t mask __attribute__((vector_size(VL * sizeof(float))));
 typedef float vec_anywhere __attribute__((vector_size(VL * sizeof(float)), aligned(sizeof(float)), may_alias));

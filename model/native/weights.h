@@ -7,6 +7,11 @@
 #define STAGES 4
 #define EXPANSION 4
 #define LARGEST_SIDE 16384 /* of a photo */
+#ifdef INT8
+#define LARGEST_STRIDE 2048 /* sums of so many codes fit into 32 bits */
+#else
+#define LARGEST_STRIDE LARGEST_SIDE
+#endif
 #define LARGEST_WIDTH 65536 /* channels and classes */
 #define LARGEST_KERNEL 63
 #define MOST_BLOCKS 64 /* of a stage */
@@ -20,7 +25,12 @@ struct network {
     struct config config;
     struct stem stem;
     struct block *blocks[STAGES];
+#ifdef INT8
+    struct float_matrix head;
+    float map_steps[STAGES]; /* the real value of a code of each stage's map */
+#else
     struct matrix head;
+#endif
 };
 
 /* Weights on their way in: one array after the other, each of the length that the configuration asks for. */
@@ -48,6 +58,9 @@ static float *take_floats(struct source *source, int length) {
     return copy;
 }
 
+#ifdef INT8
+#include "weights_int8.h"
+#else
 /* Weights [outputs][inputs] and a bias [outputs], packed into panels. */
 static void take_matrix(struct source *source, struct matrix *m, int outputs, int inputs) {
     const float *weights = take_array(source, (int64_t)outputs * inputs), *bias = take_array(source, outputs);
@@ -75,11 +88,21 @@ static void free_matrix(struct matrix *m) {
     free(m->bias);
 }
 
+#define take_float_matrix take_matrix
+#define free_float_matrix free_matrix
+#define take_span(source, layer, inputs) \
+    take_matrix(source, &(layer)->span, (layer)->taps *((layer)->channels / GROUP), inputs)
+#define take_step(source, to) ((void)0)
+ALWAYS_INLINE int padded(int size) { return size; }
+#endif
+
 static void take_involution(struct source *source, struct involution *layer, int channels, int size, int stride,
                             int reduction) {
     layer->size = size, layer->stride = stride, layer->channels = channels;
+    layer->taps = size * padded(size);
     take_matrix(source, &layer->reduce, channels / reduction, channels);
-    take_matrix(source, &layer->span, size * size * (channels / GROUP), channels / reduction);
+    take_span(source, layer, channels / reduction);
+    take_step(source, &layer->kernel_step);
     layer->scale = take_floats(source, channels);
     layer->shift = take_floats(source, channels);
 }
@@ -97,7 +120,7 @@ static bool between(int value, int low, int high) { return low <= value && value
 static const char *check_config(const struct config *c) {
     for (int s = 0; s < STAGES; s++) {
         if (!between(c->blocks[s], 1, MOST_BLOCKS)) return "the number of blocks is out of range";
-        if (!between(c->strides[s], 1, LARGEST_SIDE)) return "the stride is out of range";
+        if (!between(c->strides[s], 1, LARGEST_STRIDE)) return "the stride is out of range";
     }
     if (!between(c->stem_channels, 1, LARGEST_WIDTH) || c->stem_channels % (2 * GROUP))
         return "stem_channels must be a multiple of 32";
@@ -117,7 +140,7 @@ ALWAYS_INLINE int stage_channels(const struct config *c, int stage) { return (c-
 
 static void network_free(struct network *n) {
     if (!n) return;
-    free_matrix(&n->stem.first);
+    free_float_matrix(&n->stem.first);
     free_involution(&n->stem.involution);
     free_matrix(&n->stem.last);
     for (int s = 0; s < STAGES; s++) {
@@ -130,14 +153,18 @@ static void network_free(struct network *n) {
         }
         free(n->blocks[s]);
     }
-    free_matrix(&n->head);
+    free_float_matrix(&n->head);
     free(n);
 }
 
 /* The arrays, float32, in this order: the table of the stem; then weights and bias of each convolution, batch norms
  * taken in, inputs of a window as [row][column][channel]; for an involution reduce, span, and scale and shift of the
  * batch norm behind it. Stem: convolution, involution, convolution. Block: first, involution, last, and shortcut if
- * there is one. At the end the head. */
+ * there is one. At the end the head.
+ *
+ * In int8, weights other than the stem's first and the head's are whole numbers from -127 to 127; a multiplier for each
+ * output follows every bias; the real value of 1 follows span; that of the residual, in steps of the output, follows
+ * last; those of the four stage maps come before the head. Scale and shift are in steps, too. */
 static struct network *network_create(const struct config *config, const struct array *arrays, int64_t count,
                                       const char **error) {
     if ((*error = check_config(config))) return NULL;
@@ -151,7 +178,7 @@ static struct network *network_create(const struct config *config, const struct 
     const float *table = take_array(&source, 3 * 256);
     if (table) memcpy(n->stem.table, table, sizeof n->stem.table);
     int half = config->stem_channels / 2, channels = config->stem_channels;
-    take_matrix(&source, &n->stem.first, half, 27);
+    take_float_matrix(&source, &n->stem.first, half, 27);
     take_involution(&source, &n->stem.involution, half, config->stem_kernel_size, 1, config->reduction);
     take_matrix(&source, &n->stem.last, config->stem_channels, 9 * half);
     for (int s = 0; s < STAGES && !source.error; s++) {
@@ -165,11 +192,13 @@ static struct network *network_create(const struct config *config, const struct 
             take_matrix(&source, &block->first, middle, block->in_channels);
             take_involution(&source, &block->involution, middle, config->kernel_size, stride, config->reduction);
             take_matrix(&source, &block->last, channels, middle);
+            take_step(&source, &block->last.residual_step);
             if (stride > 1 || block->in_channels != channels)
                 take_matrix(&source, &block->shortcut, channels, block->in_channels);
         }
     }
-    take_matrix(&source, &n->head, config->classes, channels);
+    for (int s = 0; s < STAGES; s++) take_step(&source, &n->map_steps[s]);
+    take_float_matrix(&source, &n->head, config->classes, channels);
     if (!source.error && source.left) source.error = "there are more arrays than this network has";
     if ((*error = source.error)) {
         network_free(n);

@@ -1,0 +1,53 @@
+"""The int8 form beside float32 on the same cores: calls in turn, medians of the ratios of neighbours."""
+
+import statistics
+import time
+
+import torch
+
+from benchmarks.measure import report
+from benchmarks.network import network
+from model import Preprocess
+from model.int8_form import Int8Form
+from model.native_form import NativeForm
+from model.scales import observe
+
+SIDE = 224
+BUDGET_S = 6.0
+
+
+def main() -> None:
+    rows = []
+    preprocess = Preprocess()
+    for name in ("rednet50", "rednet26"):
+        net = network(name)
+        photos = torch.randint(0, 256, (8, 3, SIDE, SIDE), dtype=torch.uint8)
+        forms = (NativeForm(net, preprocess), Int8Form(net, preprocess, observe(net, preprocess, photos[:2])))
+        for batch in (1, 8):
+            pixels = photos[:batch]
+            times: list[tuple[float, ...]] = []
+            for form in forms:
+                form(pixels)
+            while sum(map(sum, times)) < BUDGET_S:
+                pair = []
+                for form in forms:
+                    started = time.perf_counter()
+                    form(pixels)
+                    pair.append(time.perf_counter() - started)
+                times.append(tuple(pair))
+            exact_s, int8_s = (statistics.median(each) for each in zip(*times, strict=True))
+            rows.append(
+                {
+                    "network": name,
+                    "batch": batch,
+                    "float32 images/s": batch / exact_s,
+                    "int8 images/s": batch / int8_s,
+                    "ratio": statistics.median(exact / int8 for exact, int8 in times),
+                    "pairs": len(times),
+                }
+            )
+    report("int8", f"{SIDE}x{SIDE} pixels, random weights", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The inference form in int8: bytes on the CPU, for machines that multiply them in one instruction (AVX-512 VNNI)."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from model.folded import folded, scale_and_shift
+from model.native import int8_unavailable
+from model.native_form import NativeForm, stored_by_column
+from model.preprocess import Preprocess
+from model.rednet import Bottleneck, RedNet
+from model.scales import check
+
+UNSIGNED, SIGNED, LARGEST_WEIGHT = 255, 127, 127  # the largest codes
+
+
+class Int8Form(NativeForm):
+    """A copy of a network inside the int8 build of the native engine.
+
+    Activations are bytes with one step per map, weights signed bytes with one step per output channel, sums exact. The
+    stem's first convolution and the classifier stay float32.
+
+    Args:
+        net: a RedNet for RGB.
+        preprocess: how pixels are normalised.
+        scales: of its activations, as `model.scales` makes them.
+        threads: cores to use; None: as many as torch does.
+
+    Raises:
+        ValueError: the machine cannot run it, the engine is not made for this network, or the scales are not its own.
+    """
+
+    def __init__(
+        self, net: RedNet, preprocess: Preprocess, scales: Mapping[str, float], threads: int | None = None
+    ) -> None:
+        if reason := int8_unavailable():
+            raise ValueError(reason)
+        check(net, scales)
+        self._scales = dict(scales)
+        super().__init__(net, preprocess, threads, "int8")
+
+    def _arrays(self, net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
+        return (array.float() for array in _arrays(folded(net).cpu(), preprocess, steps_of(self._scales)))
+
+
+def steps_of(scales: Mapping[str, float]) -> dict[str, float]:
+    """The real value of 1 in each activation."""
+    signed = ("conv2.conv2", "stem.1.conv2", "downsample")
+    return {name: scale / (SIGNED if name.endswith(signed) else UNSIGNED) for name, scale in scales.items()}
+
+
+def _arrays(net: RedNet, preprocess: Preprocess, steps: Mapping[str, float]) -> Iterator[Tensor]:
+    """A folded network as `network_create` in native/weights.h takes it in int8."""
+    values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    yield preprocess.normalise(values)
+    stem = net.backbone.stem
+    first = stored_by_column(stem.get_submodule("0.conv"))
+    yield from (each / steps["backbone.stem.0"] for each in first)
+    yield from _involution("backbone.stem.1", stem[1], stem[2], steps["backbone.stem.0"], steps)
+    before = steps["backbone.stem.4"]
+    yield from _convolution(stem.get_submodule("4.conv"), steps["backbone.stem.1"], before)
+    for name, block in net.named_modules():
+        if isinstance(block, Bottleneck):
+            after = steps[name]
+            yield from _convolution(block.conv1, before, steps[f"{name}.conv1"])
+            yield from _involution(f"{name}.conv2", block.conv2, block.bn2, steps[f"{name}.conv1"], steps)
+            yield from _convolution(block.conv3, steps[f"{name}.conv2"], after)
+            added = before if block.downsample is None else steps[f"{name}.downsample"]
+            yield torch.tensor([added / after])
+            if block.downsample is not None:
+                yield from _convolution(block.downsample[0], before, added)
+            before = after
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        last = len(list(net.backbone.get_submodule(stage).children())) - 1
+        yield torch.tensor([steps[f"backbone.{stage}.{last}"]])
+    yield net.head.fc.weight
+    yield net.head.fc.bias
+
+
+def _convolution(conv: nn.Module, before: float, after: float) -> Iterator[Tensor]:
+    """Whole numbers, bias and multipliers; before, after: the steps of input and output."""
+    weight, bias = (each.double() for each in stored_by_column(conv))
+    largest = weight.flatten(1).abs().amax(1)
+    step = torch.where(largest > 0, largest / LARGEST_WEIGHT, torch.ones_like(largest))
+    yield torch.round(weight / step.reshape(-1, 1, 1, 1)).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+    yield bias / after
+    yield step * before / after
+
+
+def _involution(
+    name: str, layer: nn.Module, bn: nn.Module, before: float, steps: Mapping[str, float]
+) -> Iterator[Tensor]:
+    reduced, kernels, after = steps[f"{name}.conv1"], steps[f"{name}.conv2"], steps[name]
+    yield from _convolution(layer.get_submodule("conv1.conv"), before, reduced)
+    yield from _convolution(layer.get_submodule("conv2.conv"), reduced, kernels)
+    yield torch.tensor([kernels])
+    scale, shift = (each.double() for each in scale_and_shift(bn))
+    yield scale * before * kernels / after
+    yield shift / after

@@ -1,0 +1,115 @@
+"""The int8 form: code for code its definition, and close to float32."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from model.int8_form import Int8Form
+from model.native import int8_unavailable
+from model.native_form import NativeForm
+from model.prepare import prepare
+from model.preprocess import Preprocess
+from model.scales import needed, observe
+from tests.int8_reference import Int8Reference
+from tests.test_native import network, photos
+
+needs_int8 = pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))
+
+
+@needs_int8
+@pytest.mark.parametrize(
+    ("name", "size", "fields"),
+    [
+        ("rednet26", (64, 64), {}),
+        ("rednet50", (96, 65), {"base_channels": 32, "stem_channels": 64}),
+        ("rednet26", (65, 97), {"kernel_size": 5, "strides": (2, 1, 3, 2), "reduction_ratio": 2}),
+        ("rednet26", (33, 32), {"kernel_size": 3, "stem_kernel_size": 7, "reduction_ratio": 1, "stem_channels": 64}),
+        ("rednet26", (50, 70), {"kernel_size": 1, "base_channels": 48, "stem_channels": 96, "reduction_ratio": 16}),
+        ("rednet26", (320, 288), {}),
+        ("rednet26", (1, 1), {}),
+    ],
+)
+def test_every_code_is_that_of_the_definition(name: str, size: tuple[int, int], fields: dict[str, Any]) -> None:
+    """Stage maps and the kernels behind their sums, to the last bit, for shapes the paper does and does not use."""
+    net = network(name, **fields)
+    pixels = photos(2, *size)
+    scales = observe(net, Preprocess(), pixels)
+    expected = Int8Reference(net, Preprocess(), scales)(pixels)
+    output = Int8Form(net, Preprocess(), scales, threads=2)(pixels, range(4), range(4))
+    assert output.stages is not None
+    assert output.kernel_sums is not None
+    for stage in range(4):
+        last = max(key for key in scales if key.startswith(f"backbone.layer{stage + 1}.") and key.count(".") == 2)
+        assert torch.equal((output.stages[stage] * (255 / scales[last])).round(), expected.codes[last].float())
+        kernels = f"{last}.conv2.conv2"
+        sums = expected.codes[kernels].double().unflatten(1, (-1, net.config.kernel_size**2)).sum(dim=2)
+        torch.testing.assert_close(
+            output.kernel_sums[stage].double(), sums * scales[kernels] / 127, rtol=1e-5, atol=1e-5
+        )
+    torch.testing.assert_close(output.features, expected.features, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+@needs_int8
+def test_no_bit_depends_on_neighbours_or_threads() -> None:
+    """A photo's answer is the same alone, in any batch up to nine and on any number of threads."""
+    net = network()
+    pixels = photos(9, 144, 160)
+    scales = observe(net, Preprocess(), pixels)
+    alone = Int8Form(net, Preprocess(), scales, threads=1)
+    expected = torch.cat([alone(photo.unsqueeze(0)).logits for photo in pixels])
+    for threads in (1, 2, 3):
+        form = Int8Form(net, Preprocess(), scales, threads=threads)
+        for batch in range(1, 10):
+            assert torch.equal(form(pixels[:batch]).logits, expected[:batch])
+
+
+@needs_int8
+def test_it_stays_close_to_float32() -> None:
+    """Features point where those of float32 do."""
+    net = network()
+    pixels = photos(4, 96, 96)
+    ours = Int8Form(net, Preprocess(), observe(net, Preprocess(), pixels))(pixels).features
+    exact = NativeForm(net, Preprocess())(pixels).features
+    assert torch.cosine_similarity(ours, exact).min() > 0.99
+
+
+@needs_int8
+def test_prepare_takes_scales_or_photos() -> None:
+    """Both are the same network; without them, or with those of another network, there is a clear error."""
+    net = network()
+    pixels = photos(4, 64, 64)
+    scales = observe(net, Preprocess(), pixels)
+    from_scales = prepare(net, Preprocess(), "cpu", "int8", scales)
+    from_photos = prepare(net, Preprocess(), "cpu", "int8", pixels)
+    assert from_scales.precision == "int8"
+    assert "int8" in from_scales.backend
+    assert torch.equal(from_scales(pixels).logits, from_photos(pixels).logits)
+    with pytest.raises(ValueError, match="int8 needs a calibration"):
+        prepare(net, Preprocess(), "cpu", "int8")
+    with pytest.raises(ValueError, match=r"backbone.stem.0 is missing"):
+        prepare(net, Preprocess(), "cpu", "int8", {key: scales[key] for key in needed(net)[1:]})
+
+
+@needs_int8
+def test_auto_takes_int8_only_with_scales_and_only_if_it_is_faithful() -> None:
+    """Scales that cut off most of what the network computes fail the self-check, and float32 serves."""
+    net = network()
+    scales = observe(net, Preprocess(), photos(4, 64, 64))
+    assert prepare(net, device="cpu").precision == "fp32"
+    broken = prepare(net, device="cpu", calibration={name: scale / 20 for name, scale in scales.items()})
+    assert broken.precision == "fp32"
+    assert any("int8" in reason and "deviates" in reason for reason in broken.passed_over)
+
+
+def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without VNNI refuses int8 by name, and auto falls back to float32."""
+    net = network()
+    scales = observe(net, Preprocess(), photos(1, 64, 64))
+    monkeypatch.setattr("model.int8_form.int8_unavailable", lambda: "no VNNI here")
+    with pytest.raises(ValueError, match="no VNNI here"):
+        prepare(net, device="cpu", precision="int8", calibration=scales)
+    run = prepare(net, device="cpu", calibration=scales)
+    assert run.precision == "fp32"
+    assert any("no VNNI here" in reason for reason in run.passed_over)

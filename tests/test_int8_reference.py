@@ -1,0 +1,90 @@
+"""The definition of the int8 network, held against exact arithmetic and against the float32 network."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model import Preprocess, create_rednet, load_checkpoint
+from model.int8_form import Int8Form
+from model.native import int8_unavailable
+from model.scales import needed, observe
+from tests.conftest import photo
+from tests.int8_reference import Codes, Int8Reference, averaged, fused
+
+
+def test_a_fused_multiply_add_is_rounded_once() -> None:
+    """To the float32 number nearest to the exact result, of operands of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-15, 15, shape, generator=generator)
+
+    a, b, c = random(1, 16, 20, 1), random(16), random(16, 1, 1)
+    result = fused(a, b, c)
+    for channel in range(16):
+        for row in range(20):
+            exact = Fraction(float(a[0, channel, row, 0])) * Fraction(float(b[channel])) + Fraction(float(c[channel]))
+            ours = np.float32(result[0, channel, row, 0])
+            for direction in (-np.inf, np.inf):
+                neighbour = np.nextafter(ours, np.float32(direction))
+                assert abs(Fraction(float(ours)) - exact) <= abs(Fraction(float(neighbour)) - exact)
+
+
+def test_averages_are_over_the_pixels_that_exist() -> None:
+    """To the nearest integer, halves up."""
+    codes = torch.tensor([[1, 2, 7], [2, 1, 8], [0, 1, 255]], dtype=torch.float64)
+    expected = torch.tensor([[2, 8], [1, 255]], dtype=torch.float64)
+    assert torch.equal(averaged(Codes(codes[None, None], 1.0), 2).values[0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("strides", "height", "width"), [((1, 2, 2, 2), 64, 64), ((2, 1, 3, 2), 45, 71), ((1, 2, 2, 2), 1, 33)]
+)
+def test_it_is_the_float32_network_but_for_roundings(strides: tuple[int, ...], height: int, width: int) -> None:
+    """Features, logits and every stored activation, at any stride and size."""
+    torch.manual_seed(0)
+    net = create_rednet("rednet26", num_classes=5, base_channels=32, stem_channels=64, strides=strides).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
+    preprocess = Preprocess()
+    pixels = torch.stack([torch.from_numpy(np.array(photo(seed, width, height))) for seed in range(3)]).permute(
+        0, 3, 1, 2
+    )
+    answer = Int8Reference(net, preprocess, observe(net, preprocess, pixels))(pixels)
+    with torch.inference_mode():
+        features = net.features(preprocess.normalise(pixels))
+        logits = net.head(features)
+    assert torch.cosine_similarity(answer.features, features).min() > 0.99
+    torch.testing.assert_close(answer.logits, logits, rtol=0, atol=0.1 * float(logits.abs().max()))
+    assert answer.codes.keys() == set(needed(net))
+    assert all(codes.float().abs().amax() >= 126 for codes in answer.codes.values())  # scales are used to their ends
+
+
+def test_photos_do_not_disturb_each_other(tiny_path: Path) -> None:
+    """Each code is the same in a batch and alone."""
+    checkpoint = load_checkpoint(tiny_path)
+    pixels = torch.stack([torch.from_numpy(checkpoint.preprocess.pixels(photo(seed))) for seed in range(2)])
+    network = Int8Reference(
+        checkpoint.net, checkpoint.preprocess, observe(checkpoint.net, checkpoint.preprocess, pixels)
+    )
+    both, alone = network(pixels).codes, network(pixels[1:]).codes
+    assert all(torch.equal(both[name][1:], alone[name]) for name in both)
+
+
+@pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))
+def test_the_engine_gives_every_code_of_the_embedded_network() -> None:
+    """Of all four stages, from the pixels on: no code differs, on photos of an odd size."""
+    checkpoint = load_checkpoint()
+    net, preprocess, scales = checkpoint.net, checkpoint.preprocess, checkpoint.calibration
+    assert scales is not None
+    pixels = torch.from_numpy(np.stack([np.asarray(photo(seed, 101, 83)) for seed in range(3)])).permute(0, 3, 1, 2)
+    codes = Int8Reference(net, preprocess, scales)(pixels).codes
+    stages = Int8Form(net, preprocess, scales)(pixels, range(4)).stages
+    assert stages is not None
+    for stage, block in zip(stages, ("layer1.0", "layer2.1", "layer3.3", "layer4.0"), strict=True):
+        name = f"backbone.{block}"
+        assert torch.equal((stage * (255 / scales[name])).round(), codes[name].float()), name
