@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.exact import exact_float32
@@ -118,7 +117,7 @@ def prepare(
     scales = observe(net, preprocess, calibration) if isinstance(calibration, Tensor) else calibration
     if scales is not None:
         check(net, scales)
-    yardstick = plain_answer(net, preprocess, _picture(preprocess.crop))
+    yardstick = plain_answer(net, preprocess, _noise(1, preprocess.crop))
     passed_over: list[str] = []
     passed: list[Prepared] = []
     automatic = (*AUTO[device.type], "int8") if scales is not None and device.type == "cpu" else AUTO[device.type]
@@ -259,10 +258,3 @@ def _seconds(prepared: Prepared) -> float:
 def _noise(images: int, side: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
-
-
-def _picture(side: int) -> Tensor:
-    """[1, 3, side, side], smooth as photos are: int8 has steps for the values that photos bring about."""
-    coarse = _noise(1, 8).float()
-    smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
-    return smooth.round().clamp(0, 255).to(torch.uint8)

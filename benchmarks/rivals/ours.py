@@ -46,4 +46,4 @@ if __name__ == "__main__":
     chosen = options()
     if chosen.model == "null":
         sys.exit(serve_null(chosen.port, chosen.workers))
-    sys.exit(cli.main(["serve", "--port", str(chosen.port)]))
+    sys.exit(cli.main(["serve", "--port", str(chosen.port), "--precision", "fp32"]))  # as the others
