@@ -176,6 +176,8 @@ def int8_unavailable() -> str | None:
     library, reason = _library()
     if library is None:
         return reason
+    if asked := os.environ.get(VARIABLE):
+        return f"{VARIABLE} asks for the build {asked}"
     if not library.rednet_int8():
         return "this machine has no AVX-512 VNNI and VBMI, which int8 needs"
     return None
