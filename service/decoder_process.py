@@ -1,6 +1,7 @@
 """What runs in each of the decoder's processes: photos in, pixels or pictures out, until the connection ends.
 
-python -m service.decoder_process OPTIONS    # JSON; the connection is standard input
+python -m service.decoder_process OPTIONS FILE    # JSON, and the descriptor of memory for pixels that is shared with
+                                                  # the server; the connection is standard input
 
 What decodes hostile images runs nothing else: it may crash, hang or be killed, and what it sends back is pixels or an
 error's code, never anything that the server would execute.
@@ -8,6 +9,7 @@ error's code, never anything that the server would execute.
 
 import importlib.util
 import json
+import mmap
 import os
 import resource
 import socket
@@ -24,7 +26,8 @@ from PIL import Image
 # Length of the photo that follows; height and width of the float32 map behind it, to be drawn over it; 0: none.
 REQUEST = struct.Struct("<III")
 MOST_MEMORY = 1_500_000_000  # bytes; a photo of 50 million pixels takes up to 800 million
-ANSWER = struct.Struct("<BdI")  # whether it is an error, seconds, length of the pixels, PNG or error that follow
+# Whether it is an error, seconds, length of the error or PNG that follows. Pixels are in the shared memory.
+ANSWER = struct.Struct("<BdI")
 
 
 def without_pytorch() -> None:
@@ -37,7 +40,9 @@ def without_pytorch() -> None:
 
 
 def _spare_the_others() -> None:
-    """When memory ends, it is this process that the system should take it from, and not the server."""
+    """When memory ends, it is this process that the system should take it from, and not the server; and where cores are
+    short, the server, which gives work to all, goes first."""
+    os.nice(5)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     with suppress(OSError, ValueError):
@@ -52,15 +57,16 @@ def main() -> None:
 
     options = json.loads(sys.argv[1])
     preprocess, max_pixels = Preprocess(**options["preprocess"]), options["max_pixels"]
+    pixels = np.frombuffer(mmap.mmap(int(sys.argv[2]), 0), np.uint8).reshape(3, preprocess.crop, preprocess.crop)
 
     def answer(photo: bytes, grid: bytes, shape: tuple[int, int]) -> bytes:
         started = time.monotonic()
-        failed = False
+        failed, content = False, b""
         try:
             if grid:
                 content = draw_image(photo, np.frombuffer(grid, np.float32).reshape(shape), preprocess, max_pixels)
             else:
-                content = decode_image(photo, preprocess, max_pixels).tobytes()
+                pixels[...] = decode_image(photo, preprocess, max_pixels)
         except ServiceError as error:
             failed, content = True, json.dumps({"code": error.code, "message": error.message}).encode()
         return ANSWER.pack(failed, time.monotonic() - started, len(content)) + content

@@ -33,6 +33,7 @@ def configure(level: str, log_format: Literal["text", "json"]) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # which no line shows
 
 
 def _json(event: EventDict, **_: object) -> str:

@@ -1,5 +1,6 @@
 """Builds everything and wires it together."""
 
+import gc
 import logging
 import math
 import sys
@@ -113,6 +114,8 @@ def serve(settings: Settings) -> int:
     app = create_app(settings, client, decoder, metrics, model, keys)
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
+    gc.collect()
+    gc.freeze()  # a million objects that stay: looking through them again and again would hold requests up
     server.run()
     return server.exit_code
 
@@ -182,4 +185,5 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody here asks for a caller's address
     )

@@ -97,7 +97,7 @@ def test_a_photo_that_breaks_two_processes_is_broken() -> None:
 
     async def use(decoder: Decoder) -> None:
         command = decoder._command
-        command[command.index("-m") : -1] = ["-c", breaks]
+        command[command.index("-m") : command.index("-m") + 2] = ["-c", breaks]
         outcomes = await asyncio.gather(*map(decoder.decode, (PHOTO, b"poison", PHOTO, PHOTO)), return_exceptions=True)
         assert [type(each).__name__ for each in outcomes] == ["Decoded", "UnreadableImage", "Decoded", "Decoded"]
 
