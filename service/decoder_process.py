@@ -23,8 +23,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Length of the photo that follows; height and width of the float32 map behind it, to be drawn over it; 0: none.
-REQUEST = struct.Struct("<III")
+PLACES = 2  # for photos' pixels in the shared memory: of one that has been decoded, and of the next
+# Place of the pixels; length of the photo that follows; height and width of the float32 map behind it, to be drawn over
+# it; 0: none.
+REQUEST = struct.Struct("<BIII")
 MOST_MEMORY = 1_500_000_000  # bytes; a photo of 50 million pixels takes up to 800 million
 # Whether it is an error, seconds, length of the error or PNG that follows. Pixels are in the shared memory.
 ANSWER = struct.Struct("<BdI")
@@ -57,16 +59,17 @@ def main() -> None:
 
     options = json.loads(sys.argv[1])
     preprocess, max_pixels = Preprocess(**options["preprocess"]), options["max_pixels"]
-    pixels = np.frombuffer(mmap.mmap(int(sys.argv[2]), 0), np.uint8).reshape(3, preprocess.crop, preprocess.crop)
+    shape = (PLACES, 3, preprocess.crop, preprocess.crop)
+    places = np.frombuffer(mmap.mmap(int(sys.argv[2]), 0), np.uint8).reshape(shape)
 
-    def answer(photo: bytes, grid: bytes, shape: tuple[int, int]) -> bytes:
+    def answer(place: int, photo: bytes, grid: bytes, shape: tuple[int, int]) -> bytes:
         started = time.monotonic()
         failed, content = False, b""
         try:
             if grid:
                 content = draw_image(photo, np.frombuffer(grid, np.float32).reshape(shape), preprocess, max_pixels)
             else:
-                pixels[...] = decode_image(photo, preprocess, max_pixels)
+                places[place] = decode_image(photo, preprocess, max_pixels)
         except ServiceError as error:
             failed, content = True, json.dumps({"code": error.code, "message": error.message}).encode()
         return ANSWER.pack(failed, time.monotonic() - started, len(content)) + content
@@ -78,8 +81,9 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damaged files is no news, and no log line
     with connection.makefile("rb") as stream:
         while len(head := stream.read(REQUEST.size)) == REQUEST.size:
-            length, height, width = REQUEST.unpack(head)
-            connection.sendall(answer(stream.read(length), stream.read(4 * height * width), (height, width)))
+            place, length, height, width = REQUEST.unpack(head)
+            photo, grid = stream.read(length), stream.read(4 * height * width)
+            connection.sendall(answer(place, photo, grid, (height, width)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model import Preprocess
-from service import decoder as module
+from service import decoder_link as module
 from service.cores import usable_cores
 from service.decoder import Decoder
 from service.errors import Draining, Internal, UnreadableImage, UnsupportedMediaType
@@ -52,6 +52,19 @@ def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1)
     assert not children(os.getpid())
 
 
+def replace_decoding(decoder: Decoder, expression: str) -> None:
+    """Have the processes that it will start make pixels by an expression of `data`, `rest` and the `right` function."""
+    script = (
+        "import os, time, service.decoder_process as process; process.without_pytorch(); from service import decode;"
+        "process.without_pytorch = lambda: None;"
+        "right = decode.decode_image;"
+        f"decode.decode_image = lambda data, *rest: {expression};"
+        "process.main()"
+    )
+    command = decoder._command
+    command[command.index("-m") : command.index("-m") + 2] = ["-c", script]
+
+
 def test_photos_come_back_as_pixels_or_errors() -> None:
     """Many at once, each its own; the pixels may be written to, as torch wants it."""
 
@@ -87,17 +100,9 @@ def test_a_process_that_ends_costs_nobody_anything() -> None:
 
 def test_a_photo_that_breaks_two_processes_is_broken() -> None:
     """Its caller has the error, and the photos behind it are decoded."""
-    breaks = (
-        "import os, service.decoder_process as process; process.without_pytorch(); from service import decode;"
-        "process.without_pytorch = lambda: None;"
-        "right = decode.decode_image;"
-        "decode.decode_image = lambda data, *rest: os._exit(7) if data == b'poison' else right(data, *rest);"
-        "process.main()"
-    )
 
     async def use(decoder: Decoder) -> None:
-        command = decoder._command
-        command[command.index("-m") : command.index("-m") + 2] = ["-c", breaks]
+        replace_decoding(decoder, "os._exit(7) if data == b'poison' else right(data, *rest)")
         outcomes = await asyncio.gather(*map(decoder.decode, (PHOTO, b"poison", PHOTO, PHOTO)), return_exceptions=True)
         assert [type(each).__name__ for each in outcomes] == ["Decoded", "UnreadableImage", "Decoded", "Decoded"]
 
@@ -117,6 +122,25 @@ def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         await decoder.decode(PHOTO)
 
     using(use)
+
+
+def test_nobody_waits_behind_a_photo_that_takes_long() -> None:
+    """Where many wait, each process has the next photo already; if it does not come to it soon, another one does."""
+
+    async def use(decoder: Decoder) -> None:
+        replace_decoding(
+            decoder, "time.sleep(3) or right(data[4:], *rest) if data[:4] == b'slow' else right(data, *rest)"
+        )
+        await decoder.start()
+        photos = [PHOTO, PHOTO, b"slow" + PHOTO, *(encoded(photo(seed)) for seed in range(12))]
+        tasks = [asyncio.create_task(decoder.decode(each)) for each in photos]
+        _, pending = await asyncio.wait(tasks, timeout=2.5)
+        assert pending == {tasks[2]}
+        for seed, task in enumerate(tasks[3:]):
+            assert (task.result().pixels == PREPROCESS.pixels(photo(seed))).all()
+        assert (await tasks[2]).pixels.shape == (3, 32, 32)
+
+    using(use, count=2)
 
 
 def test_a_caller_who_leaves_takes_nothing_along() -> None:
