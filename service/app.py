@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+import structlog
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +31,7 @@ from service.settings import Settings
 from service.types import EngineClient
 
 logger = logging.getLogger(__name__)
+requests = structlog.get_logger()
 
 STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.MalformedRequest: 400,
@@ -75,9 +77,15 @@ def create_app(
         await client.close()
         decoder.close()
 
-    app = FastAPI(title="RedNet Serve", description="A RedNet involution classifier.", lifespan=lifespan)
+    app = FastAPI(
+        title="RedNet Serve",
+        description="A RedNet involution classifier.",
+        lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log say it
+    )
     app.state.context = Context(Journey(settings, client, decoder, metrics), client, metrics, model, keys)
     guard = [Depends(require_key)] if keys else []
+    app.include_router(v1.direct, dependencies=guard)
     app.include_router(v1.router, dependencies=guard)
     app.include_router(explain.router, dependencies=guard)
     app.include_router(v2.router, dependencies=guard)
@@ -146,7 +154,7 @@ class Surroundings:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        request_id = _request_id(dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1"))
         log.begin_request(request_id)
         started = time.monotonic()
         status = 0
@@ -178,11 +186,11 @@ class Surroundings:
             self._metrics.request_done(endpoint, status, duration_s)
             log.note(method=scope["method"], endpoint=endpoint, status=status)
             log.note_ms(duration=duration_s)
-            logger.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request")
+            requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)
 
 
-def _request_id(given: str | None) -> str:
+def _request_id(given: str) -> str:
     """The caller's id, if it is fit for a header and a log line, else a new one."""
-    if given and re.fullmatch(r"[!-~]{1,128}", given):
+    if re.fullmatch(r"[!-~]{1,128}", given):
         return given
     return f"{random.getrandbits(128):032x}"

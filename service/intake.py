@@ -43,7 +43,7 @@ class Intake:
             self._held -= taken
 
     async def read(
-        self, chunks: AsyncIterator[bytes], headers: Mapping[str, str], take: Callable[[int], None]
+        self, chunks: AsyncIterator[bytes], headers: Mapping[bytes, bytes], take: Callable[[int], None]
     ) -> bytes:
         """The whole body, or an error as soon as it is known to be too large, whatever its Content-Length claims.
 
@@ -52,11 +52,11 @@ class Intake:
             UnsupportedMediaType: it is compressed, beyond what image formats do themselves.
             Overloaded: as `room` says.
         """
-        if headers.get("content-encoding", "identity") != "identity":
+        if headers.get(b"content-encoding", b"identity") != b"identity":
             raise UnsupportedMediaType("a Content-Encoding is not read; send the body as it is")
         too_large = PayloadTooLarge(f"the body is larger than {self._max_bytes} bytes")
-        claimed = headers.get("content-length", "")
-        if claimed.isdecimal() and int(claimed) > self._max_bytes:
+        claimed = headers.get(b"content-length", b"")
+        if claimed.isdigit() and int(claimed) > self._max_bytes:
             raise too_large
         parts, size = [], 0
         async for chunk in chunks:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from service.uploads import Upload
 
 Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images it may hold, to its images
 
-TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
 SMALL_BODY = 200_000  # bytes that are parsed sooner than another thread takes them up
 
@@ -65,13 +65,14 @@ class Journey:
             ServiceError: there is none for the request as a whole.
             ClientDisconnect: the caller left; what was being done for them was dropped.
         """
-        timeout_s = self._timeout_s(request)
+        headers = dict(request.scope["headers"])
+        timeout_s = self._timeout_s(headers.get(TIMEOUT_HEADER))
         ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
         with self._client.admit(deadline) as hold, self._intake.room() as take:  # refuse before the body is read
             try:
                 async with asyncio.timeout_at(ends):
-                    uploads = await self._uploads(request, parse, take)
+                    uploads = await self._uploads(request, headers, parse, take)
             except TimeoutError:
                 raise DeadlineExceeded("the request did not arrive before its deadline") from None
             log.note(images=len(uploads))
@@ -84,8 +85,10 @@ class Journey:
             self._metrics.image(endpoint, outcome)
         return answers
 
-    async def _uploads(self, request: Request, parse: Parse, take: Callable[[int], None]) -> Sequence[Upload]:
-        body = await self._intake.read(request.stream(), request.headers, take)
+    async def _uploads(
+        self, request: Request, headers: Mapping[bytes, bytes], parse: Parse, take: Callable[[int], None]
+    ) -> Sequence[Upload]:
+        body = await self._intake.read(request.stream(), headers, take)
         if len(body) <= SMALL_BODY:
             return parse(body, self._client.max_images)
         return await self._decoder.threads.run(parse, body, self._client.max_images)
@@ -123,13 +126,12 @@ class Journey:
         self._metrics.stage("decode", decoded.decode_s)
         return decoded
 
-    def _timeout_s(self, request: Request) -> float:
-        text = request.headers.get(TIMEOUT_HEADER)
-        if text is None:
+    def _timeout_s(self, asked: bytes | None) -> float:
+        if asked is None:
             return self._settings.request_timeout_s
-        if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= LONGEST_TIMEOUT_MS):
-            raise MalformedRequest(f"{TIMEOUT_HEADER} must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}")
-        return int(text) / 1000
+        if not (asked.isdigit() and len(asked) < 10 and 1 <= int(asked) <= LONGEST_TIMEOUT_MS):
+            raise MalformedRequest(f"X-Request-Timeout-Ms must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}")
+        return int(asked) / 1000
 
 
 class _WhileConnected:

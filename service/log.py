@@ -1,31 +1,36 @@
 """Logs on standard error, for people or as JSON, each line with what is known of the request it belongs to."""
 
 import logging
+import sys
 from contextvars import ContextVar
 from typing import Literal
 
 import orjson
 import structlog
-from structlog.typing import EventDict, WrappedLogger
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 _known: ContextVar[dict[str, str | float]] = ContextVar("known")  # of the request that is being answered
 
 
 def configure(level: str, log_format: Literal["text", "json"]) -> None:
-    """Send everything, uvicorn's own lines included, through one handler."""
+    """Send everything to standard error: what comes through `logging`, and structlog's own lines, of which there is one
+    for every request, and which take half as long."""
+    render = structlog.processors.JSONRenderer(_json) if log_format == "json" else _text
+    known: list[Processor] = [structlog.processors.TimeStamper(fmt="iso"), structlog.stdlib.add_log_level, _add_known]
+    structlog.configure(
+        processors=[*known, render],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.processors.TimeStamper(fmt="iso"),
-                structlog.stdlib.add_log_level,
-                structlog.stdlib.add_logger_name,
-                _add_known,
-            ],
+            foreign_pre_chain=[*known, structlog.stdlib.add_logger_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
-                structlog.processors.JSONRenderer(_json) if log_format == "json" else _text,
+                render,
             ],
         )
     )
@@ -33,7 +38,6 @@ def configure(level: str, log_format: Literal["text", "json"]) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # which no line shows
 
 
 def _json(event: EventDict, **_: object) -> str:

@@ -14,7 +14,7 @@ async def chunked(*chunks: bytes) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def read(intake: Intake, chunks: AsyncIterator[bytes], headers: Mapping[str, str] | None = None) -> bytes:
+def read(intake: Intake, chunks: AsyncIterator[bytes], headers: Mapping[bytes, bytes] | None = None) -> bytes:
     with intake.room() as take:
         return asyncio.run(intake.read(chunks, headers or {}, take))
 
@@ -36,15 +36,15 @@ def test_a_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str |
             yield chunk
 
     with pytest.raises(PayloadTooLarge):
-        read(Intake(10), stream(), {"content-length": claimed} if claimed else {})
+        read(Intake(10), stream(), {b"content-length": claimed.encode()} if claimed else {})
     assert arrived == len(chunks)
 
 
 def test_a_compressed_body_is_refused() -> None:
     """With an error that says so, instead of one about a damaged image."""
-    assert read(Intake(10), chunked(b"x"), {"content-encoding": "identity"}) == b"x"
+    assert read(Intake(10), chunked(b"x"), {b"content-encoding": b"identity"}) == b"x"
     with pytest.raises(UnsupportedMediaType, match="Content-Encoding"):
-        read(Intake(10), chunked(b"x"), {"content-encoding": "gzip"})
+        read(Intake(10), chunked(b"x"), {b"content-encoding": b"gzip"})
 
 
 def test_all_bodies_together_are_bounded() -> None:

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from service.errors import ServiceError
 from service.journey import Answer
 from service.routes.context import Context, context
+from service.routes.direct import DirectRoute
 from service.routes.respond import respond
 from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_errors, described_images
 from service.scores import top_classes
@@ -22,10 +23,11 @@ from service.uploads import parse_uploads
 ERRORS = described_errors(ErrorBody)
 NPY = "application/x-npy"
 
+direct = APIRouter(prefix="/v1", tags=["v1"], route_class=DirectRoute)
 router = APIRouter(prefix="/v1", tags=["v1"])
 
 
-@router.post("/predict", response_model=PredictBody, responses=ERRORS, openapi_extra=described_images())
+@direct.post("/predict", response_model=PredictBody, responses=ERRORS, openapi_extra=described_images())
 async def predict(
     request: Request,
     top_k: Annotated[int, Query(ge=1, description="classes per image; all of them where there are fewer")] = 5,
