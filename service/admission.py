@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from service.errors import Overloaded
+from service.promises import Promises
 
-SHORTEST_RETRY_S = 1.0  # the header counts whole seconds
-LONGEST_RETRY_S = 30.0  # by then most things have changed
 SMOOTHING = 0.05  # weight of the newest answer in the running estimate
 # More in one answer is an accident, not a rule; less is an answer that did not need the device, as to a damaged photo.
 LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
 # A prediction is right on average; whoever is let in shall be answered in time nearly always. A queue of half a
 # deadline keeps the device as busy as a longer one.
 CAUTION = 2.0
+OTHERS_SHARE = 0.5  # of all room, for everyone else while places are kept
 
 
 class Admission:
@@ -32,7 +32,7 @@ class Admission:
         self._work_s = work_s
         self._clock = clock
         self._factor = 1.0
-        self._promised = 0.0  # until when the device has work if all who were refused come back as they were told
+        self._promises = Promises()
 
     @property
     def backlog_s(self) -> float:
@@ -44,26 +44,29 @@ class Admission:
         return self._work_s(images) * self._factor
 
     @contextmanager
-    def admit(self, deadline: float) -> Iterator[Callable[[int], None]]:
+    def admit(self, deadline: float, name: bytes | None = None) -> Iterator[Callable[[int], None]]:
         """Hold a place for a request while it lasts; the function sets for how many images, once they are counted.
 
-        Where nobody is ahead, every deadline is tried.
+        Where nobody is ahead, every deadline is tried. Who was refused, and comes back when told under the same name,
+        is let in before others.
 
         Raises:
             Overloaded: there is no room, or no answer before the deadline; also from the function.
         """
         held, since, work_s = 0, 0.0, 0.0
+        now = self._clock()
+        share = 1.0 if self._promises.take(name, now) or not self._promises.any_kept(now) else OTHERS_SHARE
 
         def hold(images: int) -> None:
             nonlocal held, since, work_s
             others = self.accepted - held
-            if others + images > self.most:
-                wait_s = self.predicted_s(others) - self.predicted_s(max(0, self.most - images))
-                raise self._overloaded(f"{others} images are waiting", wait_s, images)
+            if others and others + images > share * self.most:
+                wait_s = self.predicted_s(others) - self.predicted_s(max(0, int(share * self.most) - images))
+                raise self._overloaded(f"{others} images are waiting", name, wait_s, images)
             since, work_s = self._clock(), self._work_s(others + images)
-            late_s = since + CAUTION * work_s * self._factor - deadline
+            late_s = since + CAUTION / share * work_s * self._factor - deadline
             if others and late_s > 0:
-                raise self._overloaded("the answer would come after the deadline", late_s, images)
+                raise self._overloaded("the answer would come after the deadline", name, late_s, images)
             self.accepted += images - held
             held = images
 
@@ -80,10 +83,7 @@ class Admission:
             ratio = min(LARGEST_FACTOR, max(SMALLEST_FACTOR, took_s / work_s))
             self._factor += (ratio - self._factor) * SMOOTHING
 
-    def _overloaded(self, reason: str, wait_s: float, images: int) -> Overloaded:
-        """A refusal that tells when to come back: not all who were refused at the same moment, but one after the other,
-        as fast as they can be answered."""
-        now = self._clock()
-        back = max(now + max(SHORTEST_RETRY_S, wait_s), min(self._promised, now + LONGEST_RETRY_S))
-        self._promised = back + images * self.predicted_s(self.most) / self.most
-        return Overloaded(f"{reason}; try again later", back - now)
+    def _overloaded(self, reason: str, name: bytes | None, wait_s: float, images: int) -> Overloaded:
+        """A refusal that tells when to come back."""
+        work_s = images * self.predicted_s(self.most) / self.most
+        return Overloaded(f"{reason}; try again later", self._promises.give(name, self._clock(), wait_s, work_s))

@@ -61,9 +61,9 @@ class LocalClient:
     def costs(self) -> CostTable:
         return self._engines[0].costs
 
-    def admit(self, deadline: float) -> AbstractContextManager[Callable[[int], None]]:
+    def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Callable[[int], None]]:
         self._refuse_unless_ready()
-        return self._admission.admit(deadline)
+        return self._admission.admit(deadline, name)
 
     async def infer(self, pixels: Pixels, deadline: float, wish: Wish | None = None) -> Inference:
         if self._closed:

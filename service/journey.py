@@ -21,6 +21,7 @@ Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images 
 
 TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
+LONGEST_NAME = 128  # of a caller's own request id
 SMALL_BODY = 200_000  # bytes that are parsed sooner than another thread takes them up
 
 
@@ -69,7 +70,8 @@ class Journey:
         timeout_s = self._timeout_s(headers.get(TIMEOUT_HEADER))
         ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
-        with self._client.admit(deadline) as hold, self._intake.room() as take:  # refuse before the body is read
+        name = headers.get(b"x-request-id", b"")[:LONGEST_NAME] or None
+        with self._client.admit(deadline, name) as hold, self._intake.room() as take:  # refuse before the body is read
             try:
                 async with asyncio.timeout_at(ends):
                     uploads = await self._uploads(request, headers, parse, take)

@@ -141,7 +141,7 @@ class EngineClient(Protocol):
     def max_images(self) -> int:
         """How many images one request may hold: for more there would never be room."""
 
-    def admit(self, deadline: float) -> AbstractContextManager[Callable[[int], None]]:
+    def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Callable[[int], None]]:
         """Hold a place in the queue for a request, before anything is done for it.
 
         The function that comes with it sets how many places are held, once the request's images have been counted.
@@ -149,6 +149,7 @@ class EngineClient(Protocol):
 
         Args:
             deadline: by `time.monotonic()`, of the request.
+            name: under which it will be known if it is refused and comes back when told: then it goes before others.
 
         Raises:
             Refused: there is no room (now, or for so many), the answer would come too late, or the server takes no work

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 
 import pytest
 
-from service.admission import LONGEST_RETRY_S, Admission
+from service.admission import Admission
 from service.errors import Overloaded
 
 FAR = 1e9
@@ -84,24 +84,47 @@ def test_who_would_be_late_is_refused(admission: Admission, clock: Clock) -> Non
         accepted(admission.admit(112.0), stack)
 
 
-def test_who_is_refused_together_comes_back_one_after_the_other(admission: Admission, clock: Clock) -> None:
-    """Each as long after the one before as an image takes, and none later than in half a minute."""
-    clock.now = 100.0
+def refusal(admission: Admission, name: bytes | None = None) -> Overloaded:
+    with pytest.raises(Overloaded) as refused, admission.admit(FAR, name):
+        pass
+    return refused.value
+
+
+def test_who_is_refused_together_comes_back_one_after_the_other(admission: Admission) -> None:
+    """As fast as images are answered, at most."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=10)
-        waits = []
-        for _ in range(50):
-            with pytest.raises(Overloaded) as refused, admission.admit(FAR):
-                pass
-            waits.append(refused.value.retry_after_s)
-    assert waits[:5] == [1, 2, 3, 4, 5]
-    assert max(waits) == LONGEST_RETRY_S
-    clock.now += 100
-    with ExitStack() as stack:  # what was promised long ago is over
-        accepted(admission.admit(FAR), stack, images=10)
-        with pytest.raises(Overloaded) as refused, admission.admit(FAR):
+        waits = [refusal(admission).retry_after_s for _ in range(5)]
+    assert waits == sorted(set(waits))
+
+
+def test_a_place_is_kept_for_who_has_a_name(admission: Admission, clock: Clock) -> None:
+    """Meanwhile everyone else gets half of the room; who comes when told, all of it; too soon, or again, no more than
+    everyone."""
+    with ExitStack() as stack, ExitStack() as first:
+        accepted(admission.admit(FAR), stack, images=5)
+        accepted(admission.admit(FAR), first, images=5)
+        assert refusal(admission, b"me").retry_after_s == 1
+        first.close()
+        refusal(admission, b"me too")
+        refusal(admission)
+        clock.now += 2
+        accepted(admission.admit(FAR, b"me"), stack)
+        refusal(admission, b"me")
+        clock.now += 100
+        accepted(admission.admit(FAR), stack)  # nobody has come, and nobody will
+
+
+def test_a_deadline_leaves_more_time_while_places_are_kept(admission: Admission, clock: Clock) -> None:
+    """Four times what an answer is going to take, instead of twice; not so for who has a place."""
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack, images=3)
+        with pytest.raises(Overloaded), admission.admit(7.0, b"me"):
             pass
-        assert refused.value.retry_after_s == 1
+        clock.now += 1
+        with pytest.raises(Overloaded), admission.admit(clock.now + 15):
+            pass
+        accepted(admission.admit(clock.now + 8, b"me"), stack)
 
 
 def test_a_free_device_tries_anything(admission: Admission) -> None:
