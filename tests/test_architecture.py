@@ -42,7 +42,7 @@ SERVICE = {
     "routes.health": {"routes.context", "schemas", "types"},
     "routes.page": {"errors"},
     "routes.direct": {"routes.context"},
-    "routes.respond": {"journey", "log", "metrics", "types"},
+    "routes.respond": {"journey", "log", "routes.context", "types"},
     "routes.v1": {
         "errors",
         "journey",

@@ -142,7 +142,8 @@ def test_answers_carry_their_id_and_their_times(server: ServerProcess) -> None:
     assert len(made) == 32
     timing = predict(server.client, data).headers["server-timing"]
     stages = dict(part.strip().split(";", 1) for part in timing.split(","))
-    assert stages.keys() == {"decode", "queue", "inference", "batch", "total"}
+    assert stages.keys() == {"decode", "queue", "inference", "batch", "precision", "total"}
+    assert stages["precision"] == f"desc={server.client.get('/v1/model').json()['precision']}"
     assert predict(server.client, TEXT).headers["server-timing"].startswith("total;dur=")
     assert stages["batch"] == 'desc="1"'
     assert float(stages["inference"].removeprefix("dur=")) > 0

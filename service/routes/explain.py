@@ -96,7 +96,7 @@ async def explain(
     answers = answered(await server.journey.answers(request, parse, asked.wish, draw=not as_json))
     started = time.monotonic()
     if drawn := answers[0].drawn:
-        return respond(drawn.png, PNG, answers, server.metrics, started)
+        return respond(drawn.png, PNG, answers, server, started)
     explanations = [_explanation(answer, asked.wish, server.model) for answer in answers]
     content = {"layer": asked.layer, "group": asked.group, "explanations": explanations}
     return json_response(server, content, answers, started)

@@ -7,7 +7,7 @@ from fastapi import Response
 
 from service import log
 from service.journey import Answer
-from service.metrics import Metrics
+from service.routes.context import Context
 from service.types import Inference
 
 
@@ -15,18 +15,18 @@ def respond(
     body: bytes,
     media_type: str,
     answers: Sequence[Answer],
-    metrics: Metrics,
+    server: Context,
     started: float,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The response around a body, with where the time went.
+    """The response around a body, with where the time went, and in which precision.
 
     Args:
         body: encoded since `started`, by `time.monotonic()`.
         answers: at least one of them an inference.
         headers: more of them.
     """
-    metrics.stage("respond", time.monotonic() - started)
+    server.metrics.stage("respond", time.monotonic() - started)
     inferences = [answer.outcome for answer in answers if isinstance(answer.outcome, Inference)]
     times = {  # the slowest image's
         "decode": max(answer.decode_s for answer in answers),
@@ -38,8 +38,10 @@ def respond(
     batch = max(inference.batch_size for inference in inferences)
     log.note_ms(**times)
     log.note(batch_size=batch)
-    return Response(body, media_type=media_type, headers={"Server-Timing": _timing(times, batch), **(headers or {})})
+    timing = _timing(times, batch, server.model.precision)
+    return Response(body, media_type=media_type, headers={"Server-Timing": timing, **(headers or {})})
 
 
-def _timing(times: Mapping[str, float], batch: int) -> str:
-    return ", ".join(f"{stage};dur={1000 * time_s:.1f}" for stage, time_s in times.items()) + f', batch;desc="{batch}"'
+def _timing(times: Mapping[str, float], batch: int, precision: str) -> str:
+    entries = [f"{stage};dur={1000 * time_s:.1f}" for stage, time_s in times.items()]
+    return ", ".join((*entries, f'batch;desc="{batch}"', f"precision;desc={precision}"))

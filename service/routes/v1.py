@@ -74,7 +74,7 @@ async def features(
             raise failed
         content = io.BytesIO()
         np.save(content, np.stack([row for row in rows if isinstance(row, np.ndarray)]))
-        return respond(content.getvalue(), NPY, answers, server.metrics, started)
+        return respond(content.getvalue(), NPY, answers, server, started)
     vectors = [error_body(row) if isinstance(row, ServiceError) else row for row in rows]
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
     return json_response(server, {"dimension": dimension, "features": vectors}, answers, started)
@@ -116,4 +116,4 @@ def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
 def json_response(server: Context, content: dict[str, Any], answers: Sequence[Answer], started: float) -> Response:
     """The response around JSON that may hold arrays; arguments as for `respond`."""
     body = orjson.dumps({"model": server.model.name, **content}, option=orjson.OPT_SERIALIZE_NUMPY)
-    return respond(body, "application/json", answers, server.metrics, started)
+    return respond(body, "application/json", answers, server, started)

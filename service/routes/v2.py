@@ -108,9 +108,9 @@ async def infer(request: Request) -> Response:
         fields["id"] = asked.id
     body, json_bytes = encode_infer(fields, {name: available[name] for name in asked.outputs}, asked.outputs)
     if json_bytes is None:
-        return respond(body, "application/json", answers, server.metrics, started)
+        return respond(body, "application/json", answers, server, started)
     headers = {HEADER_LENGTH: str(json_bytes)}
-    return respond(body, "application/octet-stream", answers, server.metrics, started, headers)
+    return respond(body, "application/octet-stream", answers, server, started, headers)
 
 
 def _tensors(answers: Sequence[Answer]) -> dict[str, Floats]:
