@@ -146,7 +146,7 @@ PIXELS = """async map => {
 @needs_chromium
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent")
 def test_the_commands_do_what_the_page_does(page: Page, tmp_path: Path) -> None:
-    """They run, and the pictures are those that the page shows."""
+    """They run, and the pictures are those that the page shows, but for what another batch rounds otherwise."""
     data = encoded(photo())
     (tmp_path / "it's mine.png").write_bytes(data)
     page.set_input_files("#file", file_of(data, "it's mine.png"))
@@ -159,7 +159,9 @@ def test_the_commands_do_what_the_page_does(page: Page, tmp_path: Path) -> None:
     assert '"classes":[{"index":' in done.stdout
     for name, figure in (("class.png", "class-map"), ("stage3.png", "kernel-map")):
         shown = np.array(page.locator(f"#{figure} .map").evaluate(PIXELS)).reshape(70, 90, 4)[..., :3]
-        assert np.array_equal(shown, np.asarray(Image.open(tmp_path / name)))
+        drawn = np.asarray(Image.open(tmp_path / name)).astype(int)
+        assert shown.shape == drawn.shape
+        assert np.abs(shown - drawn).max() <= 4
 
 
 TRANSFER = """([bytes, kind]) => {
