@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -62,6 +63,11 @@ class Server(uvicorn.Server):
         self._drain_since: float | None = None
         self._failed = False
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        gc.collect()
+        gc.freeze()  # a million objects that stay: looking through them again and again would hold requests up
+        super().run(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain_since is None:
             self._drain_since = time.monotonic()
@@ -114,8 +120,6 @@ def serve(settings: Settings) -> int:
     app = create_app(settings, client, decoder, metrics, model, keys)
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
-    gc.collect()
-    gc.freeze()  # a million objects that stay: looking through them again and again would hold requests up
     server.run()
     return server.exit_code
 
