@@ -59,12 +59,17 @@ def main() -> None:
     checkpoint = load_checkpoint(options.checkpoint)
     _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
     answers = {"plain network": evaluate(plainly(checkpoint), checkpoint.preprocess, photos)}
-    for precision in ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32", "bf16"):
-        run = prepare(checkpoint.net, checkpoint.preprocess, precision=precision)
+    precisions = ["fp32", "bf16", "fp16"] if torch.cuda.is_available() else ["fp32", "bf16"]
+    if checkpoint.calibration and not torch.cuda.is_available():
+        precisions.append("int8")
+    for precision in precisions:
+        run = prepare(checkpoint.net, checkpoint.preprocess, precision=precision, calibration=checkpoint.calibration)
         name = f"prepared, {precision}: {run.backend}"
         answers[name] = evaluate(lambda pixels, run=run: run(pixels).logits, checkpoint.preprocess, photos)  # type: ignore[misc]
     server_options = ["--checkpoint", options.checkpoint] if options.checkpoint else []
-    answers["server, over HTTP"] = over_http(photos, len(checkpoint.labels), server_options)
+    for precision in ("fp32", "auto"):
+        found = over_http(photos, len(checkpoint.labels), [*server_options, "--precision", precision])
+        answers[f"server, --precision {precision}, over HTTP"] = found
     plain = answers["plain network"].logits.argmax(dim=1)
     rows = [
         {"answers of": name, **each.summary(), "as plain": float((each.logits.argmax(dim=1) == plain).double().mean())}
