@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import structlog
@@ -186,7 +186,8 @@ class Surroundings:
             self._metrics.request_done(endpoint, status, duration_s)
             log.note(method=scope["method"], endpoint=endpoint, status=status)
             log.note_ms(duration=duration_s)
-            requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)
+            with suppress(OSError):  # who read standard error is gone; that is no reason to stop answering
+                requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)
 
 
 def _request_id(given: str) -> str:

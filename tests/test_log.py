@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 
 from tests.asking import TEXT, predict
 from tests.conftest import encoded, photo
-from tests.servers import ServerProcess, wait_until
+from tests.servers import REDNET, ServerProcess, wait_until
 
 KEY, STRANGE = "the-key-0123456789", "strange-0123456789"
 
@@ -94,3 +97,25 @@ def test_every_line_has_the_format(running: tuple[ServerProcess, str]) -> None:
         assert any(event["logger"].startswith("uvicorn") for event in events)
     else:
         assert all(re.match(r"20\S+ \[(info|warning) *\] ", each) for each in lines)
+
+
+def test_a_log_that_nobody_takes_stops_no_answers(tiny_path: Path) -> None:
+    """As when the program that read standard error has ended: connections stay, and the server stops as asked."""
+    command = [str(REDNET), "serve", "--port", "0", "--checkpoint", str(tiny_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        port = next(found[1] for each in process.stderr if (found := re.search(r"running on http://\S+:(\d+)", each)))
+        process.stderr.close()
+        with closing(HTTPConnection("127.0.0.1", int(port), timeout=60)) as connection:
+            wait_until(lambda: asked(connection, "/readyz") == 200, "readiness")
+            for _ in range(3):
+                assert asked(connection, "/v1/model") == 200
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def asked(connection: HTTPConnection, path: str) -> int:
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status
