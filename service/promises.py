@@ -33,7 +33,7 @@ class Promises:
             work_s: what they are going to take.
         """
         phase = int(now * PHASES) % PHASES
-        free = max(self._given_until[phase], now + max(SHORTEST_S, wait_s) - 1)
+        free = max(self._given_until[phase], now + max(SHORTEST_S, wait_s) - 1)  # of the second that rounding up adds
         comes_s = max(SHORTEST_S, math.ceil(max(wait_s, free - now)))
         if comes_s > (LONGEST_S if name is None else LONGEST_KEPT_S) or len(self._kept) >= MOST_KEPT:
             return LONGEST_S

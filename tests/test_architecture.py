@@ -70,7 +70,6 @@ SERVICE = {
         "errors",
         "journey",
         "routes.context",
-        "routes.direct",
         "routes.respond",
         "schemas",
         "scores",
