@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from model import Checkpoint, Preprocess, create_rednet, save_checkpoint
+from model import Checkpoint, Preprocess, RedNet, create_rednet, save_checkpoint
 from model.labels import Label
 from tests.servers import ServerProcess
 
@@ -27,13 +28,31 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
     return content.getvalue()
 
 
+def lively(net: RedNet) -> RedNet:
+    """Give it random weights, and the batch norms that fit them: as after training, answers differ from photo to photo,
+    and layers neither die nor explode."""
+    torch.manual_seed(0)
+    norms = {name: module for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for name, parameter in net.named_parameters():
+        nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
+        if name.endswith("conv2.conv.weight"):  # kernels that grow with what they multiply square it, layer by layer
+            parameter.data.mul_(0.01)
+    for name, norm in norms.items():
+        nn.init.normal_(norm.weight, 0.2 if name.endswith("bn3") else 1, 0.1)
+        norm.momentum = 1.0
+    smooth = torch.stack([torch.from_numpy(np.array(photo(seed, 64, 64))).permute(2, 0, 1) for seed in range(4)])
+    noise = torch.randint(0, 256, smooth.shape, dtype=torch.uint8)
+    with torch.no_grad():
+        net.train()(Preprocess().normalise(torch.cat([smooth, noise])))
+    for norm in norms.values():
+        norm.momentum = 0.1
+    return net.eval()
+
+
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a narrow RedNet-26 with random weights and five classes, for 64x64 pixels."""
-    torch.manual_seed(0)
-    net = create_rednet("rednet26", num_classes=5, base_channels=16, stem_channels=32).eval()
-    for parameter in net.parameters():  # fresh networks have blocks that do nothing and logits near zero
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
+    net = lively(create_rednet("rednet26", num_classes=5, base_channels=16, stem_channels=32))
     labels = [Label(f"n{index}", f"thing {index}") for index in range(5)]
     path = tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors"
     save_checkpoint(path, Checkpoint(net=net, labels=labels, preprocess=Preprocess(resize=72, crop=64), name="tiny"))

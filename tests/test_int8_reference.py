@@ -12,7 +12,7 @@ from model import Preprocess, create_rednet, load_checkpoint
 from model.int8_form import Int8Form
 from model.native import int8_unavailable
 from model.scales import needed, observe
-from tests.conftest import photo
+from tests.conftest import lively, photo
 from tests.int8_reference import Codes, Int8Reference, averaged, fused
 
 
@@ -46,10 +46,7 @@ def test_averages_are_over_the_pixels_that_exist() -> None:
 )
 def test_it_is_the_float32_network_but_for_roundings(strides: tuple[int, ...], height: int, width: int) -> None:
     """Features, logits and every stored activation, at any stride and size."""
-    torch.manual_seed(0)
-    net = create_rednet("rednet26", num_classes=5, base_channels=32, stem_channels=64, strides=strides).eval()
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
+    net = lively(create_rednet("rednet26", num_classes=5, base_channels=32, stem_channels=64, strides=strides))
     preprocess = Preprocess()
     pixels = torch.stack([torch.from_numpy(np.array(photo(seed, width, height))) for seed in range(3)]).permute(
         0, 3, 1, 2

@@ -20,6 +20,7 @@ from model.native import Engine, builds, unavailable
 from model.native_form import NativeForm
 from model.preprocess import Preprocess
 from model.rednet import BLOCKS
+from tests.conftest import lively
 from tests.servers import REDNET
 from tests.shared import REFERENCE, deterministic, needs_native, needs_shared
 
@@ -31,14 +32,7 @@ TOLERANCE = 1e-5  # relative, against float64
 
 def network(name: str = "rednet26", **fields: Any) -> RedNet:
     """A network of random weights whose answers differ from photo to photo."""
-    torch.manual_seed(0)
-    net = create_rednet(name, **{"base_channels": 16, "stem_channels": 32, "num_classes": 7} | fields).eval()
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
-    for key, tensor in net.state_dict().items():  # as after training: layers neither die nor explode
-        if key.endswith("bn3.weight"):
-            tensor.mul_(0.2).add_(0.2)
-    return net
+    return lively(create_rednet(name, **{"base_channels": 16, "stem_channels": 32, "num_classes": 7} | fields))
 
 
 def photos(batch: int, height: int, width: int) -> Tensor:
