@@ -4,16 +4,15 @@ import asyncio
 import logging
 import math
 import random
-import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import orjson
 import structlog
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -21,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors, log
 from service.decoder import Decoder
-from service.journey import Journey
+from service.journey import Journey, callers_id
 from service.keys import Keys
 from service.metrics import Metrics
 from service.routes import explain, health, page, v1, v2
@@ -110,7 +109,11 @@ def _error_response(scope: Scope, error: errors.ServiceError) -> Response:
         headers["WWW-Authenticate"] = 'Bearer realm="rednet"'
     if isinstance(error, errors.Draining):
         headers["Connection"] = "close"  # so that the next request finds another server
-    return JSONResponse(_error_content(scope, error.code, error.message), STATUS[type(error)], headers)
+    return _json(_error_content(scope, error.code, error.message), STATUS[type(error)], headers)
+
+
+def _json(content: dict[str, Any], status: int, headers: Mapping[str, str] | None) -> Response:
+    return Response(orjson.dumps(content), status, headers, "application/json")
 
 
 def _error_content(scope: Scope, code: str, message: str) -> dict[str, Any]:
@@ -139,8 +142,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """No such path or method: the framework's own statuses, in the shape of our errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "malformed_request")
-    content = _error_content(request.scope, code, str(error.detail))
-    return JSONResponse(content, error.status_code, dict(error.headers or {}))
+    return _json(_error_content(request.scope, code, str(error.detail)), error.status_code, error.headers)
 
 
 class Surroundings:
@@ -154,7 +156,8 @@ class Surroundings:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1"))
+        given = callers_id(dict(scope["headers"]))
+        request_id = given.decode() if given else f"{random.getrandbits(128):032x}"
         log.begin_request(request_id)
         started = time.monotonic()
         status = 0
@@ -188,10 +191,3 @@ class Surroundings:
             log.note_ms(duration=duration_s)
             with suppress(OSError):  # who read standard error is gone; that is no reason to stop answering
                 requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)
-
-
-def _request_id(given: str) -> str:
-    """The caller's id, if it is fit for a header and a log line, else a new one."""
-    if re.fullmatch(r"[!-~]{1,128}", given):
-        return given
-    return f"{random.getrandbits(128):032x}"

@@ -23,16 +23,16 @@ class CostTable:
 
     def batch_s(self, images: int) -> float:
         """The time of a batch: between measured sizes in proportion, beyond them as the largest per image."""
-        if not self.seconds:
+        if images in self.seconds:
+            return self.seconds[images]
+        if not self.seconds or images <= 0:
             return 0.0
         sizes = list(self.seconds)
         if images >= sizes[-1]:
             return self.seconds[sizes[-1]] * images / sizes[-1]
-        for low, high in pairwise(sizes):
-            if low <= images <= high:
-                share = (images - low) / (high - low)
-                return self.seconds[low] * (1 - share) + self.seconds[high] * share
-        return 0.0
+        low, high = next((low, high) for low, high in pairwise(sizes) if images < high)
+        share = (images - low) / (high - low)
+        return self.seconds[low] * (1 - share) + self.seconds[high] * share
 
     def queue_s(self, images: int) -> float:
         """The time of so many images, in batches as large as they may be."""

@@ -1,6 +1,7 @@
 """One request's journey: body -> encoded images -> pixels -> answers, before its deadline, while its caller waits."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images 
 
 TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
-LONGEST_NAME = 128  # of a caller's own request id
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # fit for a header, and for a line of the log
 SMALL_BODY = 200_000  # bytes that are parsed sooner than another thread takes them up
 
 
@@ -70,8 +71,8 @@ class Journey:
         timeout_s = self._timeout_s(headers.get(TIMEOUT_HEADER))
         ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
-        name = headers.get(b"x-request-id", b"")[:LONGEST_NAME] or None
-        with self._client.admit(deadline, name) as hold, self._intake.room() as take:  # refuse before the body is read
+        place = self._client.admit(deadline, callers_id(headers))
+        with place as hold, self._intake.room() as take:  # refuse before the body is read
             try:
                 async with asyncio.timeout_at(ends):
                     uploads = await self._uploads(request, headers, parse, take)
@@ -134,6 +135,12 @@ class Journey:
         if not (asked.isdigit() and len(asked) < 10 and 1 <= int(asked) <= LONGEST_TIMEOUT_MS):
             raise MalformedRequest(f"X-Request-Timeout-Ms must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}")
         return int(asked) / 1000
+
+
+def callers_id(headers: Mapping[bytes, bytes]) -> bytes | None:
+    """The id that the caller gave the request, if it is one."""
+    given = headers.get(b"x-request-id", b"")
+    return given if REQUEST_ID.fullmatch(given) else None
 
 
 class _WhileConnected:
