@@ -14,6 +14,7 @@ SERVICE = {
     "cores": set(),
     "types": {"cost", "errors"},
     "settings": set(),
+    "cli": {"commands", "settings"},
     "batcher": {"types"},
     "engine": {"batcher", "cost", "errors", "types"},
     "promises": set(),
@@ -95,7 +96,7 @@ SERVICE = {
         "types",
     },
 }
-ANYTHING = {"main", "cli"}  # the only places that build things and wire them together
+ANYTHING = {"main", "commands"}  # the only places that build things and wire them together
 
 MODEL = {
     "kernels.reference": set(),

@@ -135,7 +135,7 @@ def test_health_and_documentation_answer(server: ServerProcess) -> None:
 
 
 def test_answers_carry_their_id_and_their_times(server: ServerProcess) -> None:
-    """A caller's id comes back, unless it is unfit for a line of the log; then, and without one, the server makes one."""
+    """A caller's id comes back, unless it is unfit for a log's line; then, and without one, the server makes one."""
     data = encoded(photo())
     assert predict(server.client, data, **{"X-Request-Id": "order-66"}).headers["x-request-id"] == "order-66"
     for unfit in ("a b", "a" * 129):

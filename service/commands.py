@@ -1,0 +1,191 @@
+"""What each command does; its exit status: 0 done, 1 partly or wholly failed. Each imports what it needs, so that
+`rednet --help` is instant."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from service.cores import usable_cores
+from service.settings import read_settings
+
+
+def serve(options: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(options).items() if name != "run"}
+    settings = read_settings(flags, os.environ)
+    from service.main import serve as run_server
+
+    return run_server(settings)
+
+
+def predict(options: argparse.Namespace) -> int:
+    from model import load_checkpoint, prepare
+    from service.decode import decode_image
+    from service.errors import MalformedRequest, ServiceError
+    from service.routes.v1 import error_body
+    from service.runner import PreparedRunner, set_threads
+    from service.scores import top_classes
+    from service.settings import Settings
+
+    set_threads(usable_cores())
+    checkpoint = load_checkpoint(options.checkpoint)
+    run = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
+    runner = PreparedRunner(run, largest=1)
+    names = [label.name for label in checkpoint.labels]
+    predictions: list[Any] = []
+    failed = False
+    for photo in options.photos:
+        try:
+            pixels = decode_image(photo.read_bytes(), checkpoint.preprocess, Settings().max_pixels)
+            logits = runner.launch([pixels]).wait().logits[0]
+            predictions.append({"classes": top_classes(logits, names, options.top_k)})
+        except OSError as error:
+            failed = True
+            predictions.append(error_body(MalformedRequest(f"{error.strerror}")))
+        except ServiceError as error:
+            failed = True
+            predictions.append(error_body(error))
+        if not options.json:
+            _print_prediction(photo, predictions[-1])
+    if options.json:
+        print(json.dumps({"model": checkpoint.name, "predictions": predictions}))
+    return 1 if failed else 0
+
+
+def _print_prediction(photo: Path, prediction: Any) -> None:
+    print(photo)
+    if "error" in prediction:
+        print(f"  {prediction['error']['message']}")
+    for score in prediction.get("classes", []):
+        print(f"  {score['probability']:6.1%}  {score['label']}")
+
+
+def info(options: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    from model import load_checkpoint, prepare
+    from service.main import describe
+    from service.runner import set_threads
+
+    set_threads(usable_cores())
+    checkpoint = load_checkpoint(options.checkpoint)
+    prepared = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
+    model = describe(checkpoint, [prepared]).model_dump(exclude={"max_batch_size", "cost_s"})  # a server measures those
+    model["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    if options.json:
+        print(json.dumps(model))
+        return 0
+    for key, value in model.items():
+        match value:
+            case dict():
+                print(f"{key}:")
+                print("\n".join(f"  {name}: {item}" for name, item in value.items()))
+            case list():
+                names = [item["label"] if key == "labels" else item for item in value]
+                print(f"{key}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
+            case _:
+                print(f"{key}: {value}")
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from model import load_checkpoint, save_checkpoint
+    from model.labels import read_labels
+
+    checkpoint = load_checkpoint(options.input)
+    config = checkpoint.net.config
+    if options.depth is not None and options.depth != config.depth:
+        raise ValueError(f"{options.input} is a {config.name}, not a rednet{options.depth}")
+    if options.labels is not None:
+        labels = read_labels(options.labels)
+        if len(labels) != config.num_classes:
+            raise ValueError(f"{options.labels} names {len(labels)} classes; the network has {config.num_classes}")
+        checkpoint = replace(checkpoint, labels=labels)
+    save_checkpoint(options.output, checkpoint)
+    print(f"{options.output}: {config.name}, {config.num_classes} classes")
+    return 0
+
+
+def quantize(options: argparse.Namespace) -> int:
+    from model import load_checkpoint, save_checkpoint
+    from model.checkpoint import fits_half
+    from model.quantize import quantize as with_scales
+    from service.runner import set_threads
+
+    set_threads(usable_cores())
+    if not options.output.parent.is_dir():  # told before the work, not after it
+        raise ValueError(f"{options.output} cannot be written: {options.output.parent} is not a folder")
+    checkpoint = with_scales(load_checkpoint(options.checkpoint), options.photos, usable_cores())
+    save_checkpoint(options.output, checkpoint, half=fits_half(checkpoint.net))
+    report = checkpoint.provenance["int8"]
+    print(f"{options.output}: {checkpoint.net.config.name} with int8 scales from {report['photos']} photos")
+    if "not_compared" in report:
+        print(f"int8 was not compared with float32: {report['not_compared']}")
+    else:
+        print(
+            "on {compared} other photos int8 gives float32's class for {same_class:.1%}, and features at a mean cosine "
+            "of {feature_cosine:.4f} to its own".format(**report)
+        )
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    from model import load_checkpoint
+    from model.prepare import resolve_device
+    from model.recipe import FINE_TUNING_RATE, Recipe
+    from model.train import train as run_training
+    from service.runner import set_threads
+
+    set_threads(usable_cores())
+    fields: dict[str, Any] = {
+        name: value for name, value in vars(options).items() if name in Recipe.__dataclass_fields__
+    }
+    start = None
+    if options.start is not None:
+        if fields.keys() & {"depth", "base_channels"}:
+            raise ValueError("--depth and --base-channels are those of the checkpoint that --from names")
+        start = load_checkpoint(options.start)
+        config = start.net.config
+        its_own = {"depth": config.depth, "base_channels": config.base_channels, "learning_rate": FINE_TUNING_RATE}
+        fields = its_own | fields
+    run_training(
+        options.data,
+        options.output,
+        Recipe(**fields),
+        device=resolve_device(options.device),
+        start=start,
+        workers=usable_cores(),
+    )
+    print(f"{options.output}: done")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from model import load_checkpoint, prepare
+    from model.confusion import draw_confusion
+    from model.evaluate import evaluate as ask_about
+    from model.photos import find_photos
+    from service.runner import set_threads
+
+    set_threads(usable_cores())
+    checkpoint = load_checkpoint(options.checkpoint)
+    run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision, checkpoint.calibration)
+    _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
+    answers = ask_about(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
+    result: dict[str, Any] = {"model": checkpoint.name, "precision": run.precision} | answers.summary()
+    names = [label.name for label in checkpoint.labels]
+    by_class = answers.by_class(names)
+    if options.confusion is not None:
+        draw_confusion(answers.confusion().numpy(), names).save(options.confusion, "png")
+    if options.json:
+        print(json.dumps(result | {"classes": by_class}))
+        return 0
+    for row in sorted(by_class, key=lambda row: row["top1"]):
+        print(f"{row['top1']:8.4f}  {row['label']} ({row['images']} photos)")
+    print("{images} photos: top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**result))
+    return 0
