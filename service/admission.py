@@ -1,4 +1,8 @@
-"""Who is let in: no more than may wait, and nobody who would be answered too late. Pure state; used from one thread."""
+"""Who is let in: no more than may wait, and nobody who would be answered too late. Pure state; used from one thread.
+
+Places that are kept for those who were refused count as images that wait already, but never as more than half of all:
+many of those who were told to come do not.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +17,6 @@ LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
 # A prediction is right on average; whoever is let in shall be answered in time nearly always. A queue of half a
 # deadline keeps the device as busy as a longer one.
 CAUTION = 2.0
-OTHERS_SHARE = 0.5  # of all room, for everyone else while places are kept
 
 
 class Admission:
@@ -29,6 +32,7 @@ class Admission:
     def __init__(self, most: int, work_s: Callable[[int], float], clock: Callable[[], float] = time.monotonic) -> None:
         self.most = most
         self.accepted = 0
+        self.requests = 0  # let in and not yet answered; images of those whose body is still coming are not counted
         self._work_s = work_s
         self._clock = clock
         self._factor = 1.0
@@ -45,8 +49,9 @@ class Admission:
 
     @contextmanager
     def admit(self, deadline: float, name: bytes | None = None) -> Iterator[Callable[[int], None]]:
-        """Hold a place for a request while it lasts; the function sets for how many images, once they are counted.
+        """Let a request in if there is room for an image; the function holds places for all of them until the end.
 
+        Until they are counted, as long as the body is coming, it holds none: slow uploads would keep all others out.
         Where nobody is ahead, every deadline is tried. Who was refused, and comes back when told under the same name,
         is let in before others.
 
@@ -54,28 +59,42 @@ class Admission:
             Overloaded: there is no room, or no answer before the deadline; also from the function.
         """
         held, since, work_s = 0, 0.0, 0.0
-        now = self._clock()
-        share = 1.0 if self._promises.take(name, now) or not self._promises.any_kept(now) else OTHERS_SHARE
+        expected = self._promises.take(name, self._clock())
+
+        def check(images: int) -> None:
+            nonlocal since, work_s
+            since, work_s = self._clock(), self._work_s(self.accepted + images)
+            if self.accepted:
+                self._check(images, since, deadline, name, expected)
 
         def hold(images: int) -> None:
-            nonlocal held, since, work_s
-            others = self.accepted - held
-            if others and others + images > share * self.most:
-                wait_s = self.predicted_s(others) - self.predicted_s(max(0, int(share * self.most) - images))
-                raise self._overloaded(f"{others} images are waiting", name, wait_s, images)
-            since, work_s = self._clock(), self._work_s(others + images)
-            late_s = since + CAUTION / share * work_s * self._factor - deadline
-            if others and late_s > 0:
-                raise self._overloaded("the answer would come after the deadline", name, late_s, images)
-            self.accepted += images - held
+            nonlocal held
+            check(images)
+            self.accepted += images
             held = images
 
-        hold(1)
+        check(1)
+        self.requests += 1
         try:
             yield hold
             self._learn(self._clock() - since, work_s)
         finally:
+            self.requests -= 1
             self.accepted -= held
+
+    def _check(self, images: int, now: float, deadline: float, name: bytes | None, expected: bool) -> None:
+        """Raises `Overloaded` unless there is room for so many images behind all that were accepted."""
+        kept = 0 if expected else self._promises.kept(now)
+        room = max(self.most // 2, self.most - kept) - images
+        if self.accepted > room:
+            wait_s = self.backlog_s - self.predicted_s(max(0, room))
+            raise self._overloaded(f"{self.accepted} images are waiting", name, now, wait_s, images)
+        ahead = self.accepted + images
+        late_s = now + CAUTION * self.predicted_s(ahead + min(kept, ahead)) - deadline
+        if late_s > 0:
+            if now + CAUTION * self.predicted_s(images) > deadline:
+                name = None  # they would be late if nobody were ahead
+            raise self._overloaded("the answer would come after the deadline", name, now, late_s, images)
 
     def _learn(self, took_s: float, work_s: float) -> None:
         """Compare an answer's time with the device's work that was ahead when its images were counted."""
@@ -83,7 +102,7 @@ class Admission:
             ratio = min(LARGEST_FACTOR, max(SMALLEST_FACTOR, took_s / work_s))
             self._factor += (ratio - self._factor) * SMOOTHING
 
-    def _overloaded(self, reason: str, name: bytes | None, wait_s: float, images: int) -> Overloaded:
+    def _overloaded(self, reason: str, name: bytes | None, now: float, wait_s: float, images: int) -> Overloaded:
         """A refusal that tells when to come back."""
         work_s = images * self.predicted_s(self.most) / self.most
-        return Overloaded(f"{reason}; try again later", self._promises.give(name, self._clock(), wait_s, work_s))
+        return Overloaded(f"{reason}; try again later", self._promises.give(name, now, wait_s, work_s))

@@ -54,6 +54,10 @@ class LocalClient:
         return self._admission.accepted
 
     @property
+    def requests(self) -> int:
+        return self._admission.requests
+
+    @property
     def backlog_s(self) -> float:
         return self._admission.backlog_s
 

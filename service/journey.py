@@ -22,6 +22,7 @@ Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images 
 
 TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
+ARRIVAL_S = 60.0  # for a body to arrive, where its caller would wait for longer: meanwhile it takes room from others
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # fit for a header, and for a line of the log
 SMALL_BODY = 200_000  # bytes that are parsed sooner than another thread takes them up
 
@@ -74,10 +75,10 @@ class Journey:
         place = self._client.admit(deadline, callers_id(headers))
         with place as hold, self._intake.room() as take:  # refuse before the body is read
             try:
-                async with asyncio.timeout_at(ends):
+                async with asyncio.timeout(min(timeout_s, max(ARRIVAL_S, self._settings.request_timeout_s))):
                     uploads = await self._uploads(request, headers, parse, take)
             except TimeoutError:
-                raise DeadlineExceeded("the request did not arrive before its deadline") from None
+                raise DeadlineExceeded("the request did not arrive in time") from None
             log.note(images=len(uploads))
             hold(len(uploads))
             async with _WhileConnected(request):
@@ -100,7 +101,11 @@ class Journey:
         self, uploads: Sequence[Upload], ends: float, deadline: float, wish: Wish | None, draw: bool
     ) -> Sequence[Answer]:
         answers = (self._answer(upload, ends, deadline, wish, draw) for upload in uploads)
-        return [await next(answers)] if len(uploads) == 1 else await asyncio.gather(*answers)
+        if len(uploads) == 1:
+            return [await next(answers)]
+        async with asyncio.TaskGroup() as group:  # a defect over one image ends the work on the others, too
+            tasks = [group.create_task(answer) for answer in answers]
+        return [task.result() for task in tasks]
 
     async def _answer(self, upload: Upload, ends: float, deadline: float, wish: Wish | None, draw: bool) -> Answer:
         decode_s = 0.0

@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
         if self._drain_since is not None:
             drained_s = time.monotonic() - self._drain_since
             left_s = self._drain_timeout_s - drained_s
-            if left_s <= 0 or (drained_s >= SHORTEST_DRAIN_S and not self._client.queue_depth):
+            if left_s <= 0 or (drained_s >= SHORTEST_DRAIN_S and not self._client.requests):
                 await self._client.close()  # whoever still waits is told now
                 self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for answers still being sent
                 return True

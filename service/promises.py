@@ -45,16 +45,16 @@ class Promises:
 
     def take(self, name: bytes | None, now: float) -> bool:
         """Whether a place is kept for that name now; then it is taken."""
-        if name is None or not self.any_kept(now) or self._kept.get(name, now + 1) > now:
+        if name is None or not self.kept(now) or self._kept.get(name, now + 1) > now:
             return False
         del self._kept[name]
         return True
 
-    def any_kept(self, now: float) -> bool:
-        """Whether anyone may still come for their place."""
+    def kept(self, now: float) -> int:
+        """How many may still come for their place."""
         while self._kept:
             name, comes = next(iter(self._kept.items()))
             if comes + LATE_S >= now:
-                return True
+                break
             del self._kept[name]
-        return False
+        return len(self._kept)

@@ -60,7 +60,7 @@ class Job:
     pixels: Pixels
     enqueued: float
     deadline: float
-    reply: Callable[[Inference | ServiceError], None]  # called exactly once, from the engine's thread; must not raise
+    reply: Callable[[Inference | ServiceError], None]  # called once, unless the job is cancelled; must not raise
     wish: Wish | None = None
 
 
@@ -130,6 +130,10 @@ class EngineClient(Protocol):
         """Images accepted and not yet answered."""
 
     @property
+    def requests(self) -> int:
+        """Requests admitted and not yet answered, also those whose images are still on their way."""
+
+    @property
     def backlog_s(self) -> float:
         """Predicted time to answer all of them."""
 
@@ -142,10 +146,10 @@ class EngineClient(Protocol):
         """How many images one request may hold: for more there would never be room."""
 
     def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Callable[[int], None]]:
-        """Hold a place in the queue for a request, before anything is done for it.
+        """Let a request in, before anything is done for it.
 
-        The function that comes with it sets how many places are held, once the request's images have been counted.
-        What was admitted is answered even when a drain begins.
+        The function that comes with it holds places in the queue, once the request's images have been counted. What was
+        admitted is answered even when a drain begins.
 
         Args:
             deadline: by `time.monotonic()`, of the request.

@@ -37,15 +37,16 @@ def accepted(holding: Holding, stack: ExitStack, images: int = 1) -> None:
 
 
 def test_places_are_held_while_a_request_lasts(admission: Admission) -> None:
-    """One while its images are not counted, then one for each, none when it has ended, in whatever way."""
+    """None while its images are not counted, then one for each, none when it has ended, in whatever way."""
     with admission.admit(FAR) as hold:
-        assert admission.accepted == 1
+        assert (admission.requests, admission.accepted) == (1, 0)
         hold(4)
-        assert admission.accepted == 4
+        assert (admission.requests, admission.accepted) == (1, 4)
         assert admission.backlog_s == 4
-    with pytest.raises(KeyError), admission.admit(FAR):
+    with suppress(KeyError), admission.admit(FAR) as hold:
+        hold(2)
         raise KeyError
-    assert admission.accepted == 0
+    assert (admission.requests, admission.accepted) == (0, 0)
 
 
 def test_a_full_queue_says_when_there_is_room(admission: Admission) -> None:
@@ -99,11 +100,10 @@ def test_who_is_refused_together_comes_back_one_after_the_other(admission: Admis
 
 
 def test_a_place_is_kept_for_who_has_a_name(admission: Admission, clock: Clock) -> None:
-    """Meanwhile everyone else gets half of the room; who comes when told, all of it; too soon, or again, no more than
-    everyone."""
+    """Nobody else gets it; who comes when told does; too soon, or again, they get no more than everyone."""
     with ExitStack() as stack, ExitStack() as first:
-        accepted(admission.admit(FAR), stack, images=5)
-        accepted(admission.admit(FAR), first, images=5)
+        accepted(admission.admit(FAR), stack, images=9)
+        accepted(admission.admit(FAR), first)
         assert refusal(admission, b"me").retry_after_s == 1
         first.close()
         refusal(admission, b"me too")
@@ -111,20 +111,47 @@ def test_a_place_is_kept_for_who_has_a_name(admission: Admission, clock: Clock) 
         clock.now += 2
         accepted(admission.admit(FAR, b"me"), stack)
         refusal(admission, b"me")
+        stack.close()
         clock.now += 100
-        accepted(admission.admit(FAR), stack)  # nobody has come, and nobody will
+        accepted(admission.admit(FAR), stack, images=10)  # nobody has come, and nobody will
+
+
+def test_half_of_the_room_is_for_those_without_a_place(admission: Admission) -> None:
+    """However many are kept: most of their owners may never come."""
+    with ExitStack() as stack:
+        with ExitStack() as first:
+            accepted(admission.admit(FAR), first, images=10)
+            for index in range(20):
+                refusal(admission, b"%d" % index)
+        accepted(admission.admit(FAR), stack, images=4)
+        accepted(admission.admit(FAR), stack)
+        refusal(admission)
 
 
 def test_a_deadline_leaves_more_time_while_places_are_kept(admission: Admission, clock: Clock) -> None:
-    """Four times what an answer is going to take, instead of twice; not so for who has a place."""
+    """As if an image for each place were waiting, but no more than there are; not so for who has a place."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=3)
-        with pytest.raises(Overloaded), admission.admit(7.0, b"me"):
-            pass
-        clock.now += 1
-        with pytest.raises(Overloaded), admission.admit(clock.now + 15):
-            pass
-        accepted(admission.admit(clock.now + 8, b"me"), stack)
+        for index in range(20):
+            with pytest.raises(Overloaded), admission.admit(7.0, b"%d" % index):
+                pass
+            late_s = 2 * (3 + 1 + min(index + 1, 4))
+            with pytest.raises(Overloaded), admission.admit(late_s - 0.1):
+                pass
+            with suppress(KeyError), admission.admit(late_s):
+                raise KeyError  # from which nothing is learned
+        clock.now += 2
+        accepted(admission.admit(clock.now + 8, b"0"), stack)
+
+
+def test_no_place_is_kept_for_who_would_be_late_anyway(admission: Admission) -> None:
+    """A deadline that cannot be met with nobody ahead must not keep others out."""
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack)
+        for name in (b"hasty", b"too"):
+            with pytest.raises(Overloaded), admission.admit(1.9, name):
+                pass
+        accepted(admission.admit(FAR), stack, images=9)
 
 
 def test_a_free_device_tries_anything(admission: Admission) -> None:

@@ -2,7 +2,9 @@
 
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,34 @@ def test_a_full_queue_is_429_with_a_time_to_retry() -> None:
         files = [("f", ("f.png", encoded(photo())))] * 3
         assert_error(running.client.post(PREDICT, files=files), 413, "payload_too_large")
         assert sample(running.client, "rednet_queue_depth") == 0
+
+
+def test_uploads_that_do_not_come_keep_nobody_out() -> None:
+    """Who has sent a head only takes no place in the queue, however long they would wait, and leaves nothing behind."""
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nX-Request-Timeout-Ms: 3600000\r\n\r\n"
+    with ServerThread(FakeRunner(), max_queue=2) as running, ExitStack() as uploads:
+        host, port = running.url.removeprefix("http://").split(":")
+        for _ in range(5):
+            uploads.enter_context(socket.create_connection((host, int(port)))).sendall(head)
+        wait_until(lambda: running.engine_client.requests == 5, "the uploads")
+        assert predict(running.client, encoded(photo())).status_code == 200
+        assert sample(running.client, "rednet_queue_depth") == 0
+        uploads.close()
+        wait_until(lambda: running.engine_client.requests == 0, "their end")
+
+
+def test_a_body_that_takes_too_long_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its caller would wait for an hour: its bytes take room from others."""
+    monkeypatch.setattr("service.journey.ARRIVAL_S", 0.3)
+    with ServerThread(FakeRunner(), request_timeout_s=0.3) as running:
+
+        def body() -> Iterator[bytes]:
+            yield b"some"
+            time.sleep(1)
+            yield b"more"
+
+        headers = {"Content-Length": "8", "X-Request-Timeout-Ms": "3600000"}
+        assert_error(running.client.post(PREDICT, content=body(), headers=headers), 504, "deadline_exceeded")
 
 
 def test_before_warm_up_ends_it_is_503_not_ready() -> None:

@@ -86,7 +86,7 @@ def test_when_the_drain_takes_too_long_everyone_is_told() -> None:
         host, port = running.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
-            wait_until(lambda: running.engine_client.queue_depth == 2, "the upload")
+            wait_until(lambda: running.engine_client.requests == 2, "the upload")
             running.terminate()
             assert_error(held.result(), 503, "draining")
             answer = b"".join(iter(lambda: connection.recv(10_000), b""))

@@ -48,8 +48,8 @@ def test_a_place_is_taken_once_and_in_time() -> None:
     assert not promises.take(None, 10)
     assert promises.take(b"a", 10)
     assert not promises.take(b"a", 10)
-    assert promises.any_kept(20 + LATE_S)
-    assert not promises.any_kept(20.1 + LATE_S)
+    assert promises.kept(20 + LATE_S) == 1
+    assert promises.kept(20.1 + LATE_S) == 0
     assert not promises.take(b"b", 20.1 + LATE_S)
 
 
@@ -60,7 +60,7 @@ def test_who_is_refused_again_under_the_same_name_has_one_place() -> None:
     promises.give(b"a", now=10, wait_s=20, work_s=1)
     assert not promises.take(b"a", 15)
     assert promises.take(b"a", 30)
-    assert not promises.any_kept(30)
+    assert promises.kept(30) == 0
 
 
 def test_places_are_not_kept_without_end() -> None:
