@@ -13,7 +13,8 @@ from service.errors import MalformedRequest
 LONGEST_HEAD = 65_536  # bytes of a request line and its headers, and of whatever else is neither that nor a body
 HEAD_S = 10.0  # for a request's head to arrive, from its first byte, and for the first byte of all
 LINGER_S = 10.0  # for the rest of a body whose request has its answer already, an error most likely
-UNREAD_S = 30.0  # for a caller to go on reading an answer
+UNREAD_S = 30.0  # in which a caller must read something of an answer
+UNREAD_BYTES = 100_000  # so much: less is no line that anyone has, but would hold an answer in memory for long
 
 
 class Connection(HttpToolsProtocol):
@@ -25,6 +26,7 @@ class Connection(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None  # closes the connection
     _unread: asyncio.TimerHandle | None = None  # likewise, while the caller does not read
     _since_progress = 0  # bytes since the last head or piece of a body
+    _in_head = False
     _in_body = False
     _closing = False  # as soon as the body that is coming has come
     _held = b""  # a head whose body is a moment away
@@ -52,12 +54,14 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._close_in(HEAD_S)
+        self._in_head = True
+        if not self.cycle or self.cycle.response_complete:  # otherwise it would cost the request before its answer
+            self._close_in(HEAD_S)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():  # to which `data_received` says no
             return
-        self._in_body, self._since_progress = True, 0
+        self._in_head, self._in_body, self._since_progress = False, True, 0
         self._go_on()
         super().on_headers_complete()
         self.cycle.transport = _Lingering(self, self.cycle)  # type: ignore[assignment]
@@ -78,12 +82,12 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.write(b"")
         super().on_response_complete()
-        if self._in_body and self.cycle.response_complete and not self.transport.is_closing():
-            self._close_in(LINGER_S)
+        if (self._in_head or self._in_body) and self.cycle.response_complete and not self.transport.is_closing():
+            self._close_in(HEAD_S if self._in_head else LINGER_S)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(UNREAD_S, self._cut_off)
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -136,6 +140,15 @@ class Connection(HttpToolsProtocol):
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+
+    def _watch_reader(self) -> None:
+        self._unread = self.loop.call_later(UNREAD_S, self._check_reader, self.transport.get_write_buffer_size())
+
+    def _check_reader(self, unread_before: int) -> None:
+        if unread_before - self.transport.get_write_buffer_size() < UNREAD_BYTES:
+            self._cut_off()
+        else:
+            self._watch_reader()
 
     def _cut_off(self) -> None:
         """Close at once: the system, too, drops what it still holds for the caller."""

@@ -4,12 +4,15 @@ import errno
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 from service import connections
+from service.transfer import Finished
+from service.types import Pixels, Running, Wish
 from tests.asking import predict
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
@@ -95,6 +98,46 @@ def test_who_does_not_read_is_cut_off(running: ServerThread) -> None:
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
         wait_until(lambda: connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET, "the reset")
     assert predict(running.client, encoded(photo())).status_code == 200
+
+
+class WideRunner(FakeRunner):
+    """Its feature vectors have eight megabytes."""
+
+    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+        output = super().launch(pixels, wishes).wait()
+        return Finished(output._replace(features=np.zeros((len(pixels), 2_000_000), np.float32)))
+
+
+def test_who_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as there is some progress, an answer may take longer than the limit."""
+    monkeypatch.setattr(connections, "UNREAD_S", LIMIT_S)
+    body = encoded(photo())
+    head = f"POST /v1/features HTTP/1.1\r\nHost: x\r\nAccept: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n"
+    with ServerThread(WideRunner()) as running, connected(running, head.encode() + body) as connection:
+        started, left = time.monotonic(), 8_000_000
+        while left > 0 and (chunk := connection.recv(100_000)):
+            left -= len(chunk)
+            time.sleep(len(chunk) / 3_000_000)
+        assert left <= 0
+        assert time.monotonic() - started > 3 * LIMIT_S
+
+
+def test_the_head_behind_a_request_does_not_cost_it_its_answer() -> None:
+    """However slowly it comes; when the answer has gone, it has the time that every head has."""
+    runner = FakeRunner()
+    runner.go_on.clear()
+    body = encoded(photo())
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ServerThread(runner) as running,
+        connected(running, head.encode() + body + b"POST /v1/pre") as connection,
+    ):
+        patch.setattr(connections, "HEAD_S", LIMIT_S)
+        assert runner.running.wait(PATIENCE_S)
+        time.sleep(3 * LIMIT_S)
+        runner.go_on.set()
+        assert rest(connection).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("offered", ["h2c", "websocket"])
