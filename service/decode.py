@@ -4,6 +4,7 @@ What a file claims of itself is checked from its header; pixels are decoded only
 """
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,9 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0"
 # other in Python, or 400,000 passes over all of its pixels, which take hours.
 MOST_READS = 200_000
 MOST_SCANNED = 1_000_000_000  # pixels, over all scans of a progressive JPEG; the usual one has ten
+# What begins a scan: a marker, the length of what follows, and the number of components, from which that length comes
+# (ITU-T T.81, B.2.3). The marker alone is by chance in what phones append to photos, a film of the moment, say.
+SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 
 # Our own limit, checked on every image before its pixels are decoded, takes the place of Pillow's, which only warns.
 Image.MAX_IMAGE_PIXELS = None
@@ -56,7 +60,7 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
                 raise PayloadTooLarge(
                     f"the image has {image.width}x{image.height} pixels; at most {max_pixels} are allowed"
                 )
-            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") * count > MOST_SCANNED:
+            if data.startswith(b"\xff\xd8") and len(SCAN.findall(data)) * count > MOST_SCANNED:
                 raise UnreadableImage("the JPEG file goes over its pixels too many times")
             yield image
     except ServiceError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import sys
 import time
 from collections import deque
@@ -17,6 +18,8 @@ from service.decoder_process import PLACES
 from service.errors import Draining, Internal, ServiceError
 from service.threads import Threads
 from service.types import Floats, Pixels
+
+logger = logging.getLogger(__name__)
 
 START_S = 10.0  # for the processes to start
 STUCK_S = 0.05  # after which a process is not waited for with the photo behind
@@ -88,8 +91,7 @@ class Decoder:
             self._idle.pop().begin(photo)
         else:
             self._waiting.append(photo)
-            if len(self._links) < self._count:
-                self._start()
+            self._try_to_start()
         try:
             return await photo.done
         finally:
@@ -129,7 +131,7 @@ class Decoder:
         if link in self._idle:
             self._idle.remove(link)
         if self._waiting and link.was_up:
-            self._start()
+            self._try_to_start()
         elif not self._links:  # it would not go better for the next one
             self._fail_waiting(Internal())
 
@@ -154,6 +156,16 @@ class Decoder:
     def _fail_waiting(self, error: ServiceError) -> None:
         while self._waiting:
             fail(self._waiting.popleft(), error)
+
+    def _try_to_start(self) -> None:
+        """Start another process, if there may be one. Where the system lets none start, the ones there are go on."""
+        try:
+            if len(self._links) < self._count:
+                self._start()
+        except OSError:
+            logger.exception("a decoder cannot be started")
+            if not self._links:
+                self._fail_waiting(Internal())
 
     def _start(self) -> None:
         self._links.add(Link(self, self._command, self._preprocess.crop))

@@ -52,7 +52,7 @@ class Intake:
             UnsupportedMediaType: it is compressed, beyond what image formats do themselves.
             Overloaded: as `room` says.
         """
-        if headers.get(b"content-encoding", b"identity") != b"identity":
+        if headers.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
             raise UnsupportedMediaType("a Content-Encoding is not read; send the body as it is")
         too_large = PayloadTooLarge(f"the body is larger than {self._max_bytes} bytes")
         claimed = headers.get(b"content-length", b"")

@@ -33,7 +33,7 @@ class Metrics:
         PlatformCollector(registry=registry)
         self._requests = Histogram(
             "rednet_request_duration_seconds",
-            "Time from the first byte of a request to the last of its answer.",
+            "Time from the end of a request's head to the end of its answer, as far as the server sends it.",
             ("endpoint", "status"),
             buckets=LATENCY_BUCKETS,
             registry=registry,
@@ -58,7 +58,7 @@ class Metrics:
         self._refused = Counter("rednet_refused", "Requests refused before any work.", ("reason",), registry=registry)
         self._cancelled = Counter(
             "rednet_cancelled",
-            "Images dropped because their caller left or their deadline passed, by the stage they were in.",
+            "Images not decoded, or not run, because their caller had left or their deadline had passed, by stage.",
             ("stage",),
             registry=registry,
         )

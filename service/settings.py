@@ -1,6 +1,7 @@
 """Every option of `rednet serve`, once: as a flag, as a `REDNET_*` variable and as a field of one frozen value."""
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 PREFIX = "REDNET_"
 NO_OPTIONS = {"REDNET_NATIVE"}  # variables with the prefix that are read elsewhere
+# Kubernetes tells every pod where the Service "rednet" is, for instance REDNET_PORT=tcp://10.0.0.1:8000.
+KUBERNETES = re.compile(r"REDNET_(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_\w+)=.*|REDNET_PORT=\w+://.*")
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -23,7 +26,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint: Path | None = Field(
-        None, description="checkpoint file (.safetensors or official .pth); default: the embedded one"
+        None,
+        description="checkpoint: .safetensors, official .pth or PaddleClas .pdparams; default: the embedded one",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; several, separated by commas, share the work")
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="arithmetic of the network")
@@ -77,7 +81,11 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
     Raises:
         SettingsError: a value is out of range, or a `REDNET_*` variable names no option (it is probably misspelt).
     """
-    variables = {key: value for key, value in environment.items() if key.startswith(PREFIX) and key not in NO_OPTIONS}
+    variables = {
+        key: value
+        for key, value in environment.items()
+        if key.startswith(PREFIX) and key not in NO_OPTIONS and not KUBERNETES.fullmatch(f"{key}={value}")
+    }
     known = {PREFIX + name.upper(): name for name in Settings.model_fields}
     if unknown := sorted(variables.keys() - known.keys()):
         raise SettingsError(f"{unknown[0]} is no option; there are {', '.join(known)}")

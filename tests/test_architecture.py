@@ -39,6 +39,7 @@ SERVICE = {
     "uploads": {"errors", "schemas", "types"},
     "tensors": {"errors", "schemas", "types", "uploads"},
     "journey": {"decoder", "errors", "intake", "log", "metrics", "settings", "types", "uploads"},
+    "routes.accept": set(),
     "routes.context": {"errors", "journey", "keys", "metrics", "schemas", "types"},
     "routes.health": {"routes.context", "schemas", "types"},
     "routes.page": {"errors"},
@@ -48,6 +49,7 @@ SERVICE = {
         "errors",
         "journey",
         "metrics",
+        "routes.accept",
         "routes.context",
         "routes.direct",
         "routes.respond",
@@ -59,6 +61,7 @@ SERVICE = {
     "routes.explain": {
         "errors",
         "journey",
+        "routes.accept",
         "routes.context",
         "routes.respond",
         "routes.v1",

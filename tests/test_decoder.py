@@ -1,8 +1,10 @@
 """The processes that decode: whatever becomes of one, the others and the server go on."""
 
 import asyncio
+import errno
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -167,6 +169,30 @@ def test_processes_that_do_not_start_are_an_internal_error(monkeypatch: pytest.M
         for _ in range(2):
             with pytest.raises(Internal):
                 await decoder.decode(PHOTO)
+
+    using(use)
+
+
+def test_where_the_system_starts_none_it_is_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for those who waited for one that has ended; as soon as it starts some again, all is well."""
+
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async def use(decoder: Decoder) -> None:
+        await decoder.decode(PHOTO)
+        (process,) = children(os.getpid())
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", none)
+            os.kill(process, signal.SIGSTOP)
+            tasks = [asyncio.create_task(decoder.decode(PHOTO)) for _ in range(3)]
+            await asyncio.sleep(0)
+            os.kill(process, signal.SIGKILL)
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(each, Internal) for each in outcomes)
+            with pytest.raises(Internal):
+                await decoder.decode(PHOTO)
+        assert (await decoder.decode(PHOTO)).pixels.shape == (3, 32, 32)
 
     using(use)
 

@@ -41,6 +41,20 @@ def test_a_variable_of_the_model_is_no_misspelling() -> None:
     assert read_settings({}, {"REDNET_NATIVE": "off"}) == Settings()
 
 
+def test_variables_that_kubernetes_makes_are_no_options() -> None:
+    """Every pod beside a Service called rednet has them."""
+    found = {
+        "REDNET_SERVICE_HOST": "10.0.0.1",
+        "REDNET_SERVICE_PORT": "8000",
+        "REDNET_SERVICE_PORT_HTTP": "8000",
+        "REDNET_PORT": "tcp://10.0.0.1:8000",
+        "REDNET_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "REDNET_PORT_8000_TCP_ADDR": "10.0.0.1",
+    }
+    assert read_settings({}, found) == Settings()
+    assert read_settings({}, found | {"REDNET_PORT": "80"}).port == 80
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from service.errors import MalformedRequest, ServiceError
 from service.journey import Answer
+from service.routes.accept import prefers
 from service.routes.context import context
 from service.routes.respond import respond
 from service.routes.v1 import ERRORS, answered, error_body, json_response
@@ -85,7 +86,7 @@ async def explain(
 
     As a picture the answer has place for one image; with `Accept: application/json` for any number of them.
     """
-    server, as_json = context(request), JSON in accept
+    server, as_json = context(request), prefers(accept, JSON, PNG)
 
     def parse(body: bytes, max_images: int) -> Sequence[Upload]:
         uploads = parse_uploads(request.headers.get("content-type", ""), body, max_images)

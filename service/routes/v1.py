@@ -12,6 +12,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from service.errors import ServiceError
 from service.journey import Answer
+from service.routes.accept import prefers
 from service.routes.context import Context, context
 from service.routes.direct import DirectRoute
 from service.routes.respond import respond
@@ -69,7 +70,7 @@ async def features(
     answers = await _answers(request, server)
     started = time.monotonic()
     rows = [_features(answer, normalize) for answer in answers]
-    if NPY in accept:
+    if prefers(accept, NPY, "application/json"):
         if failed := next((row for row in rows if isinstance(row, ServiceError)), None):
             raise failed
         content = io.BytesIO()
