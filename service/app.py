@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import random
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -157,7 +156,7 @@ class Surroundings:
             await self._app(scope, receive, send)
             return
         given = callers_id(dict(scope["headers"]))
-        request_id = given.decode() if given else f"{random.getrandbits(128):032x}"
+        request_id = given.decode() if given else log.new_id()
         log.begin_request(request_id)
         started = time.monotonic()
         status = 0

@@ -9,6 +9,7 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import MalformedRequest
+from service.log import new_id
 
 LONGEST_HEAD = 65_536  # bytes of a request line and its headers, and of whatever else is neither that nor a body
 HEAD_S = 10.0  # for a request's head to arrive, from its first byte, and for the first byte of all
@@ -20,7 +21,8 @@ UNREAD_BYTES = 100_000  # so much: less is no line that anyone has, but would ho
 class Connection(HttpToolsProtocol):
     """One connection. What is too slow is closed; a head that is too long is an error first.
 
-    The time for a body is no matter of connections: requests have deadlines.
+    The time for a body is no matter of connections: requests have deadlines. Who sends another request before
+    the last one's answer is not read any further meanwhile, and so not seen to leave.
     """
 
     _timer: asyncio.TimerHandle | None = None  # closes the connection
@@ -43,7 +45,6 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as offer:
             self._decline(data[offer.args[0] :])
         except httptools.HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
             self.send_400_response("Invalid HTTP request received.")
         if self.transport.is_closing():
             return
@@ -99,11 +100,12 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP, answered in the shape of our errors."""
-        error = {"error": {"code": MalformedRequest.code, "message": msg}}
-        body = orjson.dumps(error)
+        """What is no HTTP, answered in the shape of our errors, and with an id like every answer."""
+        request_id = new_id()
+        self.logger.warning("no HTTP, request_id=%s: %s", request_id, msg)
+        body = orjson.dumps({"error": {"code": MalformedRequest.code, "message": msg}})
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+        self.transport.write(f"{head}x-request-id: {request_id}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
 
     def write(self, data: bytes, more: bool = False) -> None:

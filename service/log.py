@@ -1,6 +1,7 @@
 """Logs on standard error, for people or as JSON, each line with what is known of the request it belongs to."""
 
 import logging
+import random
 import sys
 from contextvars import ContextVar
 from typing import Literal
@@ -54,6 +55,11 @@ def _text(logger: WrappedLogger, method: str, event: EventDict) -> str:
 
 def _add_known(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     return {**event, **_known.get({})}
+
+
+def new_id() -> str:
+    """For a request that has none."""
+    return f"{random.getrandbits(128):032x}"
 
 
 def begin_request(request_id: str) -> None:

@@ -22,7 +22,7 @@ SERVICE = {
     "client": {"admission", "cost", "engine", "errors", "types"},
     "scores": {"types"},
     "threads": set(),
-    "connections": {"errors"},
+    "connections": {"errors", "log"},
     "overlay": {"types", "model.preprocess"},
     "decode": {"errors", "overlay", "types", "model.preprocess"},
     "decoder_process": {"decode", "errors", "model.preprocess"},

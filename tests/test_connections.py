@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,7 @@ def test_an_endless_head_is_an_error(running: ServerThread) -> None:
     with connected(running, b"GET /livez HTTP/1.1\r\nX-Long: " + b"x" * connections.LONGEST_HEAD) as connection:
         head, _, body = rest(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
+    assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head)
     assert json.loads(body)["error"]["code"] == "malformed_request"
 
 
