@@ -37,6 +37,7 @@ class Admission:
         self._clock = clock
         self._factor = 1.0
         self._promises = Promises()
+        self._arriving = 0  # requests that have come for their place, but hold no images yet
 
     @property
     def backlog_s(self) -> float:
@@ -59,7 +60,7 @@ class Admission:
             Overloaded: there is no room, or no answer before the deadline; also from the function.
         """
         held, since, work_s = 0, 0.0, 0.0
-        expected = self._promises.take(name, self._clock())
+        expected = arriving = self._promises.take(name, self._clock())
 
         def check(images: int) -> None:
             nonlocal since, work_s
@@ -70,21 +71,31 @@ class Admission:
         def hold(images: int) -> None:
             nonlocal held
             check(images)
+            arrive()
             self.accepted += images
             held = images
 
+        def arrive() -> None:
+            nonlocal arriving
+            self._arriving -= arriving
+            arriving = False
+
         check(1)
         self.requests += 1
+        self._arriving += arriving
         try:
             yield hold
             self._learn(self._clock() - since, work_s)
         finally:
+            arrive()
             self.requests -= 1
             self.accepted -= held
 
     def _check(self, images: int, now: float, deadline: float, name: bytes | None, expected: bool) -> None:
         """Raises `Overloaded` unless there is room for so many images behind all that were accepted."""
-        kept = 0 if expected else self._promises.kept(now)
+        if now + CAUTION * self.predicted_s(images) > deadline:
+            name = None  # they would be late if nobody were ahead: no place is kept for them
+        kept = 0 if expected else self._promises.kept(now) + self._arriving
         room = max(self.most // 2, self.most - kept) - images
         if self.accepted > room:
             wait_s = self.backlog_s - self.predicted_s(max(0, room))
@@ -92,8 +103,6 @@ class Admission:
         ahead = self.accepted + images
         late_s = now + CAUTION * self.predicted_s(ahead + min(kept, ahead)) - deadline
         if late_s > 0:
-            if now + CAUTION * self.predicted_s(images) > deadline:
-                name = None  # they would be late if nobody were ahead
             raise self._overloaded("the answer would come after the deadline", name, now, late_s, images)
 
     def _learn(self, took_s: float, work_s: float) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+import sys
 
 import httptools
 import orjson
@@ -10,6 +11,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from service.errors import MalformedRequest
 from service.log import new_id
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 LONGEST_HEAD = 65_536  # bytes of a request line and its headers, and of whatever else is neither that nor a body
 HEAD_S = 10.0  # for a request's head to arrive, from its first byte, and for the first byte of all
@@ -144,18 +149,28 @@ class Connection(HttpToolsProtocol):
         self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def _watch_reader(self) -> None:
-        self._unread = self.loop.call_later(UNREAD_S, self._check_reader, self.transport.get_write_buffer_size())
+        self._unread = self.loop.call_later(UNREAD_S, self._check_reader, self._left_to_send())
 
-    def _check_reader(self, unread_before: int) -> None:
-        if unread_before - self.transport.get_write_buffer_size() < UNREAD_BYTES:
+    def _check_reader(self, left_before: int) -> None:
+        if left_before - self._left_to_send() < UNREAD_BYTES:
             self._cut_off()
         else:
             self._watch_reader()
 
+    def _left_to_send(self) -> int:
+        """Bytes, also those that the system holds: it takes new ones only when a large part of those has gone."""
+        held = bytes(4)
+        if sys.platform == "linux":
+            held = fcntl.ioctl(self._socket().fileno(), termios.TIOCOUTQ, held)
+        return self.transport.get_write_buffer_size() + int.from_bytes(held, sys.byteorder)
+
+    def _socket(self) -> socket.socket:
+        connection: socket.socket = self.transport.get_extra_info("socket")
+        return connection
+
     def _cut_off(self) -> None:
         """Close at once: the system, too, drops what it still holds for the caller."""
-        connection = self.transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def _close_in(self, seconds: float) -> None:

@@ -162,8 +162,8 @@ class Decoder:
         try:
             if len(self._links) < self._count:
                 self._start()
-        except OSError:
-            logger.exception("a decoder cannot be started")
+        except OSError as error:
+            logger.error("a decoder cannot be started: %s", error)
             if not self._links:
                 self._fail_waiting(Internal())
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -86,21 +86,18 @@ class Link(asyncio.Protocol):
             "MALLOC_TOP_PAD_": "4000000",  # bytes that it keeps from photo to photo; asking again takes a tenth as long
         }
         ours, theirs = socket.socketpair()
-        with (
-            ExitStack() as failing,
-            theirs,
-            _shared_memory(PLACES * 3 * side**2) as file,
-            _for_us_alone(signal.SIGINT, signal.SIGTERM),
-        ):
-            failing.enter_context(ours)
-            self._process = subprocess.Popen(  # noqa: S603
-                [*command, str(file.fileno())],
-                stdin=theirs.fileno(),
-                env=environment,
-                pass_fds=[file.fileno()],
-            )
-            self._pixels = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8).reshape(PLACES, 3, side, side)
-            failing.pop_all()
+        try:
+            with theirs, _shared_memory(PLACES * 3 * side**2) as file, _for_us_alone(signal.SIGINT, signal.SIGTERM):
+                self._process = subprocess.Popen(  # noqa: S603
+                    [*command, str(file.fileno())],
+                    stdin=theirs.fileno(),
+                    env=environment,
+                    pass_fds=[file.fileno()],
+                )
+                self._pixels = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8).reshape(PLACES, 3, side, side)
+        except OSError:
+            ours.close()
+            raise
         connecting = loop.create_unix_connection(lambda: self, sock=ours)
         # In a context of its own: what the process's log lines say is nothing of the request that happened to start it.
         self.connecting = loop.create_task(connecting, context=contextvars.Context())

@@ -1,5 +1,6 @@
 """When those who were refused shall come back, and whose place is kept until then. Pure state; used from one thread."""
 
+import heapq
 import math
 
 SHORTEST_S = 1  # times are told in whole seconds, as HTTP does
@@ -21,7 +22,8 @@ class Promises:
 
     def __init__(self) -> None:
         self._given_until = [0.0] * PHASES
-        self._kept: dict[bytes, float] = {}  # from when, by name; about in order
+        self._kept: dict[bytes, float] = {}  # from when, by name
+        self._in_order: list[tuple[float, bytes]] = []  # a heap of the same, and of what is not kept any more
 
     def give(self, name: bytes | None, now: float, wait_s: float, work_s: float) -> int:
         """Seconds after which they shall come back.
@@ -35,12 +37,12 @@ class Promises:
         phase = int(now * PHASES) % PHASES
         free = max(self._given_until[phase], now + max(SHORTEST_S, wait_s) - 1)  # of the second that rounding up adds
         comes_s = max(SHORTEST_S, math.ceil(max(wait_s, free - now)))
-        if comes_s > (LONGEST_S if name is None else LONGEST_KEPT_S) or len(self._kept) >= MOST_KEPT:
+        if comes_s > (LONGEST_S if name is None else LONGEST_KEPT_S) or len(self._in_order) >= MOST_KEPT:
             return LONGEST_S
         self._given_until[phase] = free + SLACK * work_s * PHASES
         if name is not None:
-            self._kept.pop(name, None)
             self._kept[name] = now + comes_s
+            heapq.heappush(self._in_order, (now + comes_s, name))
         return comes_s
 
     def take(self, name: bytes | None, now: float) -> bool:
@@ -52,9 +54,8 @@ class Promises:
 
     def kept(self, now: float) -> int:
         """How many may still come for their place."""
-        while self._kept:
-            name, comes = next(iter(self._kept.items()))
-            if comes + LATE_S >= now:
-                break
-            del self._kept[name]
+        while self._in_order and self._in_order[0][0] + LATE_S < now:
+            comes, name = heapq.heappop(self._in_order)
+            if self._kept.get(name) == comes:
+                del self._kept[name]
         return len(self._kept)

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 PREFIX = "REDNET_"
 NO_OPTIONS = {"REDNET_NATIVE"}  # variables with the prefix that are read elsewhere
-# Kubernetes tells every pod where the Service "rednet" is, for instance REDNET_PORT=tcp://10.0.0.1:8000.
-KUBERNETES = re.compile(r"REDNET_(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_\w+)=.*|REDNET_PORT=\w+://.*")
+# Kubernetes tells every pod where Services like "rednet" and "rednet-canary" are: REDNET_PORT=tcp://10.0.0.1:8000.
+KUBERNETES = re.compile(r"REDNET_(\w+_)?(SERVICE_HOST=|SERVICE_PORT\w*=|PORT_\d+_\w+=|PORT=\w+://).*")
 
 Count = Annotated[int, Field(ge=1)]
 

@@ -116,6 +116,25 @@ def test_a_place_is_kept_for_who_has_a_name(admission: Admission, clock: Clock) 
         accepted(admission.admit(FAR), stack, images=10)  # nobody has come, and nobody will
 
 
+def test_a_kept_place_is_kept_while_the_body_comes(admission: Admission, clock: Clock) -> None:
+    """Whoever has come for it need not fear others, however slow the line is; whoever leaves again gives it up."""
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack, images=8)
+        with ExitStack() as first:
+            accepted(admission.admit(FAR), first, images=2)
+            for name in (b"me", b"you"):
+                refusal(admission, name)
+        clock.now += 6
+        with suppress(KeyError), admission.admit(FAR, b"you"):
+            hold = stack.enter_context(admission.admit(FAR, b"me"))
+            refusal(admission)
+            raise KeyError
+        accepted(admission.admit(FAR), stack)
+        refusal(admission)
+        hold(1)
+        assert admission.accepted == 10
+
+
 def test_half_of_the_room_is_for_those_without_a_place(admission: Admission) -> None:
     """However many are kept: most of their owners may never come."""
     with ExitStack() as stack:
@@ -145,11 +164,14 @@ def test_a_deadline_leaves_more_time_while_places_are_kept(admission: Admission,
 
 
 def test_no_place_is_kept_for_who_would_be_late_anyway(admission: Admission) -> None:
-    """A deadline that cannot be met with nobody ahead must not keep others out."""
+    """A deadline that cannot be met with nobody ahead must not keep others out, be the queue full or not."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack)
-        for name in (b"hasty", b"too"):
-            with pytest.raises(Overloaded), admission.admit(1.9, name):
+        with pytest.raises(Overloaded), admission.admit(1.9, b"hasty"):
+            pass
+        with ExitStack() as others:
+            accepted(admission.admit(FAR), others, images=9)
+            with pytest.raises(Overloaded), admission.admit(1.9, b"hasty too"):
                 pass
         accepted(admission.admit(FAR), stack, images=9)
 

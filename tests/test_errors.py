@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.cost import CostTable
+from service.decoder import Decoded, Decoder
 from service.types import State
 from tests.asking import CUT, PREDICT, TEXT, assert_error, occupy, predict, sample
 from tests.conftest import encoded, photo
@@ -169,6 +170,26 @@ def test_a_defect_is_500_and_stays_inside() -> None:
         assert_error(response, 500, "internal")
         assert "asked for" not in response.text
         assert predict(running.client, encoded(photo())).status_code == 200
+
+
+def test_a_defect_over_one_image_ends_the_work_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody will get their answers."""
+    runner, right, bad = FakeRunner(), Decoder.decode, encoded(photo(1))
+
+    async def decode(decoder: Decoder, data: bytes) -> Decoded:
+        if data == bad:
+            raise RuntimeError("a defect")
+        return await right(decoder, data)
+
+    monkeypatch.setattr(Decoder, "decode", decode)
+    with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
+        held = occupy(running, runner, pool)
+        files = [("f", ("f.png", data)) for data in (encoded(photo()), bad)]
+        assert_error(running.client.post(PREDICT, files=files), 500, "internal")
+        runner.go_on.set()
+        assert held.result().status_code == 200
+        assert predict(running.client, encoded(photo())).status_code == 200
+        assert runner.batches == [1, 1]
 
 
 def test_a_caller_who_leaves_frees_the_queue(caplog: pytest.LogCaptureFixture) -> None:

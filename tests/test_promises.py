@@ -53,6 +53,18 @@ def test_a_place_is_taken_once_and_in_time() -> None:
     assert not promises.take(b"b", 20.1 + LATE_S)
 
 
+def test_one_place_far_ahead_keeps_no_others() -> None:
+    """Those that were not taken in time are gone, in whatever order they were given."""
+    promises = Promises()
+    promises.give(b"far", now=0, wait_s=100, work_s=0.001)
+    for index in range(50):
+        promises.give(b"%d" % index, now=0.3, wait_s=0, work_s=0.001)
+    assert promises.kept(1) == 51
+    assert promises.kept(20) == 1
+    assert not promises.take(b"0", 20)
+    assert promises.take(b"far", 100)
+
+
 def test_who_is_refused_again_under_the_same_name_has_one_place() -> None:
     """The later one."""
     promises = Promises()

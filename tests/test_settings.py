@@ -42,7 +42,7 @@ def test_a_variable_of_the_model_is_no_misspelling() -> None:
 
 
 def test_variables_that_kubernetes_makes_are_no_options() -> None:
-    """Every pod beside a Service called rednet has them."""
+    """Every pod beside Services called rednet and rednet-canary has them."""
     found = {
         "REDNET_SERVICE_HOST": "10.0.0.1",
         "REDNET_SERVICE_PORT": "8000",
@@ -50,6 +50,8 @@ def test_variables_that_kubernetes_makes_are_no_options() -> None:
         "REDNET_PORT": "tcp://10.0.0.1:8000",
         "REDNET_PORT_8000_TCP": "tcp://10.0.0.1:8000",
         "REDNET_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "REDNET_CANARY_SERVICE_HOST": "10.0.0.2",
+        "REDNET_CANARY_PORT": "tcp://10.0.0.2:8000",
     }
     assert read_settings({}, found) == Settings()
     assert read_settings({}, found | {"REDNET_PORT": "80"}).port == 80
