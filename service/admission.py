@@ -92,26 +92,24 @@ class Admission:
             self.accepted -= held
 
     def _check(self, images: int, now: float, deadline: float, name: bytes | None, expected: bool) -> None:
-        """Raises `Overloaded` unless there is room for so many images behind all that were accepted."""
-        if now + CAUTION * self.predicted_s(images) > deadline:
-            name = None  # they would be late if nobody were ahead: no place is kept for them
+        """Raises `Overloaded`, which tells when to come back, unless so many images may wait behind those accepted."""
         kept = 0 if expected else self._promises.kept(now) + self._arriving
         room = max(self.most // 2, self.most - kept) - images
-        if self.accepted > room:
-            wait_s = self.backlog_s - self.predicted_s(max(0, room))
-            raise self._overloaded(f"{self.accepted} images are waiting", name, now, wait_s, images)
         ahead = self.accepted + images
-        late_s = now + CAUTION * self.predicted_s(ahead + min(kept, ahead)) - deadline
-        if late_s > 0:
-            raise self._overloaded("the answer would come after the deadline", name, now, late_s, images)
+        if self.accepted > room:
+            reason = f"{self.accepted} images are waiting"
+            wait_s = self.backlog_s - self.predicted_s(max(0, room))
+        elif (late_s := now + CAUTION * self.predicted_s(ahead + min(kept, ahead)) - deadline) > 0:
+            reason, wait_s = "the answer would come after the deadline", late_s
+        else:
+            return
+        if now + CAUTION * self.predicted_s(images) > deadline:
+            name = None  # they would be late if nobody were ahead: no place is kept for them
+        work_s = images * self.predicted_s(self.most) / self.most
+        raise Overloaded(f"{reason}; try again later", self._promises.give(name, now, wait_s, work_s))
 
     def _learn(self, took_s: float, work_s: float) -> None:
         """Compare an answer's time with the device's work that was ahead when its images were counted."""
         if work_s > 0:
             ratio = min(LARGEST_FACTOR, max(SMALLEST_FACTOR, took_s / work_s))
             self._factor += (ratio - self._factor) * SMOOTHING
-
-    def _overloaded(self, reason: str, name: bytes | None, now: float, wait_s: float, images: int) -> Overloaded:
-        """A refusal that tells when to come back."""
-        work_s = images * self.predicted_s(self.most) / self.most
-        return Overloaded(f"{reason}; try again later", self._promises.give(name, now, wait_s, work_s))

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -60,7 +61,7 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
                 raise PayloadTooLarge(
                     f"the image has {image.width}x{image.height} pixels; at most {max_pixels} are allowed"
                 )
-            if data.startswith(b"\xff\xd8") and len(SCAN.findall(data)) * count > MOST_SCANNED:
+            if data.startswith(b"\xff\xd8") and _has_scans(data, MOST_SCANNED // count + 1):
                 raise UnreadableImage("the JPEG file goes over its pixels too many times")
             yield image
     except ServiceError:
@@ -73,6 +74,10 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise PayloadTooLarge("the image needs more memory than there is") from None
     except Exception as error:  # Pillow's decoders raise nearly anything for damaged data
         raise UnreadableImage(f"the image is damaged: {str(error)[:100]}") from error
+
+
+def _has_scans(jpeg: bytes, least: int) -> bool:
+    return next(islice(SCAN.finditer(jpeg), least - 1, None), None) is not None
 
 
 class _CountedReads(io.BytesIO):
