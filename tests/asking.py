@@ -1,6 +1,8 @@
 """How tests ask a server, and what they look for in its answers."""
 
+import socket
 from concurrent.futures import Executor, Future
+from urllib.parse import urlsplit
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,6 +14,18 @@ PREDICT = "/v1/predict"
 PNG = {"Content-Type": "image/png"}
 TEXT = b"certainly no image"
 CUT = encoded(photo())[:500]
+
+
+def connected(url: str, sent: bytes, buffer: int | None = None) -> socket.socket:
+    """A connection over which these bytes went. The system holds about `buffer` bytes of what comes; None: many."""
+    parts = urlsplit(url)
+    connection = socket.socket()
+    if buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.settimeout(PATIENCE_S)
+    connection.connect((parts.hostname, parts.port))
+    connection.sendall(sent)
+    return connection
 
 
 def predict(client: httpx.Client, data: bytes, **headers: str) -> httpx.Response:

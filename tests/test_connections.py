@@ -6,7 +6,6 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from service import connections
 from service.transfer import Finished
 from service.types import Pixels, Running, Wish
-from tests.asking import predict
+from tests.asking import connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
 
@@ -32,13 +31,6 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
         yield server
 
 
-def connected(server: ServerThread, sent: bytes) -> socket.socket:
-    parts = urlsplit(server.url)
-    connection = socket.create_connection((parts.hostname, parts.port), PATIENCE_S)
-    connection.sendall(sent)
-    return connection
-
-
 def rest(connection: socket.socket) -> bytes:
     """All that comes until the server closes the connection, which must not take much longer than the limit."""
     started = time.monotonic()
@@ -52,20 +44,20 @@ def rest(connection: socket.socket) -> bytes:
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/pred", b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 def test_a_head_that_does_not_come_ends_its_connection(running: ServerThread, sent: bytes) -> None:
     """Silently: nobody asked for anything. Others are served meanwhile."""
-    with connected(running, sent) as connection:
+    with connected(running.url, sent) as connection:
         assert predict(running.client, encoded(photo())).status_code == 200
         assert rest(connection) == b""
 
 
 def test_the_second_head_of_a_connection_has_its_time_too(running: ServerThread) -> None:
     """A connection that was good for one request can become slow with the next."""
-    with connected(running, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /li") as connection:
+    with connected(running.url, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /li") as connection:
         assert rest(connection).startswith(b"HTTP/1.1 200 ")
 
 
 def test_an_endless_head_is_an_error(running: ServerThread) -> None:
     """As soon as it is too long, in the shape of all errors."""
-    with connected(running, b"GET /livez HTTP/1.1\r\nX-Long: " + b"x" * connections.LONGEST_HEAD) as connection:
+    with connected(running.url, b"GET /livez HTTP/1.1\r\nX-Long: " + b"x" * connections.LONGEST_HEAD) as connection:
         head, _, body = rest(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head)
@@ -76,7 +68,7 @@ def test_an_endless_head_is_an_error(running: ServerThread) -> None:
 def test_endless_trailers_are_an_error(running: ServerThread, trailers: bytes) -> None:
     """What may follow a body in chunks is no body, and is bounded as a head is."""
     request = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
-    with connected(running, request) as connection:
+    with connected(running.url, request) as connection:
         time.sleep(LIMIT_S / 5)
         connection.sendall(trailers)
         assert b"HTTP/1.1 400 " in rest(connection)
@@ -84,7 +76,7 @@ def test_endless_trailers_are_an_error(running: ServerThread, trailers: bytes) -
 
 def test_an_empty_line_does_not_keep_a_connection(running: ServerThread) -> None:
     """It is no request, and the time for the next one goes on."""
-    with connected(running, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
+    with connected(running.url, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
         connection.sendall(b"\r\n")
         assert rest(connection) == b""
@@ -92,12 +84,7 @@ def test_an_empty_line_does_not_keep_a_connection(running: ServerThread) -> None
 
 def test_who_does_not_read_is_cut_off(running: ServerThread) -> None:
     """Answers that nobody takes do not pile up for ever."""
-    parts = urlsplit(running.url)
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(PATIENCE_S)
-        connection.connect((parts.hostname, parts.port))
-        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
+    with connected(running.url, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400, 4096) as connection:
         wait_until(lambda: connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET, "the reset")
     assert predict(running.client, encoded(photo())).status_code == 200
 
@@ -115,11 +102,7 @@ def test_who_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "UNREAD_S", 2 * LIMIT_S)
     body = encoded(photo())
     head = f"POST /v1/features HTTP/1.1\r\nHost: x\r\nAccept: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n"
-    with ServerThread(WideRunner()) as running, socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        connection.settimeout(PATIENCE_S)
-        connection.connect((urlsplit(running.url).hostname, urlsplit(running.url).port))
-        connection.sendall(head.encode() + body)
+    with ServerThread(WideRunner()) as running, connected(running.url, head.encode() + body, 65536) as connection:
         left = 8_000_000
         while left > 0 and (chunk := connection.recv(65536)):
             left -= len(chunk)
@@ -134,7 +117,7 @@ def test_the_head_behind_a_request_does_not_cost_it_its_answer(monkeypatch: pyte
     body = encoded(photo())
     head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     monkeypatch.setattr(connections, "HEAD_S", LIMIT_S)
-    with ServerThread(runner) as running, connected(running, head.encode() + body + b"POST /v1/pre") as connection:
+    with ServerThread(runner) as running, connected(running.url, head.encode() + body + b"POST /v1/pre") as connection:
         assert runner.running.wait(PATIENCE_S)
         time.sleep(3 * LIMIT_S)
         runner.go_on.set()
@@ -147,14 +130,14 @@ def test_an_offer_of_another_protocol_is_declined(running: ServerThread, offered
     headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": offered, "HTTP2-Settings": "AAMAAABk"}
     for _ in range(2):
         assert predict(running.client, encoded(photo()), **headers).status_code == 200
-    with connected(running, b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
+    with connected(running.url, b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
         assert rest(connection).startswith(b"HTTP/1.1 400 ")
 
 
 def test_an_answer_is_not_lost_under_a_body(running: ServerThread) -> None:
     """Where the connection ends with an early answer, the rest of the body is still taken in."""
     request = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9000000\r\n\r\n"
-    with connected(running, request + bytes(2_000_000)) as connection:
+    with connected(running.url, request + bytes(2_000_000)) as connection:
         connection.sendall(bytes(7_000_000))
         assert rest(connection).startswith(b"HTTP/1.1 413 ")
 
@@ -163,7 +146,7 @@ def test_the_second_of_two_requests_has_all_of_its_time(running: ServerThread) -
     """Sent right behind the first, its body may take longer than what is left of a refused one."""
     body = encoded(photo())
     head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
-    with connected(running, (head.encode() + body) + head.encode() + body[:100]) as connection:
+    with connected(running.url, (head.encode() + body) + head.encode() + body[:100]) as connection:
         time.sleep(3 * LIMIT_S)
         connection.sendall(body[100:])
         received = b""
@@ -175,7 +158,7 @@ def test_the_second_of_two_requests_has_all_of_its_time(running: ServerThread) -
 
 def test_what_is_no_http_is_an_error(running: ServerThread) -> None:
     """In the shape of all errors, and the connection ends."""
-    with connected(running, b"\x16\x03\x01 this is TLS\r\n\r\n") as connection:
+    with connected(running.url, b"\x16\x03\x01 this is TLS\r\n\r\n") as connection:
         head, _, body = rest(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert json.loads(body)["error"]["code"] == "malformed_request"
@@ -184,7 +167,7 @@ def test_what_is_no_http_is_an_error(running: ServerThread) -> None:
 def test_a_body_that_was_refused_is_not_waited_for(running: ServerThread) -> None:
     """Its sender has the answer, and a little time to notice."""
     request = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\nthe first bytes"
-    with connected(running, request) as connection:
+    with connected(running.url, request) as connection:
         assert rest(connection).startswith(b"HTTP/1.1 413 ")
 
 
@@ -192,7 +175,7 @@ def test_a_slow_body_has_until_the_deadline(running: ServerThread) -> None:
     """Which is the request's own matter: the time for heads does not end it."""
     body = encoded(photo())
     head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
-    with connected(running, head.encode() + body[:100]) as connection:
+    with connected(running.url, head.encode() + body[:100]) as connection:
         time.sleep(3 * LIMIT_S)
         connection.sendall(body[100:])
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")

@@ -1,6 +1,5 @@
 """Every row of the contract's error table, provoked on a real server; after each it still answers."""
 
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import pytest
 from service.cost import CostTable
 from service.decoder import Decoded, Decoder
 from service.types import State
-from tests.asking import CUT, PREDICT, TEXT, assert_error, occupy, predict, sample
+from tests.asking import CUT, PREDICT, TEXT, assert_error, connected, occupy, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
 
@@ -104,9 +103,8 @@ def test_uploads_that_do_not_come_keep_nobody_out() -> None:
     """Who has sent a head only takes no place in the queue, however long they would wait, and leaves nothing behind."""
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nX-Request-Timeout-Ms: 3600000\r\n\r\n"
     with ServerThread(FakeRunner(), max_queue=2) as running, ExitStack() as uploads:
-        host, port = running.url.removeprefix("http://").split(":")
         for _ in range(5):
-            uploads.enter_context(socket.create_connection((host, int(port)))).sendall(head)
+            uploads.enter_context(connected(running.url, head))
         wait_until(lambda: running.engine_client.requests == 5, "the uploads")
         assert predict(running.client, encoded(photo())).status_code == 200
         assert sample(running.client, "rednet_queue_depth") == 0
@@ -197,10 +195,9 @@ def test_a_caller_who_leaves_frees_the_queue(caplog: pytest.LogCaptureFixture) -
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
         held = occupy(running, runner, pool)
-        host, port = running.url.removeprefix("http://").split(":")
         data = encoded(photo())
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data)
+        with connected(running.url, head + data):
             decoded = {"series": "rednet_stage_duration_seconds_count", "stage": "decode"}
             wait_until(lambda: sample(running.client, **decoded) == 2, "the second image")
         wait_until(lambda: running.engine_client.queue_depth == 1, "its departure")

@@ -1,7 +1,6 @@
 """API keys: the file they stand in, and servers that want one."""
 
 import base64
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import httpx
 import pytest
 
 from service.keys import SHORTEST, KeyFileError, read_keys
-from tests.asking import PREDICT, assert_error, predict
+from tests.asking import PREDICT, assert_error, connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, FakeRunner, ServerThread, wait_until
 
@@ -110,11 +109,10 @@ def test_with_a_key_everything_is_answered(running: ServerThread, key: str) -> N
 
 def test_the_body_of_a_stranger_is_not_read(running: ServerThread) -> None:
     """The answer comes although the announced body does not, and takes no place in the queue."""
-    host, port = running.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n".encode())
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+    with connected(running.url, head.encode()) as connection:
         assert connection.recv(10_000).startswith(b"HTTP/1.1 401")
-    assert running.engine_client.queue_depth == 0
+        assert running.engine_client.requests == running.engine_client.queue_depth == 0
 
 
 def test_metrics_are_open_unless_said_otherwise(running: ServerThread, key_file: Path) -> None:

@@ -1,7 +1,6 @@
 """A server from its start to its end, as a real process."""
 
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import httpx
 
-from tests.asking import assert_error, occupy, predict
+from tests.asking import assert_error, connected, occupy, predict
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, FakeRunner, ServerProcess, ServerThread, wait_until
+
+UPLOAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc"  # which does not end
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
@@ -83,9 +84,7 @@ def test_when_the_drain_takes_too_long_everyone_is_told() -> None:
     runner = FakeRunner()
     with ServerThread(runner, drain_timeout_s=0.5) as running, ThreadPoolExecutor(2) as pool:
         held = occupy(running, runner, pool)
-        host, port = running.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+        with connected(running.url, UPLOAD) as connection:
             wait_until(lambda: running.engine_client.requests == 2, "the upload")
             running.terminate()
             assert_error(held.result(), 503, "draining")
@@ -107,13 +106,13 @@ def test_one_device_is_not_served_on_twice(tiny_path: Path) -> None:
 
 def test_a_second_signal_ends_it_at_once(tiny_path: Path) -> None:
     """Ctrl-C twice never hangs, even with an upload that does not end; the status tells that it was cut short."""
-    with ServerProcess("--checkpoint", tiny_path, "--drain-timeout-s", "600") as running:
-        host, port = running.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
-            time.sleep(0.2)
-            running.process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
-            assert running.process.poll() is None
-            running.process.send_signal(signal.SIGINT)
-            assert running.process.wait(10) == 1
+    with (
+        ServerProcess("--checkpoint", tiny_path, "--drain-timeout-s", "600") as running,
+        connected(running.url, UPLOAD),
+    ):
+        time.sleep(0.2)
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert running.process.poll() is None
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(10) == 1
