@@ -8,15 +8,17 @@ import threading
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.exact import exact_float32
 from model.form import Output, Stages
 from model.fused import Fused
-from model.ladder import Ladder, Program
+from model.ladder import Ladder, Program, rung
 from model.preprocess import Preprocess
 from model.rednet import RedNet
 
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # of the driver and of cuBLAS, whose errors torch has no class for
 _capturing = threading.Lock()  # a process captures one graph at a time
 
 
@@ -32,7 +34,7 @@ class CudaForm:
 
     def __init__(self, net: RedNet, preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._side = device, preprocess.crop
-        self._exact = dtype == torch.float32
+        self._arithmetic = exact_float32 if dtype == torch.float32 else nullcontext
         self._network = Fused(net, preprocess, device, dtype)
         self._memory = torch.cuda.graph_pool_handle()  # shared: graphs run one after the other
         self._stream = torch.cuda.Stream(device)  # for capturing; torch's own would be the first device's
@@ -41,27 +43,38 @@ class CudaForm:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
-        with torch.cuda.device(self._device), exact_float32() if self._exact else nullcontext():
+        with torch.cuda.device(self._device):
             usual = pixels.dtype == torch.uint8 and pixels.shape[2:] == (self._side, self._side)
             if usual and len(pixels) and not (stages or kernel_sums):
                 logits, features = self._ladder(pixels)
                 return Output(logits, features)
-            logits, features, maps, sums = self._network(pixels.to(self._device, non_blocking=True))
+            return self._at_once(pixels, stages, kernel_sums)
+
+    def _at_once(self, pixels: Tensor, stages: Stages, kernel_sums: Stages) -> Output:
+        """Without a graph, in a batch size of the ladder: for those, cuDNN has its plans already."""
+        images = len(pixels)
+        missing = rung(images) - images if images else 0
+        with self._arithmetic():
+            padded = F.pad(pixels.to(self._device, non_blocking=True), (0, 0, 0, 0, 0, 0, 0, missing))
+            logits, features, maps, sums = self._network(padded)
             return Output(
-                logits,
-                features,
-                tuple(maps[stage].float() for stage in sorted(stages)) if stages else None,
-                tuple(sums(stage).float() for stage in sorted(kernel_sums)) if kernel_sums else None,
+                logits[:images],
+                features[:images],
+                tuple(maps[stage][:images].float() for stage in sorted(stages)) if stages else None,
+                tuple(sums(stage)[:images].float() for stage in sorted(kernel_sums)) if kernel_sums else None,
             )
 
     def _captured(self, size: int) -> Program:
         """A program that replays the network's graph for `size` images."""
         graph = torch.cuda.CUDAGraph()
+        here = torch.cuda.current_stream()
         try:
             inputs = torch.zeros(size, 3, self._side, self._side, dtype=torch.uint8, device=self._device)
-            self._run_aside(inputs)  # what happens only once: compiling, choosing algorithms
-            with _capturing, torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
-                logits, features, *_ = self._network(inputs)
+            with self._arithmetic():
+                self._run_aside(inputs)  # what happens only once: compiling, choosing algorithms
+                capture = torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local")
+                with _capturing, torch.cuda.stream(here), capture:  # `here` again, also if the end of a capture fails
+                    logits, features, *_ = self._network(inputs)
         except RuntimeError as error:
             if _is_lack_of_memory(error):
                 raise MemoryError(f"no memory for batches of {size} on {self._device}") from error
@@ -87,7 +100,7 @@ class CudaForm:
 def _is_lack_of_memory(error: BaseException | None) -> bool:
     """Also where another error came of it, as when a capture ends early."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -22,6 +22,6 @@ def first_that_runs(key: Hashable, fast: Callable[[], Tensor], sure: Callable[[]
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # memory can come back, the device cannot
             raise
         except RuntimeError as error:
-            log.warning("in several passes, %s: %s", key, error)
+            log.log(logging.DEBUG if _not_fast else logging.WARNING, "in several passes, %s: %s", key, error)
             _not_fast.add(key)
     return sure()

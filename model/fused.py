@@ -114,7 +114,8 @@ class _Involution(NamedTuple):
     """An involution layer with the batch norm and ReLU that follow it."""
 
     reduce: _Convolution
-    span: _Convolution  # its bias is added where the kernels are used
+    span: Tensor  # [G * K * K, C / r], of the 1x1 convolution that makes the kernels; its
+    bias: Tensor  # [G * K * K], is added where they are used
     scale: Tensor
     shift: Tensor
     groups: int
@@ -124,19 +125,21 @@ class _Involution(NamedTuple):
     def of(cls, layer: nn.Module, bn: nn.Module, dtype: torch.dtype) -> "_Involution":
         assert isinstance(layer, Involution)
         reduce, span = (_Convolution.of(layer.get_submodule(f"conv{n}.conv"), dtype) for n in (1, 2))
-        return cls(reduce, span, *scale_and_shift(bn), layer.groups, layer.stride)
+        return cls(reduce, span.weight.flatten(1), span.bias, *scale_and_shift(bn), layer.groups, layer.stride)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return cuda.fused(x, self._kernel(x), self.stride, self.span.bias, self.scale, self.shift)
+        return cuda.fused(x, self._kernel(x), self.stride, self.bias, self.scale, self.shift)
 
     def kernel_sums(self, x: Tensor) -> Tensor:
-        return self._kernel(x).sum(dim=2) + self.span.bias.reshape(self.groups, -1).sum(dim=1)[:, None, None]
+        return self._kernel(x).sum(dim=2) + self.bias.reshape(self.groups, -1).sum(dim=1)[:, None, None]
 
     def _kernel(self, x: Tensor) -> Tensor:  # [B, G, K*K, h, w], less the bias
         if self.stride > 1:
             x = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)
-        kernel = self.span.bare(self.reduce(x))
-        return kernel.reshape(kernel.shape[0], self.groups, -1, *kernel.shape[2:])
+        reduced = self.reduce(x).permute(0, 2, 3, 1)  # [B, h, w, C / r]
+        # A product instead of a convolution, for its order: a tap's values for all pixels lie side by side.
+        taps = torch.mm(self.span, reduced.flatten(0, 2).T)
+        return taps.reshape(self.groups, len(taps) // self.groups, *reduced.shape[:3]).permute(2, 0, 1, 3, 4)
 
 
 class _Block(NamedTuple):

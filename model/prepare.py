@@ -118,12 +118,14 @@ def prepare(
     if scales is not None:
         check(net, scales)
     yardstick = plain_answer(net, preprocess, _noise(1, preprocess.crop))
+    # On the CPU a form may share out whole images among threads, and share what remains among all: one of each.
+    copies = torch.get_num_threads() + 1 if device.type == "cpu" else 2
     passed_over: list[str] = []
     passed: list[Prepared] = []
     automatic = (*AUTO[device.type], "int8") if scales is not None and device.type == "cpu" else AUTO[device.type]
     for each in automatic if precision == "auto" else (precision,):
         forms = _forms(net, preprocess, device, each, scales)
-        form, deviation = first_sound(forms, yardstick, TOLERANCE[each], passed_over)
+        form, deviation = first_sound(forms, yardstick, copies, TOLERANCE[each], passed_over)
         if form:
             head = net.head.fc.weight.detach().to(device, torch.float32, copy=True)
             passed.append(Prepared(form, preprocess, head, device, each, deviation, tuple(passed_over)))
@@ -180,18 +182,20 @@ class Yardstick(NamedTuple):
 
 
 def first_sound(
-    forms: Iterable[tuple[str, Callable[[], Form]]], yardstick: Yardstick, tolerance: float, passed_over: list[str]
+    forms: Iterable[tuple[str, Callable[[], Form]]],
+    yardstick: Yardstick,
+    copies: int,
+    tolerance: float,
+    passed_over: list[str],
 ) -> tuple[Form | None, float]:
     """The first form that answers like the plain network, and its relative deviation.
 
-    The photo runs in a batch of copies, one more than there are threads: a form that shares out whole images among
-    threads, and shares what remains among all of them, is checked in both.
-
     Args:
         forms: by name, how to make them.
+        copies: of the photo, in the batch that they run.
         passed_over: gets the reason for each one before it.
     """
-    batch = yardstick.pixels.expand(torch.get_num_threads() + 1, -1, -1, -1)
+    batch = yardstick.pixels.expand(copies, -1, -1, -1)
     for name, make in forms:
         try:
             form = make()

@@ -69,6 +69,16 @@ def test_what_surrounds_involution_is_done_by_its_kernel(dtype: torch.dtype) -> 
     torch.testing.assert_close(ours.double().cpu(), exact, rtol=1.01 * ROUNDING.get(dtype, 1e-5), atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 3, 4, 1, 2), (1, 2, 0, 3, 4)])
+def test_kernels_are_read_where_they_lie(order: tuple[int, ...]) -> None:
+    """As a convolution leaves them, with channels first or last, and as a product does: nothing is copied."""
+    back = [order.index(axis) for axis in range(5)]
+    kernel = torch.randn(2, 3, 9, 4, 5).permute(order).contiguous().permute(back)
+    flat = cuda._flat(kernel)
+    assert flat.data_ptr() == kernel.data_ptr()
+    assert torch.equal(flat, kernel.reshape(2, 27, 20))
+
+
 def test_a_relu_does_not_hide_nans() -> None:
     """A broken input shows."""
     nothing = torch.zeros(16, device=DEVICE)
@@ -83,13 +93,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from model.kernels import cuda
 
-common = dict(K=7, STRIDE=1, GROUP=16, LANES=16, PIXELS=cuda.PIXELS, SUM=tl.float32)
-around = ("bias", "scale", "shift")
-bare = dict.fromkeys(around)
-gradients = [(cuda._kernel_gradient, {}), (cuda._input_gradient, {})]
-for kernel, more in [(cuda._forward, {}), (cuda._forward, bare), *gradients]:
+common = dict(K=7, STRIDE=1, GROUP=16, LANES=16, SUM=tl.float32)
+strips, pixels = dict(EACH=cuda.STRIPS, STRIP=cuda.STRIP), dict(EACH=cuda.PIXELS)
+bare = dict.fromkeys(("bias", "scale", "shift"))
+gradients = [(cuda._kernel_gradient, pixels), (cuda._input_gradient, pixels)]
+for kernel, more in [(cuda._forward, strips), (cuda._forward, strips | bare), *gradients]:
     constants = common | more
-    for dtype in ("fp32", "fp16", "bf16"):
+    for dtype, warps in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
         signature = {name: f"*{dtype}" for name in kernel.arg_names[:3]} | dict.fromkeys(cuda.SHAPES, "i32")
         if kernel is cuda._forward:
             signature |= {"bias": f"*{dtype}", "scale": "*fp32", "shift": "*fp32"}
@@ -99,8 +109,12 @@ for kernel, more in [(cuda._forward, {}), (cuda._forward, bare), *gradients]:
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
             attrs={(index,): [["tt.divisibility", 16]] for index in range(3)},  # tensors begin where caches do
         )
-        code = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
         assert "ld.global.v4.b32" in code, (kernel, dtype)
+        if kernel is cuda._forward:  # each lane has what it needs at hand
+            assert "bar.sync" not in code and "ld.shared" not in code, dtype
+            # what a row's windows share is read once: ten pixels for four outputs of seven taps
+            assert code.count("ld.global.v4.b32") == cuda.STRIP - 1 + 7, dtype
 """
 
 

@@ -1,5 +1,7 @@
 """The fast way where it works, else the sure one."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ def test_what_fails_once_is_not_tried_again(caplog: pytest.LogCaptureFixture) ->
         tries.append(1)
         raise RuntimeError("no engine was found")
 
+    caplog.set_level(logging.DEBUG)
     for _ in range(3):
         assert first_that_runs("a shape", fast, lambda: torch.ones(2)).tolist() == [1, 1]
     assert (len(tries), len(caplog.records)) == (1, 1)

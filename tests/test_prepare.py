@@ -153,7 +153,7 @@ def test_a_form_that_deviates_is_passed_over(net: RedNet) -> None:
 
     reasons: list[str] = []
     forms = [("absent", absent), ("wrong", wrong), ("right", right)]
-    form, deviation = first_sound(forms, yardstick, 1e-4, reasons)
+    form, deviation = first_sound(forms, yardstick, 3, 1e-4, reasons)
     assert form is sound
     assert deviation < 1e-5
     assert reasons[0] == "absent: not on this machine"

@@ -1,8 +1,9 @@
 """Triton on CUDA, for every shape by one compilation per kernel size, stride, group width and dtype.
 
-Everything lies channels-last in memory, as convolutions leave it there: then the channels of a group at a pixel are one
-short contiguous run, and so are the taps of its kernel. A program computes some pixels of one group. Sums are kept in
-float32 (float64 for float64).
+Maps lie channels-last in memory, as convolutions leave them there: then the channels of a group at a pixel are one
+short contiguous run. Kernels may lie in any order; reading them is fastest where a tap's values for neighbouring pixels
+are neighbours, for then the lanes of a warp read one line of memory together. Sums are kept in float32 (float64 for
+float64).
 
 Batch, height and width are plain arguments, and Triton is told not to compile anew for values it finds special.
 """
@@ -18,8 +19,21 @@ from torch import Tensor
 
 from model.kernels import portable
 
-PIXELS = 64  # of a program
-SHAPES = ("pixels", "height", "width", "h", "w", "groups")  # the arguments that no compilation may depend on
+# Forward, a program computes strips of outputs of one group, side by side: a pixel that several windows of a strip hold
+# is read and converted once. Four at a time take 0.58 of the instructions (counted in code for sm_90); seven, of which
+# every map of the paper is a multiple, would need more registers than there are at stride 2.
+STRIP = 4  # outputs
+STRIPS = 32  # of a program
+PIXELS = 64  # of a program of the gradients
+STEPS = ("image_step", "tap_step", "pixel_step")  # elements from one to the next, in kernels [B, groups * K * K, h * w]
+SHAPES = ("count", "height", "width", "h", "w", "groups", *STEPS)  # the arguments that no compilation may depend on
+
+
+@triton.jit
+def _share(groups, EACH: tl.constexpr):
+    """Pixels or strips of a program, and its group; programs of the same pixels run together, for they share lines."""
+    program = tl.program_id(0)
+    return program // groups * EACH + tl.arange(0, EACH), program % groups
 
 
 @triton.jit
@@ -30,82 +44,110 @@ def _window(pixel, h, w, K: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def _channels(tensor, pixel, valid, group, groups, GROUP: tl.constexpr, LANES: tl.constexpr):
-    """Addresses of a group's channels at pixels of a tensor [pixels, C], and which of them exist: [PIXELS, LANES]."""
+    """Addresses of a group's channels at pixels of a tensor [pixels, C], and which of them exist: [pixels, LANES]."""
     lane = tl.arange(0, LANES)
-    start = (pixel * groups + group) * GROUP
+    start = (pixel.to(tl.int64) * groups + group) * GROUP
     return tensor + start[:, None] + lane[None, :], valid[:, None] & (lane < GROUP)[None, :]
+
+
+@triton.jit
+def _taps(kernel, image, pixel, group, image_step, tap_step, pixel_step, K: tl.constexpr):
+    """Addresses of a group's first tap at pixels, numbered through [h, w], of images."""
+    start = image.to(tl.int64) * image_step + pixel.to(tl.int64) * pixel_step
+    return kernel + start + tap_step.to(tl.int64) * (group * K * K)
 
 
 @triton.jit(do_not_specialize=SHAPES)
 def _forward(
     x,  # [B, height, width, C]
-    kernel,  # [B, h, w, groups, K * K]
+    kernel,  # [B, groups * K * K, h * w] by its steps
     out,  # [B, h, w, C]
-    bias,  # [groups, K * K], added to every kernel, and
+    bias,  # [groups * K * K], added to every kernel, and
     scale,  # [C], and
     shift,  # [C], after which comes a ReLU; None, all three: the bare involution
-    pixels,  # B * h * w
+    count,  # of strips: B * h * the strips of a row, the last of which may be cut
     height,
     width,
     h,
     w,
     groups,
+    image_step,
+    tap_step,
+    pixel_step,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
-    PIXELS: tl.constexpr,
     SUM: tl.constexpr,
+    STRIP: tl.constexpr,
+    EACH: tl.constexpr,
 ):
-    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    group = tl.program_id(1)
-    inside = pixel < pixels
-    image, top, left = _window(pixel, h, w, K, STRIDE)
-    total = tl.zeros((PIXELS, LANES), SUM)
+    strip, group = _share(groups, EACH)
+    in_row = tl.cdiv(w, STRIP)
+    image, y, z = strip // (h * in_row), strip // in_row % h, strip % in_row * STRIP
+    top, left = y * STRIDE - K // 2, z * STRIDE - K // 2
+    inside = strip < count
+    first = _taps(kernel, image, y * w + z, group, image_step, tap_step, pixel_step, K)
+    totals = (tl.zeros((EACH, LANES), SUM),) * STRIP
     for u in range(K):
-        for v in tl.static_range(K):
-            y, z = top + u, left + v
-            valid = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-            weight = tl.load(kernel + (pixel * groups + group) * K * K + u * K + v, valid, 0).to(SUM)
-            if bias is not None:
-                weight += tl.load(bias + group * K * K + u * K + v).to(SUM)
-            place, exists = _channels(x, (image * height + y) * width + z, valid, group, groups, GROUP, LANES)
-            values = tl.load(place, exists, 0)
-            total += values.to(SUM) * weight[:, None]
-    if scale is not None:
-        lane = tl.arange(0, LANES)
-        channel = group * GROUP + lane
-        factor = tl.load(scale + channel, lane < GROUP, 0).to(SUM)
-        offset = tl.load(shift + channel, lane < GROUP, 0).to(SUM)
-        total = total * factor[None, :] + offset[None, :]
-        total = tl.where(total < 0, 0, total)  # a maximum would hide NaNs
-    place, exists = _channels(out, pixel, inside, group, groups, GROUP, LANES)
-    tl.store(place, total.to(out.dtype.element_ty), exists)
+        row = (image.to(tl.int64) * height + top + u) * width + left
+        valid = inside & (top + u >= 0) & (top + u < height)
+        for column in tl.static_range((STRIP - 1) * STRIDE + K):
+            exists = valid & (left + column >= 0) & (left + column < width)
+            place, exists = _channels(x, row + column, exists, group, groups, GROUP, LANES)
+            values = tl.load(place, exists, 0).to(SUM)
+            sums = ()
+            for output in tl.static_range(STRIP):
+                total = totals[output]
+                v = column - output * STRIDE
+                if v >= 0 and v < K:
+                    tap = first + tap_step.to(tl.int64) * (u * K + v) + pixel_step.to(tl.int64) * output
+                    weight = tl.load(tap, inside & (z + output < w), 0).to(SUM)
+                    if bias is not None:
+                        weight += tl.load(bias + group * K * K + u * K + v).to(SUM)
+                    total += values * weight[:, None]
+                sums += (total,)  # type: ignore[assignment]
+            totals = sums
+    for output in tl.static_range(STRIP):
+        total = totals[output]
+        if scale is not None:
+            lane = tl.arange(0, LANES)
+            channel = group * GROUP + lane
+            factor = tl.load(scale + channel, lane < GROUP, 0).to(SUM)
+            offset = tl.load(shift + channel, lane < GROUP, 0).to(SUM)
+            total = total * factor[None, :] + offset[None, :]
+            total = tl.where(total < 0, 0, total)  # a maximum would hide NaNs
+        pixel = (image.to(tl.int64) * h + y) * w + z + output
+        place, exists = _channels(out, pixel, inside & (z + output < w), group, groups, GROUP, LANES)
+        tl.store(place, total.to(out.dtype.element_ty), exists)
 
 
 @triton.jit(do_not_specialize=SHAPES)
 def _kernel_gradient(
     grad,  # [B, h, w, C]
     x,  # [B, height, width, C]
-    grad_kernel,  # [B, h, w, groups, K * K]
-    pixels,
+    grad_kernel,  # [B, groups * K * K, h * w] by its steps
+    count,  # B * h * w
     height,
     width,
     h,
     w,
     groups,
+    image_step,
+    tap_step,
+    pixel_step,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
-    PIXELS: tl.constexpr,
     SUM: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """A tap's gradient is the product of what it multiplied and what came of it, summed over the group."""
-    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    group = tl.program_id(1)
-    inside = pixel < pixels
+    pixel, group = _share(groups, EACH)
+    inside = pixel < count
     image, top, left = _window(pixel, h, w, K, STRIDE)
+    first = _taps(grad_kernel, image, pixel % (h * w), group, image_step, tap_step, pixel_step, K)
     place, exists = _channels(grad, pixel, inside, group, groups, GROUP, LANES)
     came = tl.load(place, exists, 0).to(SUM)
     for u in range(K):
@@ -115,34 +157,36 @@ def _kernel_gradient(
             place, exists = _channels(x, (image * height + y) * width + z, valid, group, groups, GROUP, LANES)
             values = tl.load(place, exists, 0)
             product = tl.sum(values.to(SUM) * came, axis=1)
-            tap = grad_kernel + (pixel * groups + group) * K * K + u * K + v
+            tap = first + tap_step.to(tl.int64) * (u * K + v)
             tl.store(tap, product.to(grad_kernel.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=SHAPES)
 def _input_gradient(
     grad,  # [B, h, w, C]
-    kernel,  # [B, h, w, groups, K * K]
+    kernel,  # [B, groups * K * K, h * w] by its steps
     grad_x,  # [B, height, width, C]
-    pixels,  # B * height * width
+    count,  # B * height * width
     height,
     width,
     h,
     w,
     groups,
+    image_step,
+    tap_step,
+    pixel_step,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
-    PIXELS: tl.constexpr,
     SUM: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """Gathered from all outputs that a pixel went into, so that nothing is added by two programs at once."""
-    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    group = tl.program_id(1)
-    inside = pixel < pixels
+    pixel, group = _share(groups, EACH)
+    inside = pixel < count
     image, bottom, right = pixel // (height * width), pixel // width % height + K // 2, pixel % width + K // 2
-    total = tl.zeros((PIXELS, LANES), SUM)
+    total = tl.zeros((EACH, LANES), SUM)
     for u in range(K):
         for v in tl.static_range(K):
             # the output at (y, z) took this pixel by its tap (u, v): y * STRIDE + u - K // 2 is the pixel's row
@@ -150,9 +194,9 @@ def _input_gradient(
             y, z = far_y // STRIDE, far_z // STRIDE
             valid = inside & (far_y >= 0) & (far_z >= 0) & (y < h) & (z < w)
             valid = valid & (far_y % STRIDE == 0) & (far_z % STRIDE == 0)
-            output = (image * h + y) * w + z
-            weight = tl.load(kernel + (output * groups + group) * K * K + u * K + v, valid, 0).to(SUM)
-            place, exists = _channels(grad, output, valid, group, groups, GROUP, LANES)
+            first = _taps(kernel, image, y * w + z, group, image_step, tap_step, pixel_step, K)
+            weight = tl.load(first + tap_step.to(tl.int64) * (u * K + v), valid, 0).to(SUM)
+            place, exists = _channels(grad, (image * h + y) * w + z, valid, group, groups, GROUP, LANES)
             came = tl.load(place, exists, 0)
             total += came.to(SUM) * weight[:, None]
     place, exists = _channels(grad_x, pixel, inside, group, groups, GROUP, LANES)
@@ -163,7 +207,7 @@ def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
     if not _fits(x, kernel):
         return portable.forward(x, kernel, stride)
-    return _involution(_channels_last(x), _taps_last(kernel), stride, (None, None, None))
+    return _involution(x, kernel, stride, (None, None, None))
 
 
 def fused(x: Tensor, kernel: Tensor, stride: int, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -179,28 +223,35 @@ def fused(x: Tensor, kernel: Tensor, stride: int, bias: Tensor, scale: Tensor, s
         bias: [G * K * K].
         scale, shift: [C], float32, of the batch norm.
     """
-    return _involution(_channels_last(x), _taps_last(kernel), stride, (bias, scale, shift))
+    return _involution(x, kernel, stride, (bias, scale, shift))
 
 
 def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel from grad [B, C, h, w]."""
     if not _fits(grad, x, kernel):
         return portable.backward(grad, x, kernel, stride)
-    grad, x, kernel = _channels_last(grad), _channels_last(x), _taps_last(kernel)
+    shape = kernel.shape
+    grad, x, kernel = _channels_last(grad), _channels_last(x), _flat(kernel)
     grad_x, grad_kernel = torch.empty_like(x), torch.empty_like(kernel)
-    batch, h, w = kernel.shape[:3]
-    _launch(_kernel_gradient, (grad, x, grad_kernel), x, kernel, stride, batch * h * w)
-    _launch(_input_gradient, (grad, kernel, grad_x), x, kernel, stride, batch * x.shape[1] * x.shape[2])
-    return grad_x.permute(0, 3, 1, 2), grad_kernel.permute(0, 3, 4, 1, 2)
+    outputs, inputs = (t[..., 0].numel() for t in (grad, x))
+    _launch(_kernel_gradient, (grad, x, grad_kernel), outputs, x, grad_kernel, shape, stride, EACH=PIXELS)
+    _launch(_input_gradient, (grad, kernel, grad_x), inputs, x, kernel, shape, stride, EACH=PIXELS)
+    return grad_x.permute(0, 3, 1, 2), grad_kernel.reshape(shape)
 
 
 def _involution(
     x: Tensor, kernel: Tensor, stride: int, around: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> Tensor:
-    """Of x [B, H, W, C] with kernel [B, h, w, G, K*K] and what is around it: bias, scale, shift."""
-    batch, h, w = kernel.shape[:3]
+    """With what is around it: bias, scale, shift."""
+    batch, _, _, h, w = shape = kernel.shape
+    x, kernel = _channels_last(x), _flat(kernel)
     out = x.new_empty(batch, h, w, x.shape[3])
-    _launch(_forward, (x, kernel, out, *around), x, kernel, stride, batch * h * w)
+    strips = batch * h * triton.cdiv(w, STRIP)
+    # so many warps that each lane reads the 16 bytes of a pixel that an instruction can
+    lanes = triton.next_power_of_2(x.shape[3] // shape[1])
+    warps = max(1, STRIPS * lanes * x.itemsize // (16 * 32))
+    more = {"EACH": STRIPS, "STRIP": STRIP, "num_warps": warps}
+    _launch(_forward, (x, kernel, out, *around), strips, x, kernel, shape, stride, **more)
     return out.permute(0, 3, 1, 2)
 
 
@@ -213,27 +264,44 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()  # [B, H, W, C]
 
 
-def _taps_last(kernel: Tensor) -> Tensor:
-    return kernel.permute(0, 3, 4, 1, 2).contiguous()  # [B, h, w, G, K*K]
+def _flat(kernel: Tensor) -> Tensor:
+    return kernel.flatten(3).flatten(1, 2)  # [B, G*K*K, h*w]; copied only if no steps lead through it
 
 
-def _launch(run: Any, tensors: Sequence[Tensor | None], x: Tensor, kernel: Tensor, stride: int, n: int) -> None:
+def _launch(
+    run: Any,
+    tensors: Sequence[Tensor | None],
+    count: int,
+    x: Tensor,
+    kernel: Tensor,
+    shape: Sequence[int],
+    stride: int,
+    **more: int,
+) -> None:
+    """Run as many programs as `count` pixels or strips take.
+
+    Args:
+        x: [B, H, W, C].
+        kernel: flat; its steps are passed on.
+        shape: of the kernel before that.
+    """
     _, height, width, channels = x.shape
-    _, h, w, groups, taps = kernel.shape
-    if n == 0 or channels == 0:
+    _, groups, taps, h, w = shape
+    if count == 0 or channels == 0:
         return
-    run[(triton.cdiv(n, PIXELS), groups)](
+    run[(triton.cdiv(count, more["EACH"]) * groups,)](
         *tensors,
-        n,
+        count,
         height,
         width,
         h,
         w,
         groups,
+        *kernel.stride(),
         K=isqrt(taps),
         STRIDE=stride,
         GROUP=channels // groups,
         LANES=triton.next_power_of_2(channels // groups),
-        PIXELS=PIXELS,
         SUM=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        **more,
     )
