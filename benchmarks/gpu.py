@@ -1,51 +1,40 @@
-"""A whole measured visit to a machine with a GPU, under ten minutes: correctness first, then speed, then serving.
+"""A whole measured visit to a machine with a GPU: correctness first, then speed, then serving, then slow compilers.
 
-    python -m benchmarks.gpu [--photos DIR]
+    python -m benchmarks.gpu [--photos DIR] [--official involution_cuda.py] [--budget-s 540]
 
-Everything is timed by the device's own clock on random data, after warm-up, as medians; each table names the card.
+Everything is timed by the device's own clock on random data, after warm-up, as medians. Each table names the card, and
+is printed and written when it is there: what a visit that is cut short has measured is not lost.
 """
 
 import argparse
-import itertools
 import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_kernels import LAYERS, ORDERS, check_kernels, choice_rows, device_ms, layer_row
 from benchmarks.gpu_serving import measure_serving
 from benchmarks.measure import report
 from benchmarks.network import network
+from benchmarks.official import official_layer
 from benchmarks.peers import Unfolded, with_involution
 from model import Preprocess, RedNet, prepare
 from model.exact import exact_float32
 from model.folded import folded
-from model.kernels import cuda, reference
+from model.fused import Fused
+from model.kernels import cuda
 from model.prepare import DTYPES, TOLERANCE, Prepared
 
 SIDE = 224
 BATCHES = (1, 8, 64, 256)
-LAYERS = ((64, 56, 1), (128, 56, 2), (128, 28, 1), (256, 14, 1), (512, 7, 1))  # channels, side, stride of RedNet-50
-ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-
-
-def device_ms(run: Callable[[], object], budget_s: float = 1.0) -> float:
-    """The median time of a call by the device's clock."""
-    for _ in range(3):
-        run()
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 5 or (time.perf_counter() - started < budget_s and len(times) < 100):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+PRECISIONS = ("bf16", "fp16", "fp32")
+COMPILED = (("definition", 64), ("ResNet-50", 64), ("definition", 1))  # for each precision, as long as there is time
+Run = Callable[[Tensor], object]
 
 
 def ceilings() -> dict[str, float]:
@@ -57,89 +46,60 @@ def ceilings() -> dict[str, float]:
     return {"copy GB/s": 2 * (1 << 30) / copy_ms / 1e6, "bf16 TFLOP/s": 2 * 8192**3 / product_ms / 1e9}
 
 
-def check_kernels(cases: int = 40) -> None:
-    """Every kernel against the definition in float64, over random shapes; a wrong value ends the visit."""
-    rng = random.Random(0)
-    for case in range(cases):
-        groups, width, k, stride = rng.randint(1, 5), rng.choice((4, 12, 16)), rng.choice((1, 3, 7)), rng.randint(1, 2)
-        batch, height, breadth = rng.randint(1, 5), rng.randint(1, 40), rng.randint(1, 40)
-        dtype = rng.choice(tuple(ROUNDING))
-        make = torch.Generator("cuda").manual_seed(case)
-        x = torch.randn(batch, groups * width, height, breadth, device="cuda", generator=make).to(dtype)
-        h, w = -(-height // stride), -(-breadth // stride)
-        kernel = torch.randn(batch, groups, k * k, h, w, device="cuda", generator=make).to(dtype)
-        out = cuda.forward(x, kernel, stride)
-        ours = (out, *cuda.backward(out, x, kernel, stride))
-        x64, kernel64, out64 = x.double(), kernel.double(), out.double()
-        exact = (reference.forward(x64, kernel64, stride), *reference.backward(out64, x64, kernel64, stride))
-        for mine, right in zip(ours, exact, strict=True):
-            scale = float(right.abs().max())
-            torch.testing.assert_close(mine.double(), right, rtol=1.01 * ROUNDING[dtype], atol=1e-5 * max(1.0, scale))
-    print(f"kernels: {cases} random shapes agree with the definition in float64")
-
-
-def involution_row(channels: int, side: int, stride: int, bandwidth: float) -> dict[str, object]:
-    """How close the fused kernel comes to reading its inputs and writing its output once."""
-    batch, k, out, groups = 64, 7, side // stride, channels // 16
-    sets = []
-    for _ in range(4):  # in turns, so that no cache holds what is read
-        x = torch.randn(batch, channels, side, side, device="cuda", dtype=torch.bfloat16)
-        kernel = torch.randn(batch, out, out, groups, k * k, device="cuda", dtype=torch.bfloat16)
-        sets.append((x.to(memory_format=torch.channels_last), kernel.permute(0, 3, 4, 1, 2)))
-    turns = itertools.cycle(sets)
-    bias = torch.randn(groups * k * k, device="cuda", dtype=torch.bfloat16)
-    scale, shift = torch.randn(2, channels, device="cuda")
-    ms = device_ms(lambda: cuda.fused(*next(turns), stride, bias, scale, shift))
-    moved = 2 * batch * (channels * side**2 + groups * k * k * out**2 + channels * out**2)
-    rate = moved / ms / 1e6
-    shape = f"{batch}x{channels}x{side}x{side} s{stride}"
-    return {"shape": shape, "ms": ms, "GB/s": rate, "of a copy": rate / bandwidth}
-
-
-def forms(net: RedNet, precision: str) -> dict[str, Callable[[Tensor], object]]:
+def peers(net: RedNet, precision: str, official: Path | None) -> dict[str, Run]:
     """What a user would pick, by name; each takes uint8 pixels that are on the device."""
     preprocess, dtype = Preprocess(crop=SIDE), DTYPES[precision]
     mean, std = (torch.tensor(each, device="cuda").reshape(3, 1, 1) for each in (preprocess.mean, preprocess.std))
 
-    def on_pixels(run: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
-        return lambda pixels: run(((pixels / 255 - mean) / std).to(dtype, memory_format=torch.channels_last))
+    def on_pixels(module: torch.nn.Module) -> Run:
+        module = module.eval().to("cuda", dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return lambda pixels: module(((pixels / 255 - mean) / std).to(dtype, memory_format=torch.channels_last))
 
-    definition = with_involution(folded(net), Unfolded).to("cuda", dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found: dict[str, Callable[[Tensor], object]] = {
-        "ours": prepare(net, preprocess, "cuda", precision),
-        "definition, eager": on_pixels(definition),
-        "definition, torch.compile": on_pixels(torch.compile(definition, dynamic=False)),
-    }
+    found = {"definition": on_pixels(with_involution(folded(net), Unfolded))}
+    if official and precision == "fp32":  # it knows no half precision
+        found["official kernel"] = on_pixels(with_involution(folded(net), official_layer(official)))
     try:
         from torchvision.models import resnet50
     except ImportError:
         print("no torchvision here: ResNet-50 is left out")
         return found
-    resnet = resnet50().eval().to("cuda", dtype).to(memory_format=torch.channels_last)
-    return found | {"ResNet-50, eager": on_pixels(resnet), "ResNet-50, torch.compile": on_pixels(torch.compile(resnet))}
+    return found | {"ResNet-50": on_pixels(resnet50())}
+
+
+def random_pixels(batch: int) -> Tensor:
+    return torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, device="cuda")
 
 
 @torch.inference_mode()
-def network_rows(net: RedNet, precision: str, compile_budget_s: float) -> list[dict[str, object]]:
-    """Rates of every form; compiling goes on for other batch sizes as long as its budget lasts."""
-    rows: list[dict[str, object]] = []
-    spent_s = 0.0
-    for name, run in forms(net, precision).items():
-        for batch in BATCHES if "compile" not in name else (64, 1):
-            if "compile" in name and spent_s > compile_budget_s:
-                continue
-            pixels = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, device="cuda")
-            started = time.perf_counter()
-            run(pixels)
-            torch.cuda.synchronize()
-            first_s = time.perf_counter() - started
-            spent_s += first_s if "compile" in name else 0.0
-            ms = device_ms(lambda run=run, pixels=pixels: run(pixels))  # type: ignore[misc]
-            rows.append(
-                {"precision": precision, "form": name, "batch": batch, "ms": ms, "images/s": 1000 * batch / ms}
-                | {"first call s": first_s}
-            )
-    return rows
+def rate_row(name: str, precision: str, run: Run, batch: int) -> dict[str, object]:
+    pixels = random_pixels(batch)
+    started = time.perf_counter()
+    run(pixels)
+    torch.cuda.synchronize()
+    first_s = time.perf_counter() - started
+    ms = device_ms(lambda: run(pixels))
+    rate = 1000 * batch / ms
+    return {"precision": precision, "form": name, "batch": batch, "ms": ms, "images/s": rate, "first call s": first_s}
+
+
+@torch.inference_mode()
+def convolution_rows(net: RedNet, batch: int = 64) -> list[dict[str, object]]:
+    """Each convolution of the network with bias, sum and ReLU in one pass of cuDNN, beside several passes."""
+    rows: dict[object, dict[str, object]] = {}
+
+    def both(key: object, fast: Callable[[], Tensor], sure: Callable[[], Tensor]) -> Tensor:
+        if key not in rows:
+            several_ms = device_ms(sure, 0.1)
+            try:
+                one_ms = device_ms(fast, 0.1)
+            except RuntimeError:
+                one_ms = float("nan")
+            rows[key] = {"shape": str(key), "one pass ms": one_ms, "several ms": several_ms}
+        return sure()
+
+    with patch("model.fused.first_that_runs", both):
+        Fused(net, Preprocess(crop=SIDE), torch.device("cuda"), torch.bfloat16)(random_pixels(batch))
+    return list(rows.values())
 
 
 def unseen_sizes(run: Prepared, largest: int = 64) -> float:
@@ -167,26 +127,43 @@ def compilations() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=Path, help="JPEG files for the requests; default: random smooth ones")
-    parser.add_argument("--compile-budget-s", type=float, default=60, help="for torch.compile, in each precision")
+    parser.add_argument("--official", type=Path, help="the authors' file, see benchmarks/official.py; it is run")
+    parser.add_argument("--budget-s", type=float, default=540, help="after which no compiler is started any more")
     options = parser.parse_args()
+    ends = time.monotonic() + options.budget_s
     card = torch.cuda.get_device_name()
     check_kernels()
-    net = network("rednet50")
     most = ceilings()
-    layers = [involution_row(*layer, most["copy GB/s"]) for layer in LAYERS]
+    copy = most["copy GB/s"]
+    layers = [layer_row(*layer, copy, order) for layer in LAYERS for order in ORDERS]
     report("gpu-involution", f"fused involution, bfloat16, {card}, {most}", layers)
-    rows: list[dict[str, object]] = []
-    for precision in DTYPES:
+    report("gpu-strips", f"fused involution by strips and programs, bfloat16, {card}", choice_rows(copy))
+    net = network("rednet50")
+    report("gpu-convolutions", f"convolutions, batch 64, bfloat16, {card}", convolution_rows(net))
+    compilable: list[tuple[str, str, Run, int]] = []
+    for precision in PRECISIONS:
         run = prepare(net, Preprocess(crop=SIDE), "cuda", precision)
-        print(
-            f"{precision}: {run.backend}, deviates by {run.deviation:.1e} of {TOLERANCE[precision]}; {run.passed_over}"
-        )
+        found = f"{run.backend}, deviates by {run.deviation:.1e} of {TOLERANCE[precision]}; {run.passed_over}"
+        others = peers(net, precision, options.official)
+        forms: dict[str, Run] = {"ours": run, **others}
         with exact_float32():
-            rows += network_rows(net, precision, options.compile_budget_s)
-    first = unseen_sizes(prepare(net, Preprocess(crop=SIDE), "cuda", "bf16"))
-    report("gpu-network", f"rednet50, {SIDE}x{SIDE}, {card}", rows, worst_first_use=first)
-    print(f"first use of a batch size, the worst beside the next uses: {first:.2f}")
+            rows = [rate_row(name, precision, each, batch) for name, each in forms.items() for batch in BATCHES]
+        more = {"worst_first_use": unseen_sizes(run)} if precision == "bf16" else {}
+        report(f"gpu-network-{precision}", f"rednet50, {SIDE}x{SIDE}, {card}; {found}; {more}", rows, **more)
+        compilable += [(name, precision, others[name], batch) for name, batch in COMPILED if name in others]
+        del run, forms
+        torch.cuda.empty_cache()
     measure_serving(net, options.photos)
+    rows = []
+    for name, precision, each, batch in compilable:
+        if time.monotonic() > ends:
+            print(f"no time left to compile: {name}, {precision}, batch {batch}")
+            continue
+        mode = "reduce-overhead" if batch == 1 else "default"  # CUDA graphs, as ours
+        with exact_float32():
+            compiled: Run = torch.compile(each, dynamic=False, mode=mode)
+            rows.append(rate_row(f"{name}, torch.compile, {mode}", precision, compiled, batch))
+        report("gpu-compiled", f"{SIDE}x{SIDE}, {card}", rows)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ import tempfile
 import threading
 import time
 import urllib.request
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,6 +25,7 @@ from model import Checkpoint, Preprocess, RedNet, save_checkpoint
 from model.labels import numbered_labels
 from service.decode import decode_image
 
+T = TypeVar("T")
 DURATION_S = 15.0
 CONNECTIONS = (1, 32, 128)
 PROCESSES = 4  # of clients: one interpreter alone cannot ask as fast as another answers
@@ -47,11 +51,21 @@ def decoded(photos: list[bytes]) -> int:
     return count
 
 
+@contextmanager
+def begun_together(processes: int, work: Callable[..., T], *arguments: object) -> Iterator[list[Future[T]]]:
+    """The same work in so many processes, from the moment on when the last of them has imported what it needs."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(processes + 1)
+    with ProcessPoolExecutor(processes, context, ready.wait) as pool:
+        futures = [pool.submit(work, *arguments) for _ in range(processes)]
+        ready.wait()
+        yield futures
+
+
 def decode_rate(photos: list[bytes]) -> float:
     """Photos a second that all cores decode together, with nothing else to do."""
-    cores = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        return sum(pool.map(decoded, [photos] * cores)) / (DURATION_S / 3)
+    with begun_together(len(os.sched_getaffinity(0)), decoded, photos) as counts:
+        return sum(count.result() for count in counts) / (DURATION_S / 3)
 
 
 def ask(address: str, photos: list[bytes], connections: int) -> list[float]:
@@ -105,14 +119,10 @@ def measure_serving(net: RedNet, folder: Path | None) -> None:
 
 def measured(url: str, photos: list[bytes], connections: int) -> dict[str, object]:
     processes = min(PROCESSES, connections)
-    before = counters(url)
-    started = time.monotonic()
-    address, each = urlsplit(url).netloc, connections // processes
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        runs = list(pool.map(ask, [address] * processes, [photos] * processes, [each] * processes))
-    took_s = time.monotonic() - started
-    after = counters(url)
-    times = sorted(time_s for run in runs for time_s in run)
+    with begun_together(processes, ask, urlsplit(url).netloc, photos, connections // processes) as runs:
+        before, started = counters(url), time.monotonic()
+        times = sorted(time_s for run in runs for time_s in run.result())
+        after, took_s = counters(url), time.monotonic() - started
     return {
         "connections": connections,
         "answers/s": len(times) / DURATION_S,

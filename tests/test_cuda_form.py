@@ -68,3 +68,25 @@ def test_float32_is_not_cut(net: RedNet) -> None:
     run = prepare(net, SQUARE, "cuda", "fp32")
     assert run.deviation < 1e-5
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_nothing_shows_that_memory_held_before(net: RedNet, precision: str) -> None:
+    """A convolution that multiplies what lies in its output by zero would make NaNs of NaNs."""
+    pixels = photos(5, 64, 64)
+    expected = prepare(net, SQUARE, "cuda", precision)(pixels).logits
+    torch.cuda.empty_cache()
+    torch.full((1 << 28,), torch.nan, device="cuda")  # and free again
+    run = prepare(net, SQUARE, "cuda", precision)
+    for wish in (False, True):
+        torch.testing.assert_close(run(pixels, stages=wish).logits, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_what_is_not_a_number_shows(net: RedNet, precision: str) -> None:
+    """In the answer of its image, and of no other: no ReLU on the way makes a zero of it."""
+    x = SQUARE.normalise(photos(3, 64, 64))
+    x[1, :, 20:30, 20:30] = torch.nan
+    logits = prepare(net, SQUARE, "cuda", precision)(x).logits
+    assert logits[1].isnan().all()
+    assert logits[[0, 2]].isfinite().all()

@@ -1,9 +1,11 @@
 """The network on the Triton kernels, fused; in Triton's interpreter where there is no card."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from model import create_rednet, load_checkpoint
 from model.preprocess import Preprocess
@@ -41,6 +43,29 @@ def test_it_answers_like_the_plain_network(dtype: torch.dtype, tolerance: float,
                 assert_close(ours.float(), exact, tolerance)
             for ours, kernel in zip(map(ours_sums, range(4)), kernels, strict=True):
                 assert_close(ours.float(), kernel.unflatten(1, (-1, kernel_size**2)).sum(dim=2), tolerance)
+
+
+def test_maps_are_made_in_sizes_of_the_ladder() -> None:
+    """Those that cuDNN has plans for; what a batch is padded with is cut off again."""
+    from model.cuda_form import CudaForm
+
+    sizes: list[int] = []
+
+    def network(pixels: Tensor) -> object:
+        sizes.append(len(pixels))
+        each = pixels.float()
+        return each, each, (each,), lambda stage: each + stage
+
+    form = CudaForm.__new__(CudaForm)  # without the device that its constructor asks for
+    form._device, form._arithmetic, form._network = torch.device("cpu"), nullcontext, network  # type: ignore[assignment]
+    pixels = photos(11, 4, 4)
+    for batch in range(12):
+        logits, features, maps, sums = form._at_once(pixels[:batch], [0], [2])
+        assert maps is not None
+        assert sums is not None
+        for output in (logits, features, maps[0], sums[0] - 2):
+            assert torch.equal(output, pixels[:batch].float())
+    assert sizes == [0, 1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12]
 
 
 def test_an_empty_batch_is_a_batch(tiny_path: Path) -> None:
