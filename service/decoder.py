@@ -120,10 +120,13 @@ class Decoder:
         """Decode a photo before all others."""
         if self._closed:
             fail(photo, Draining())
-        elif self._idle:
-            self._idle.pop().begin(photo)
-        else:
-            self._waiting.appendleft(photo)
+            return
+        while self._idle:
+            link = self._idle.pop()
+            if link.alive:  # what ended one process may have ended others, of which nothing has been heard yet
+                link.begin(photo)
+                return
+        self._waiting.appendleft(photo)
 
     def lost(self, link: Link) -> None:
         """A process has ended."""

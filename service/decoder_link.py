@@ -107,6 +107,10 @@ class Link(asyncio.Protocol):
         """How many it has."""
         return len(self._photos)
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
 

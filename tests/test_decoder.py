@@ -100,6 +100,19 @@ def test_a_process_that_ends_costs_nobody_anything() -> None:
     using(use)
 
 
+def test_no_photo_is_blamed_for_what_befell_all_processes() -> None:
+    """It is tried again in one that is alive, even if nothing has been heard yet of those that are not."""
+
+    async def use(decoder: Decoder) -> None:
+        await decoder.start()
+        for link in reversed(decoder._idle):  # the last one gets the next photo
+            os.kill(link._process.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, link._process.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222  (nobody is to hear of it)
+        assert (await decoder.decode(PHOTO)).decode_s > 0
+
+    using(use, count=3)
+
+
 def test_a_photo_that_breaks_two_processes_is_broken() -> None:
     """Its caller has the error, and the photos behind it are decoded."""
 
