@@ -25,11 +25,12 @@ format: .venv/test
 	$(BIN)/clang-format -i $(C_FILES)
 
 # The native code under the address, undefined-behaviour and thread sanitizers, in each build: four minutes.
-sanitize: $(foreach sanitizer,address_undefined thread,$(foreach build,int8 avx512 avx2 generic,sanitize-$(sanitizer)-$(build)))
+sanitize: $(foreach sanitizer,address_undefined thread,$(foreach build,int8_vnni int8_avx2 avx512 avx2 generic,sanitize-$(sanitizer)-$(build)))
 avx512 := -DVL=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma
 avx2 := -DVL=8 -mavx2 -mfma
 generic := -DVL=4
-int8 := $(avx512) -mavx512vnni -mavx512vbmi -DINT8
+int8_vnni := $(avx512) -mavx512vnni -mavx512vbmi -DINT8
+int8_avx2 := $(avx2) -DINT8
 comma := ,
 sanitize-%: tests/native/check.c $(NATIVE)
 	mkdir -p build

@@ -15,7 +15,8 @@ BUILDS = {
     "avx2": (8, ["-mavx2", "-mfma"]),
     "generic": (4, []),
 }
-BUILDS["int8"] = (16, [*BUILDS["avx512"][1], "-mavx512vnni", "-mavx512vbmi", "-DINT8"])
+BUILDS["int8_vnni"] = (16, [*BUILDS["avx512"][1], "-mavx512vnni", "-mavx512vbmi", "-DINT8"])
+BUILDS["int8_avx2"] = (8, [*BUILDS["avx2"][1], "-DINT8"])
 # Sums may use fused multiply-adds; nothing here looks at errno or at floating-point exceptions.
 FLAGS = [
     "-std=gnu11",

@@ -1,4 +1,4 @@
-"""The inference form in int8: bytes on the CPU, for machines that multiply them in one instruction (AVX-512 VNNI)."""
+"""The inference form in int8, on the CPU: one step for each stored map, one for each output of a convolution."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.folded import folded, scale_and_shift
-from model.native import int8_unavailable
+from model.native import int8_builds, int8_unavailable
 from model.native_form import NativeForm, stored_by_column
 from model.preprocess import Preprocess
 from model.rednet import Bottleneck, RedNet
@@ -16,29 +16,36 @@ UNSIGNED, SIGNED, LARGEST_WEIGHT = 255, 127, 127  # the largest codes
 
 
 class Int8Form(NativeForm):
-    """A copy of a network inside the int8 build of the native engine.
+    """A copy of a network inside an int8 build of the native engine.
 
-    Activations are bytes with one step per map, weights signed bytes with one step per output channel, sums exact. The
-    stem's first convolution and the classifier stay float32.
+    Activations are codes from 0 to 255, or signed ones, with one step per map, weights signed bytes with one step per
+    output channel, sums exact: every build gives the same codes. The stem's first convolution and the classifier stay
+    float32.
 
     Args:
         net: a RedNet for RGB.
         preprocess: how pixels are normalised.
         scales: of its activations, as `model.scales` makes them.
         threads: cores to use; None: as many as torch does.
+        build: one of `int8_builds`; None: the best one here.
 
     Raises:
         ValueError: the machine cannot run it, the engine is not made for this network, or the scales are not its own.
     """
 
     def __init__(
-        self, net: RedNet, preprocess: Preprocess, scales: Mapping[str, float], threads: int | None = None
+        self,
+        net: RedNet,
+        preprocess: Preprocess,
+        scales: Mapping[str, float],
+        threads: int | None = None,
+        build: str | None = None,
     ) -> None:
         if reason := int8_unavailable():
             raise ValueError(reason)
         check(net, scales)
         self._scales = dict(scales)
-        super().__init__(net, preprocess, threads, "int8")
+        super().__init__(net, preprocess, threads, build or int8_builds()[0])
 
     def _arrays(self, net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
         return (array.float() for array in _arrays(folded(net).cpu(), preprocess, steps_of(self._scales)))

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model import load_checkpoint, save_checkpoint
 from model.native import int8_unavailable, unavailable
@@ -122,8 +124,9 @@ def test_quantize_stores_scales_beside_the_same_weights(
 ) -> None:
     """From photos in any folder; what is no photo is named and left out, few photos are told; what int8 gives, too."""
     (tmp_path / "photos" / "a" / "b").mkdir(parents=True)
-    for seed in range(8):
-        (tmp_path / "photos" / "a" / "b" / f"{seed}.jpg").write_bytes(encoded(photo(seed), "JPEG"))
+    noise = np.random.default_rng(0).integers(0, 256, (4, 72, 72, 3), dtype=np.uint8)  # as in the check at start
+    for seed, image in enumerate([*map(photo, range(4)), *map(Image.fromarray, noise)]):
+        (tmp_path / "photos" / "a" / "b" / f"{seed}.png").write_bytes(encoded(image))
     (tmp_path / "photos" / "bad.jpg").write_text("no photo")
     output = tmp_path / "int8.safetensors"
     assert main(["quantize", str(tiny_path), str(tmp_path / "photos"), "--output", str(output)]) == 0

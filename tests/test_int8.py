@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.int8_form import Int8Form
-from model.native import int8_unavailable
+from model.native import int8_builds, int8_unavailable
 from model.native_form import NativeForm
 from model.prepare import prepare
 from model.preprocess import Preprocess
@@ -18,6 +18,7 @@ needs_int8 = pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_
 
 
 @needs_int8
+@pytest.mark.parametrize("build", int8_builds())
 @pytest.mark.parametrize(
     ("name", "size", "fields"),
     [
@@ -30,13 +31,15 @@ needs_int8 = pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_
         ("rednet26", (1, 1), {}),
     ],
 )
-def test_every_code_is_that_of_the_definition(name: str, size: tuple[int, int], fields: dict[str, Any]) -> None:
+def test_every_code_is_that_of_the_definition(
+    name: str, size: tuple[int, int], fields: dict[str, Any], build: str
+) -> None:
     """Stage maps and the kernels behind their sums, to the last bit, for shapes the paper does and does not use."""
     net = network(name, **fields)
     pixels = photos(2, *size)
     scales = observe(net, Preprocess(), pixels)
     expected = Int8Reference(net, Preprocess(), scales)(pixels)
-    output = Int8Form(net, Preprocess(), scales, threads=2)(pixels, range(4), range(4))
+    output = Int8Form(net, Preprocess(), scales, threads=2, build=build)(pixels, range(4), range(4))
     assert output.stages is not None
     assert output.kernel_sums is not None
     for stage in range(4):
@@ -52,15 +55,16 @@ def test_every_code_is_that_of_the_definition(name: str, size: tuple[int, int], 
 
 
 @needs_int8
-def test_no_bit_depends_on_neighbours_or_threads() -> None:
+@pytest.mark.parametrize("build", int8_builds())
+def test_no_bit_depends_on_neighbours_or_threads(build: str) -> None:
     """A photo's answer is the same alone, in any batch up to nine and on any number of threads."""
     net = network()
     pixels = photos(9, 144, 160)
     scales = observe(net, Preprocess(), pixels)
-    alone = Int8Form(net, Preprocess(), scales, threads=1)
+    alone = Int8Form(net, Preprocess(), scales, threads=1, build=build)
     expected = torch.cat([alone(photo.unsqueeze(0)).logits for photo in pixels])
     for threads in (1, 2, 3):
-        form = Int8Form(net, Preprocess(), scales, threads=threads)
+        form = Int8Form(net, Preprocess(), scales, threads=threads, build=build)
         for batch in range(1, 10):
             assert torch.equal(form(pixels[:batch]).logits, expected[:batch])
 
@@ -104,12 +108,12 @@ def test_auto_takes_int8_only_with_scales_and_only_if_it_is_faithful() -> None:
 
 
 def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without VNNI refuses int8 by name, and auto falls back to float32."""
+    """A machine without them refuses int8 by name, and auto falls back to float32."""
     net = network()
     scales = observe(net, Preprocess(), photos(1, 64, 64))
-    monkeypatch.setattr("model.int8_form.int8_unavailable", lambda: "no VNNI here")
-    with pytest.raises(ValueError, match="no VNNI here"):
+    monkeypatch.setattr("model.int8_form.int8_unavailable", lambda: "no AVX2 here")
+    with pytest.raises(ValueError, match="no AVX2 here"):
         prepare(net, device="cpu", precision="int8", calibration=scales)
     run = prepare(net, device="cpu", calibration=scales)
     assert run.precision == "fp32"
-    assert any("no VNNI here" in reason for reason in run.passed_over)
+    assert any("no AVX2 here" in reason for reason in run.passed_over)

@@ -37,7 +37,8 @@ class Engine:
         config: the fields of `struct config` in native/network.h.
         arrays: table, weights and biases, in the order of `network_create` there.
         threads: cores to use; no more than 64 are.
-        build: avx512, avx2 or generic; None: the best one here. int8 takes other arrays: see native/weights.h.
+        build: one of `builds`, or of `int8_builds`, which take other arrays: see native/weights.h; None: the best of
+            `builds`.
 
     Raises:
         ValueError: the arrays are not those of the configuration.
@@ -164,32 +165,39 @@ def unavailable() -> str | None:
 
 def builds() -> list[str]:
     """The builds that this machine can run, best first; none if there is no library."""
-    library, _ = _library()
-    if library is None:
-        return []
-    library.rednet_builds.restype = ctypes.c_char_p
-    return _text(library.rednet_builds()).split()
+    return _names("rednet_builds")
+
+
+def int8_builds() -> list[str]:
+    """The same of those for int8; none where REDNET_NATIVE asks for another."""
+    return [] if os.environ.get(VARIABLE) else _names("rednet_int8_builds")
 
 
 def int8_unavailable() -> str | None:
-    """Why the int8 build cannot run here; None: it can."""
-    library, reason = _library()
-    if library is None:
+    """Why no int8 build can run here; None: one can."""
+    if reason := unavailable():
         return reason
     if asked := os.environ.get(VARIABLE):
         return f"{VARIABLE} asks for the build {asked}"
-    if not library.rednet_int8():
-        return "this machine has no AVX-512 VNNI and VBMI, which int8 needs"
-    return None
+    return None if int8_builds() else "this machine has no AVX2, which int8 needs"
+
+
+def _names(name: str) -> list[str]:
+    library, _ = _library()
+    if library is None:
+        return []
+    function = library[name]
+    function.restype = ctypes.c_char_p
+    return _text(function()).split()
 
 
 def _runnable(build: str | None) -> str:
     """The build of that name; None: that of REDNET_NATIVE, or the best one."""
     if reason := unavailable():
         raise RuntimeError(reason)
-    build = build or os.environ.get(VARIABLE) or builds()[0]
-    if build not in builds() and not (build == "int8" and int8_unavailable() is None):
-        raise RuntimeError(f"this machine cannot run a build {build!r}; it can run {', '.join(builds())}")
+    build, found = build or os.environ.get(VARIABLE) or builds()[0], [*builds(), *int8_builds()]
+    if build not in found:
+        raise RuntimeError(f"this machine cannot run a build {build!r}; it can run {', '.join(found)}")
     return build
 
 

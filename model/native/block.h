@@ -50,15 +50,13 @@ ALWAYS_INLINE int shares(const struct worker *worker, int pixels, int limit) {
 #ifdef INT8
 typedef uint32_t sums __attribute__((vector_size(VL * sizeof(uint32_t))));
 
-ALWAYS_INLINE sums load_sums(const element *from) {
-    return (sums)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
-}
+ALWAYS_INLINE sums load_sums(const element *from) { return (sums)load_codes(from); }
 
 /* Half a code is rounded up. */
 ALWAYS_INLINE void store_average(element *to, sums sum, int count) {
     sums half = sum + (uint32_t)(count / 2);
     sums average = count == 4 ? half / 4 : half / (uint32_t)count;
-    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)average));
+    store_small(to, (products)average);
 }
 #else
 typedef vec sums;

@@ -2,28 +2,25 @@
  * asked for here. */
 #pragma GCC visibility push(default)
 const char *rednet_builds(void);
-int rednet_int8(void);
+const char *rednet_int8_builds(void);
 #pragma GCC visibility pop
 
-const char *rednet_builds(void) {
 #if defined(__x86_64__)
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? "avx512 avx2 generic" : avx2 ? "avx2 generic" : "generic";
-#else
-    return "generic"; /* vectors of four floats: NEON where the compiler targets it */
-#endif
+static int avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+static int avx512(void) {
+    return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-/* Whether this machine can run the int8 build. */
-int rednet_int8(void) {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("fma");
-#else
-    return 0;
-#endif
+const char *rednet_builds(void) { return avx512() ? "avx512 avx2 generic" : avx2() ? "avx2 generic" : "generic"; }
+
+const char *rednet_int8_builds(void) {
+    int vnni = avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    return vnni ? "int8_vnni int8_avx2" : avx2() ? "int8_avx2" : "";
 }
+#else
+/* vectors of four floats: NEON where the compiler targets it */
+const char *rednet_builds(void) { return "generic"; }
+const char *rednet_int8_builds(void) { return ""; }
+#endif

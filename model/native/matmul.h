@@ -20,7 +20,7 @@
 
 struct matrix {
 #ifdef INT8
-    int8_t *weights; /* panel after panel of PANEL columns, each [inputs / 4][columns][4] */
+    int8_t *weights; /* panel after panel of PANEL columns, each [inputs / TOGETHER][columns][TOGETHER] */
     float *multiplier; /* [columns]: real value of a product, in steps of the output */
     float residual_step; /* of what is added, in steps of the output */
 #else

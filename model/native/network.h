@@ -135,7 +135,7 @@ struct call {
 /* Values of a map, out of the engine. */
 #ifdef INT8
 ALWAYS_INLINE float map_step(const struct network *n, int stage) { return n->map_steps[stage]; }
-ALWAYS_INLINE vec load_values(const element *from) { return (vec)values_of(from, false); }
+ALWAYS_INLINE vec load_values(const element *from) { return values_of(from, false); }
 #else
 ALWAYS_INLINE float map_step(const struct network *n, int stage) { return (void)n, (void)stage, 1; }
 ALWAYS_INLINE vec load_values(const element *from) { return load(from); }

@@ -7,11 +7,11 @@
 #include "float_matrix.h"
 
 #define FIRST_RUN 8 /* pixels whose sums the first convolution keeps in registers */
-#define POOLED 32
+#define POOLED (32 / (int)sizeof(element))
 typedef __m256i pooled;
 ALWAYS_INLINE pooled load_pooled(const element *from) { return _mm256_loadu_si256((const __m256i *)from); }
 ALWAYS_INLINE void store_pooled(element *to, pooled codes) { _mm256_storeu_si256((__m256i *)to, codes); }
-#define larger _mm256_max_epu8
+#define larger largest_codes
 #else
 #define POOLED VL
 typedef vec pooled;
@@ -78,8 +78,7 @@ static void first_convolution(const struct float_matrix *first, const float *pho
                 }
             }
             for (int i = 0; i < run; i++)
-                _mm_storeu_si128((__m128i *)(to[i] + (size_t)(column / GROUP) * out.group),
-                                 unsigned_codes((__m512)sum[i]));
+                store_unsigned(to[i] + (size_t)(column / GROUP) * out.group + (size_t)(column % GROUP), sum[i]);
         }
         p += run;
     }

@@ -12,8 +12,10 @@
 
 /* What a map is made of. In the int8 build these are codes: bytes from 0 after a ReLU, signed ones for the kernels of
  * an involution and for what a shortcut convolution adds. */
-#ifdef INT8
+#if defined(INT8) && VL == 16
 typedef uint8_t element;
+#elif defined(INT8)
+typedef uint16_t element;
 #else
 typedef float element;
 #endif

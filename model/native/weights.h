@@ -93,13 +93,13 @@ static void free_matrix(struct matrix *m) {
 #define take_span(source, layer, inputs) \
     take_matrix(source, &(layer)->span, (layer)->taps *((layer)->channels / GROUP), inputs)
 #define take_step(source, to) ((void)0)
-ALWAYS_INLINE int padded(int size) { return size; }
+ALWAYS_INLINE int taps_of(int size) { return size * size; }
 #endif
 
 static void take_involution(struct source *source, struct involution *layer, int channels, int size, int stride,
                             int reduction) {
     layer->size = size, layer->stride = stride, layer->channels = channels;
-    layer->taps = size * padded(size);
+    layer->taps = taps_of(size);
     take_matrix(source, &layer->reduce, channels / reduction, channels);
     take_span(source, layer, channels / reduction);
     take_step(source, &layer->kernel_step);

@@ -12,8 +12,9 @@ static void pack_matrix(struct source *source, struct matrix *m, int outputs, in
     const float *weights = take_array(source, (int64_t)outputs * inputs), *bias = take_array(source, outputs),
                 *multiplier = take_array(source, outputs);
     if (source->error) return;
-    *m = (struct matrix){.inputs = (inputs + 3) / 4 * 4, .outputs = all_columns, .vectors = ceil_div(all_columns, VL)};
-    m->weights = calloc((size_t)columns(m) * (size_t)m->inputs + AHEAD + 4 * PANEL, 1);
+    *m = (struct matrix){.outputs = all_columns, .vectors = ceil_div(all_columns, VL)};
+    m->inputs = ceil_div(inputs, TOGETHER) * TOGETHER;
+    m->weights = calloc((size_t)columns(m) * (size_t)m->inputs + AHEAD + TOGETHER * PANEL, 1);
     m->bias = calloc((size_t)columns(m), sizeof(float));
     m->multiplier = calloc((size_t)columns(m), sizeof(float));
     if (!m->weights || !m->bias || !m->multiplier) {
@@ -30,7 +31,8 @@ static void pack_matrix(struct source *source, struct matrix *m, int outputs, in
                 source->error = "a weight is not a whole number from -127 to 127";
                 return;
             }
-            panel[((size_t)(k / 4) * (size_t)width + (size_t)(column - first)) * 4 + (size_t)(k % 4)] = (int8_t)weight;
+            int at = (k / TOGETHER * width + column - first) * TOGETHER + k % TOGETHER;
+            panel[at] = (int8_t)weight;
         }
     }
 }
@@ -39,7 +41,7 @@ static void take_matrix(struct source *source, struct matrix *m, int outputs, in
     pack_matrix(source, m, outputs, inputs, outputs, NULL);
 }
 
-/* Each row of a kernel gets zeros behind it, to a multiple of four taps. */
+/* Kernels get zeros where taps that are multiplied together are none. */
 static void take_span(struct source *source, struct involution *layer, int inputs) {
     int size = layer->size, outputs = size * size * (layer->channels / GROUP);
     int *place = malloc((size_t)outputs * sizeof *place);
@@ -47,7 +49,9 @@ static void take_span(struct source *source, struct involution *layer, int input
         source->error = "out of memory";
         return;
     }
-    for (int i = 0; i < outputs; i++) place[i] = i / size * padded(size) + i % size;
+    for (int i = 0; i < outputs; i++) {
+        place[i] = i / (size * size) * layer->taps + tap_at(size, i / size % size, i % size);
+    }
     pack_matrix(source, &layer->span, outputs, inputs, layer->taps * (layer->channels / GROUP), place);
     free(place);
 }
