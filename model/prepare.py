@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of `deviation`; rounding alone stays a decade below, in int8 less: noise is not what its scales were taken from.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1.5e-1}
 AUTO = {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}  # precisions that may win; half ones do not on a CPU
-TIMED_IMAGES = 16  # in the batch that decides between precisions
+TIMED_IMAGES = {"cpu": 2, "cuda": 16}  # in the batch that decides between precisions; on the CPU for each thread
 TIMED_RUNS = 3
 STAGES = range(4)
 
@@ -250,7 +250,9 @@ def _distance(ours: Tensor, exact: Tensor, scale: float) -> float:
 
 def _seconds(prepared: Prepared) -> float:
     """The time of a batch: the best of a few runs after a first one."""
-    pixels = _noise(TIMED_IMAGES, prepared.preprocess.crop)
+    device = prepared.device.type
+    images = TIMED_IMAGES[device] * (torch.get_num_threads() if device == "cpu" else 1)
+    pixels = _noise(images, prepared.preprocess.crop)
     times = []
     for _ in range(1 + TIMED_RUNS):
         started = time.perf_counter()
