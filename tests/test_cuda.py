@@ -30,7 +30,7 @@ def results(x: Tensor, kernel: Tensor, stride: int, dtype: torch.dtype) -> list[
     return list(zip(ours, exact, strict=True))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(inputs())
 def test_values_and_gradients_are_the_definitions(case: tuple[Tensor, Tensor, int]) -> None:
     """Over random shapes, strides, group widths, memory layouts and empty batches."""
