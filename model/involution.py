@@ -6,7 +6,10 @@ https://arxiv.org/abs/2103.06255.
 
 from math import isqrt
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from model.kernels import forward
 
@@ -20,12 +23,20 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
             share a kernel; taps run row by row. Outside of x lie zeros.
         stride: distance between neighbouring outputs, in pixels of x.
 
+    Under `torch.autocast` both tensors are cast to its dtype, float64 excepted, as for a convolution.
+
     Returns:
-        [B, C, h, w], in the dtype of x.
+        [B, C, h, w], in the dtype of x, under autocast in that of autocast.
 
     Raises:
         ValueError: the shapes, dtypes or devices do not fit together.
+        NotImplementedError: x or kernel carries a tangent (forward-mode differentiation).
     """
+    if has_torch_function((x, kernel)):  # torch.fx traces a call, not the checks, which need sizes
+        result: Tensor = handle_torch_function(involution, (x, kernel), x, kernel, stride)
+        return result
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        x, kernel = _autocast(x), _autocast(kernel)
     if x.dim() != 4 or kernel.dim() != 5:
         raise ValueError(f"involution wants x [B, C, H, W] and kernel [B, G, K*K, h, w], got {_shapes(x, kernel)}")
     taps = kernel.shape[2]
@@ -38,7 +49,21 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
         raise ValueError(f"at stride {stride} the kernel map must be {height}x{width}, got {_shapes(x, kernel)}")
     if x.dtype != kernel.dtype or x.device != kernel.device:
         raise ValueError(f"x is {x.dtype} on {x.device}, kernel is {kernel.dtype} on {kernel.device}")
+    if not x.is_floating_point():
+        raise ValueError(f"involution wants floating point, got {x.dtype}")
+    if not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(each).tangent is not None for each in (x, kernel)
+    ):
+        # The operator would drop the tangent, and the derivative would be wrong.
+        raise NotImplementedError("involution has no rule for forward-mode differentiation (torch.func.jvp)")
     return forward(x, kernel, stride)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast makes of a convolution's operand: float64, integers and other devices' tensors stay."""
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _shapes(x: Tensor, kernel: Tensor) -> str:
@@ -78,6 +103,11 @@ class Involution(nn.Module):
         self, channels: int, kernel_size: int, stride: int = 1, reduction_ratio: int = 4, group_channels: int = 16
     ) -> None:
         super().__init__()
+        if min(channels, kernel_size, stride, reduction_ratio, group_channels) < 1:
+            raise ValueError(
+                f"every argument must be at least 1, got channels {channels}, kernel_size {kernel_size}, stride "
+                f"{stride}, reduction_ratio {reduction_ratio}, group_channels {group_channels}"
+            )
         if channels % group_channels or channels % reduction_ratio or kernel_size % 2 == 0:
             raise ValueError(
                 f"{channels} channels must be a multiple of group_channels {group_channels} and of reduction_ratio "

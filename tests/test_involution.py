@@ -1,15 +1,18 @@
 """The operator and its implementations, against the definition and against each other."""
 
+import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from model import Involution, involution
+from model import Involution, create_rednet, involution
 from model.kernels import IMPLEMENTATIONS, operator, use
 from tests.shared import needs_native
 
@@ -118,6 +121,126 @@ def test_shapes_that_do_not_fit_are_refused(x: Any, kernel: Any, stride: int, me
         involution(torch.zeros(x), torch.zeros(kernel), stride)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_second_gradients_match_finite_differences(name: str) -> None:
+    """Gradient penalties differentiate a gradient, with respect to x and to the kernel."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(1, 1, 9, 2, 2, dtype=torch.float64, requires_grad=True)
+    with use(name):
+        assert torch.autograd.gradgradcheck(lambda a, b: involution(a, b, 2), (x, kernel))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_under_autocast_takes_float32_input(dtype: torch.dtype) -> None:
+    """As a convolution does: the result has autocast's dtype and the value of its inputs rounded to it, gradients
+    have the parameters' dtype; outside of autocast nothing changes."""
+    torch.manual_seed(0)
+    layer, x = Involution(32, 7), torch.randn(2, 32, 9, 9)
+    plain = layer(x)
+    with torch.autocast("cpu", dtype):
+        result = layer(x)
+    assert plain.dtype == torch.float32
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), plain, rtol=0.1, atol=0.1 * float(plain.detach().abs().max()))
+    result.float().square().sum().backward()
+    assert {parameter.grad.dtype for parameter in layer.parameters() if parameter.grad is not None} == {torch.float32}
+
+
+def test_function_under_autocast_casts_both_operands() -> None:
+    """Whichever of x and kernel a half-precision layer made; float64 is not cast, and is refused beside bfloat16 as a
+    convolution refuses it."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(1, 16, 5, 5), torch.randn(1, 1, 9, 5, 5)
+    half = torch.bfloat16
+    with torch.autocast("cpu", half):
+        expected = involution(x.to(half), kernel.to(half))
+        assert expected.dtype == half
+        for operands in ((x, kernel), (x, kernel.to(half)), (x.to(half), kernel), (x.half(), kernel)):
+            torch.testing.assert_close(involution(*operands), expected, rtol=0.02, atol=0.02)
+        assert involution(x.double(), kernel.double()).dtype == torch.float64
+        with pytest.raises(ValueError, match="float64"):
+            involution(x.double(), kernel)
+    with torch.inference_mode(), torch.autocast("cpu", half):
+        assert torch.equal(involution(x, kernel), expected)
+
+
+class Residual(nn.Module):
+    """Another network's block with the layer dropped in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.layer = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.SiLU()), Involution(32, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        out: Tensor = x + self.layer(x)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own tracing code
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "fx", "compile", "export", "trace", "data-parallel"])
+def test_layer_in_another_network_survives(how: str, autocast: bool) -> None:
+    """What training frameworks do to a network leaves its answer as it was, also under autocast."""
+    torch.manual_seed(0)
+    net, x = Residual().eval().requires_grad_(False), torch.randn(2, 3, 12, 10)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = net(x)
+        made: Any
+        match how:
+            case "deepcopy":
+                made = copy.deepcopy(net)
+            case "pickle":
+                made = pickle.loads(pickle.dumps(net))
+            case "fx":
+                made = torch.fx.symbolic_trace(net)
+            case "compile":
+                made = torch.compile(net, backend="aot_eager", fullgraph=True)
+            case "export":
+                made = torch.export.export(net, (x,)).module()
+            case "trace":
+                made = torch.jit.trace(net, x)
+            case _:
+                made = nn.DataParallel(net)
+        torch.testing.assert_close(made(x), expected)
+
+
+def test_fx_traces_the_whole_network() -> None:
+    """The involution is one node of the graph."""
+    net = create_rednet("rednet26", num_classes=2, base_channels=16, stem_channels=32).eval()
+    traced, x = torch.fx.symbolic_trace(net), torch.randn(1, 3, 40, 36)
+    assert sum(node.target is involution for node in traced.graph.nodes) == 9
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), net(x))
+
+
+def test_layer_on_meta_tensors_computes_shapes() -> None:
+    """Frameworks find out strides and sizes without memory."""
+    layer = Involution(32, 7, stride=2).to("meta")
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert layer(torch.empty(2, 32, 9, 8, device="meta")).shape == (2, 32, 5, 4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own code for torch.func
+def test_forward_mode_differentiation_is_refused() -> None:
+    """The operator knows no rule for it, and would return a derivative without the part that goes through it."""
+    x, kernel = torch.randn(1, 16, 4, 4), torch.randn(1, 1, 9, 4, 4)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda a: involution(a, kernel), (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        involution(x, forward_ad.make_dual(kernel, kernel))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_dtypes_without_floating_point_are_refused(dtype: torch.dtype) -> None:
+    """As by a convolution; sums would wrap around, or gradients lack a conjugate."""
+    with pytest.raises(ValueError, match="floating point"):
+        involution(torch.ones(1, 16, 4, 4, dtype=dtype), torch.ones(1, 1, 9, 4, 4, dtype=dtype))
+
+
 def test_dtypes_that_differ_are_refused() -> None:
     """Mixed precision is an error, not a silent conversion."""
     with pytest.raises(ValueError, match="float64"):
@@ -143,6 +266,9 @@ def test_a_layer_that_cannot_be_is_refused() -> None:
     """Channels must divide into groups."""
     with pytest.raises(ValueError, match="group_channels"):
         Involution(24, 7)
+    for arguments in ({"kernel_size": -3}, {"stride": 0}, {"reduction_ratio": 0}, {"group_channels": -16}):
+        with pytest.raises(ValueError, match="at least 1"):
+            Involution(**({"channels": 32, "kernel_size": 7} | arguments))
 
 
 @needs_native

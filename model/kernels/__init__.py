@@ -123,3 +123,22 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 operator.register_autograd(_gradients, setup_context=_save_inputs)
+
+
+def _save_backward_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    grad, x, kernel, ctx.stride = inputs
+    ctx.save_for_backward(grad, x, kernel)
+
+
+def _second_gradients(ctx: Any, grad_grad_x: Tensor, grad_grad_kernel: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Gradients of a gradient. Involution F is linear in x and in the kernel, so that <v, dL/dx> = <grad, F(v, kernel)>
+    and <w, dL/dkernel> = <grad, F(x, w)>: the same two operators again.
+    """
+    grad, x, kernel = ctx.saved_tensors
+    grad_of_grad = operator(grad_grad_x, kernel, ctx.stride) + operator(x, grad_grad_kernel, ctx.stride)
+    grad_of_x, _ = operator_backward(grad, x, grad_grad_kernel, ctx.stride)
+    _, grad_of_kernel = operator_backward(grad, grad_grad_x, kernel, ctx.stride)
+    return grad_of_grad, grad_of_x, grad_of_kernel, None
+
+
+operator_backward.register_autograd(_second_gradients, setup_context=_save_backward_inputs)
