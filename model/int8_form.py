@@ -13,6 +13,10 @@ from model.rednet import Bottleneck, RedNet
 from model.scales import check
 
 UNSIGNED, SIGNED, LARGEST_WEIGHT = 255, 127, 127  # the largest codes
+# The engine adds up products of codes in signed 32 bits. In the worst case each is 255 * 127 = 32,385, so that
+# (2**31 - 1) // 32,385 = 66,311 of them cannot overflow. A convolution adds up K * K * in_channels: the 3x3 convolution
+# of the stem takes up to 7,367 channels (`stem_channels` up to 14,720), a 1x1 convolution 66,311.
+MAX_SUMMANDS = (2**31 - 1) // (UNSIGNED * LARGEST_WEIGHT)
 
 
 class Int8Form(NativeForm):
@@ -30,7 +34,8 @@ class Int8Form(NativeForm):
         build: one of `int8_builds`; None: the best one here.
 
     Raises:
-        ValueError: the machine cannot run it, the engine is not made for this network, or the scales are not its own.
+        ValueError: the machine cannot run it, the engine is not made for this network, its sums could overflow, or the
+            scales are not its own.
     """
 
     def __init__(
@@ -44,11 +49,28 @@ class Int8Form(NativeForm):
         if reason := int8_unavailable():
             raise ValueError(reason)
         check(net, scales)
+        check_sums(net)
         self._scales = dict(scales)
         super().__init__(net, preprocess, threads, build or int8_builds()[0])
 
     def _arrays(self, net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
         return (array.float() for array in _arrays(folded(net).cpu(), preprocess, steps_of(self._scales)))
+
+
+def check_sums(net: RedNet) -> None:
+    """Nothing, if no sum of this network can overflow in int8.
+
+    Raises:
+        ValueError: a convolution adds up too many products.
+    """
+    for name, conv in net.named_modules():
+        if not isinstance(conv, nn.Conv2d) or name == "backbone.stem.0.conv":  # which stays float32
+            continue
+        summands = conv.weight[0].numel()
+        if summands > MAX_SUMMANDS:
+            raise ValueError(
+                f"int8 sums could overflow: {name} adds up {summands} products, at most {MAX_SUMMANDS} fit into 32 bits"
+            )
 
 
 def steps_of(scales: Mapping[str, float]) -> dict[str, float]:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.int8_form import Int8Form
+from model import create_rednet
+from model.int8_form import MAX_SUMMANDS, Int8Form, check_sums
 from model.native import int8_builds, int8_unavailable
 from model.native_form import NativeForm
 from model.prepare import prepare
@@ -117,3 +118,24 @@ def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) 
     run = prepare(net, device="cpu", calibration=scales)
     assert run.precision == "fp32"
     assert any("no AVX2 here" in reason for reason in run.passed_over)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layer"),
+    [
+        ({"stem_channels": 14_720}, None),
+        ({"stem_channels": 14_752}, r"backbone\.stem\.4\.conv adds up 66384"),
+        ({"base_channels": 4_144}, None),
+        ({"base_channels": 4_160}, r"backbone\.layer3\..\.conv1 adds up 66560"),
+    ],
+)
+def test_int8_is_refused_where_sums_could_overflow(fields: dict[str, Any], layer: str | None) -> None:
+    """The widest network whose sums fit into 32 bits is taken, the next wider one refused with the layer's name."""
+    with torch.device("meta"):
+        net = create_rednet("rednet26", num_classes=2, **fields)
+    if layer is None:
+        check_sums(net)
+    else:
+        with pytest.raises(ValueError, match=layer):
+            check_sums(net)
+    assert MAX_SUMMANDS * 255 * 127 < 2**31 <= (MAX_SUMMANDS + 1) * 255 * 127
