@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors, log
+from service.bodies import BodyLimits
 from service.decoder import Decoder
 from service.journey import Journey, callers_id
 from service.keys import Keys
@@ -81,7 +82,8 @@ def create_app(
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log say it
     )
-    app.state.context = Context(Journey(settings, client, decoder, metrics), client, metrics, model, keys)
+    limits = BodyLimits.of(client.max_images, model.preprocess)
+    app.state.context = Context(Journey(settings, client, decoder, limits, metrics), client, metrics, model, keys)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.direct, dependencies=guard)
     app.include_router(v1.router, dependencies=guard)

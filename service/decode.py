@@ -9,16 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from model.preprocess import Preprocess
-from service.errors import MalformedRequest, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
 from service.overlay import draw_overlay
 from service.types import Floats, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
-OVERSHOOT = 4.0  # how far pixels that a caller normalised may go beyond the largest that a photo can have
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # What a file may make a decoder do. Of 32 MB, a JPEG can make eight million segments, which Pillow reads one after the
@@ -92,25 +90,6 @@ class _CountedReads(io.BytesIO):
         if self._left < 0:
             raise UnreadableImage("the image consists of too many parts")
         return super().read(size)
-
-
-def check_pixels(pixels: Floats, preprocess: Preprocess) -> Floats:
-    """Normalised pixels [3, crop, crop], if a photo could be something like them.
-
-    Larger values would overflow, because involution multiplies activations with one another, and what overflows fails
-    in a batch, at its neighbours' expense.
-
-    Raises:
-        MalformedRequest: they have another shape, are not finite or are out of range.
-    """
-    expected = (3, preprocess.crop, preprocess.crop)
-    if pixels.shape != expected:
-        raise MalformedRequest(f"pixels must be {list(expected)} for each image, not {list(pixels.shape)}")
-    mean, std = np.array(preprocess.mean), np.array(preprocess.std)
-    limit = OVERSHOOT * float(np.maximum(mean / std, (1 - mean) / std).max())
-    if not np.abs(pixels).max() <= limit:  # so that NaN is refused, too
-        raise MalformedRequest(f"pixels must be normalised: finite, and between -{limit:.1f} and {limit:.1f}")
-    return pixels
 
 
 def _claims_a_format(data: bytes) -> bool:

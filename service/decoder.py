@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import sys
-import time
 from collections import deque
 from dataclasses import asdict
 from typing import NamedTuple
@@ -12,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from model.preprocess import Preprocess
-from service.decode import check_pixels
 from service.decoder_link import Link, Photo, fail
 from service.decoder_process import PLACES
 from service.errors import Draining, Internal, ServiceError
@@ -65,25 +63,22 @@ class Decoder:
             self._start()
         await asyncio.wait([link.known for link in self._links], timeout=START_S)
 
-    async def decode(self, data: bytes | Floats) -> Decoded:
-        """Decode a photo, or check normalised pixels; raises what `decode_image` and `check_pixels` do.
+    async def decode(self, data: bytes | memoryview) -> Decoded:
+        """Decode a photo; raises what `decode_image` does.
 
         Cancelled while it waits, it is not decoded.
         """
-        if not isinstance(data, bytes):
-            started = time.monotonic()
-            return Decoded(await self.threads.run(check_pixels, data, self._preprocess), time.monotonic() - started)
         pixels, decode_s = await self._process_photo(data, None)
         assert isinstance(pixels, np.ndarray)
         return Decoded(pixels, decode_s)
 
-    async def draw(self, data: bytes, grid: Floats) -> Drawn:
+    async def draw(self, data: bytes | memoryview, grid: Floats) -> Drawn:
         """Draw a map [h, w] over a photo; raises what `draw_image` does."""
         png, draw_s = await self._process_photo(data, grid)
         assert isinstance(png, bytes)
         return Drawn(png, draw_s)
 
-    async def _process_photo(self, data: bytes, grid: Floats | None) -> tuple[Pixels | bytes, float]:
+    async def _process_photo(self, data: bytes | memoryview, grid: Floats | None) -> tuple[Pixels | bytes, float]:
         if self._closed:
             raise Draining
         photo = Photo(data, grid, asyncio.get_running_loop().create_future())

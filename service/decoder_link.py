@@ -35,7 +35,7 @@ ERRORS = {error.code: error for error in (PayloadTooLarge, UnreadableImage, Unsu
 class Photo:
     """One that is being decoded, or drawn on, or waits for it."""
 
-    data: bytes
+    data: bytes | memoryview
     grid: Floats | None  # [h, w], to be drawn over it; None: it is to be decoded
     done: asyncio.Future[tuple[Pixels | bytes, float]]  # pixels or PNG, and seconds
     tries: int = 0  # processes that have ended over it, by themselves

@@ -5,20 +5,20 @@ import re
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
 from service import log
+from service.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody, Upload
 from service.decoder import Decoded, Decoder, Drawn
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.intake import Intake
 from service.metrics import Metrics
+from service.parsing import parse_body
 from service.settings import Settings
-from service.types import EngineClient, Floats, Inference, Wish
-from service.uploads import Upload
-
-Parse = Callable[[bytes, int], Sequence[Upload]]  # a body, and how many images it may hold, to its images
+from service.types import EngineClient, Inference, Wish
 
 TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
@@ -36,6 +36,13 @@ class Answer:
     drawn: Drawn | None = None
 
 
+class Answers(NamedTuple):
+    """What came of one request."""
+
+    images: Sequence[Answer]  # in order
+    infer: InferOptions | None  # what else the body asked for, where it was an infer request
+
+
 class Journey:
     """Takes requests that carry images to their answers.
 
@@ -43,26 +50,30 @@ class Journey:
         settings: limits on bodies and deadlines.
         client: the engine.
         decoder: for the images.
+        limits: on what bodies may hold.
         metrics: told of every image.
     """
 
-    def __init__(self, settings: Settings, client: EngineClient, decoder: Decoder, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, client: EngineClient, decoder: Decoder, limits: BodyLimits, metrics: Metrics
+    ) -> None:
         self._settings = settings
         self._intake = Intake(settings.max_body_bytes)
+        self._limits = limits
         self._client = client
         self._decoder = decoder
         self._metrics = metrics
 
     async def answers(
-        self, request: Request, parse: Parse, wish: Wish | None = None, draw: bool = False
-    ) -> Sequence[Answer]:
-        """An answer for every image of the request, in order.
+        self, request: Request, body_format: BodyFormat, wish: Wish | None = None, draw: bool = False
+    ) -> Answers:
+        """An answer for every image of the request.
 
         Args:
             request: its body has not been read.
-            parse: called in one of the decoder's threads if the body is large.
+            body_format: how the body is to be parsed.
             wish: what each answer is to hold besides.
-            draw: that over the photo, as a picture.
+            draw: that over the photo, as a picture; the request must then hold one image.
 
         Raises:
             ServiceError: there is none for the request as a whole.
@@ -76,10 +87,15 @@ class Journey:
         with place as hold, self._intake.room() as take:  # refuse before the body is read
             try:
                 async with asyncio.timeout(min(timeout_s, max(ARRIVAL_S, self._settings.request_timeout_s))):
-                    uploads = await self._uploads(request, headers, parse, take)
+                    parsed = await self._parsed(request, headers, body_format, take)
             except TimeoutError:
                 raise DeadlineExceeded("the request did not arrive in time") from None
+            uploads = parsed.images
             log.note(images=len(uploads))
+            if draw and len(uploads) > 1:
+                raise MalformedRequest(
+                    f"a picture explains one image, not {len(uploads)}; for several, Accept: application/json"
+                )
             hold(len(uploads))
             async with _WhileConnected(request):
                 answers = await self._answer_all(uploads, ends, deadline, wish, draw)
@@ -87,15 +103,15 @@ class Journey:
         for answer in answers:
             outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
             self._metrics.image(endpoint, outcome)
-        return answers
+        return Answers(answers, parsed.infer)
 
-    async def _uploads(
-        self, request: Request, headers: Mapping[bytes, bytes], parse: Parse, take: Callable[[int], None]
-    ) -> Sequence[Upload]:
+    async def _parsed(
+        self, request: Request, headers: Mapping[bytes, bytes], body_format: BodyFormat, take: Callable[[int], None]
+    ) -> ParsedBody:
         body = await self._intake.read(request.stream(), headers, take)
         if len(body) <= SMALL_BODY:
-            return parse(body, self._client.max_images)
-        return await self._decoder.threads.run(parse, body, self._client.max_images)
+            return parse_body(body_format, body, self._limits)
+        return await self._decoder.threads.run(parse_body, body_format, body, self._limits)
 
     async def _answer_all(
         self, uploads: Sequence[Upload], ends: float, deadline: float, wish: Wish | None, draw: bool
@@ -113,9 +129,11 @@ class Journey:
             if isinstance(upload, ServiceError):
                 raise upload
             async with asyncio.timeout_at(ends):
+                if isinstance(upload, np.ndarray):  # normalised and checked: there is nothing to decode or draw on
+                    return Answer(await self._client.infer(upload, deadline, wish), decode_s)
                 pixels, decode_s = await self._decode(upload)
                 inference = await self._client.infer(pixels, deadline, wish)
-                if draw and isinstance(upload, bytes) and inference.grid is not None:
+                if draw and inference.grid is not None:
                     drawn = await self._decoder.draw(upload, inference.grid)
                     self._metrics.stage("draw", drawn.draw_s)
                     return Answer(inference, decode_s, drawn)
@@ -125,7 +143,7 @@ class Journey:
         except ServiceError as error:
             return Answer(error, decode_s)
 
-    async def _decode(self, data: bytes | Floats) -> Decoded:
+    async def _decode(self, data: bytes | memoryview) -> Decoded:
         try:
             decoded = await self._decoder.decode(data)
         except asyncio.CancelledError:

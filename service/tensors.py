@@ -5,7 +5,6 @@ A body is a JSON object that describes every tensor. Values that are not in it f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,10 +12,11 @@ import numpy as np
 import orjson
 from pydantic import ValidationError
 
+from service.bodies import InferOptions, ParsedBody, Upload
 from service.errors import MalformedRequest
 from service.schemas import InferBody, InferInput
 from service.types import Floats
-from service.uploads import Upload, decode_base64, first_error, too_many
+from service.uploads import decode_base64, first_error, too_many
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary data
 OUTPUTS = ("logits", "probabilities", "features")
@@ -25,22 +25,7 @@ MOST_NAMES = 1_000  # and other strings but images; likewise
 LENGTH_BYTES = 4  # of the number before each element of a BYTES tensor, which says how long it is
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
-    """What a caller wants.
-
-    Attributes:
-        id: theirs, to be echoed; None: they gave none.
-        images: at least one.
-        outputs: the tensors to answer with, and whether as binary data.
-    """
-
-    id: str | None
-    images: Sequence[Upload]
-    outputs: Mapping[str, bool]
-
-
-def parse_infer(header_length: str | None, body: bytes, max_images: int) -> InferRequest:
+def parse_infer(header_length: str | None, body: bytes, max_images: int) -> ParsedBody:
     """Read the body of an infer request.
 
     Args:
@@ -72,7 +57,7 @@ def parse_infer(header_length: str | None, body: bytes, max_images: int) -> Infe
             each.name: default if each.parameters.binary_data is None else each.parameters.binary_data
             for each in wanted.outputs
         }
-    return InferRequest(wanted.id, images, outputs)
+    return ParsedBody(images, InferOptions(wanted.id, outputs))
 
 
 def encode_infer(

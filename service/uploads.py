@@ -9,14 +9,16 @@ from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, FormParser, parse_options_header
 
+from service.bodies import Upload
 from service.errors import MalformedRequest, PayloadTooLarge
 from service.schemas import ImagesBody
-from service.types import Floats
 
 MAX_FIELDS = 100  # parts of a form that are no images
 
-# a photo as a file, or normalised pixels [3, H, W], or why this one of several cannot be read
-Upload = bytes | Floats | MalformedRequest
+
+def is_image(content_type: str) -> bool:
+    """Whether a body of that type is one image as it is, so that there is nothing to parse."""
+    return parse_options_header(content_type)[0] not in (b"multipart/form-data", b"application/json")
 
 
 def parse_uploads(content_type: str, body: bytes, max_images: int) -> Sequence[Upload]:

@@ -6,12 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from model import Preprocess
-from service.decode import MOST_READS, check_pixels, decode_image
-from service.errors import MalformedRequest, PayloadTooLarge, UnreadableImage, UnsupportedMediaType
+from service.decode import MOST_READS, decode_image
+from service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
 from tests.conftest import encoded, photo
 
 PREPROCESS = Preprocess(resize=40, crop=32)
@@ -137,28 +136,3 @@ def test_damage_does_not_reveal_where_the_code_lies() -> None:
         decode_image(bytes(data), PREPROCESS, MAX_PIXELS)
     assert "/" not in caught.value.message
     assert Image.MAX_IMAGE_PIXELS is None
-
-
-def test_pixels_that_a_photo_could_have_pass() -> None:
-    """Normalised like photos, also with the overshoot of a sharpening filter, or random ones for a first try."""
-    pixels = PREPROCESS.normalise(torch.from_numpy(PREPROCESS.pixels(photo()))).numpy()
-    noise = np.random.default_rng(0).normal(size=pixels.shape)
-    for values in (pixels, 1.5 * pixels, noise):
-        sound = np.asarray(values, np.float32)
-        assert check_pixels(sound, PREPROCESS) is sound
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -20.0])
-def test_pixels_that_no_photo_has_are_refused(value: float) -> None:
-    """A single one: the network would overflow, and its batch fail."""
-    pixels = np.zeros((3, 32, 32), np.float32)
-    pixels[1, 2, 3] = value
-    with pytest.raises(MalformedRequest, match=r"between -10\.6 and 10\.6"):
-        check_pixels(pixels, PREPROCESS)
-
-
-@pytest.mark.parametrize("shape", [(3, 32, 31), (3, 64, 64), (1, 32, 32), (0, 32, 32), (3, 0, 0)])
-def test_pixels_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
-    """Only the checkpoint's own crop is one that its batches can hold."""
-    with pytest.raises(MalformedRequest, match=r"\[3, 32, 32\] for each image"):
-        check_pixels(np.zeros(shape, np.float32), PREPROCESS)

@@ -11,19 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.bodies import InferOptions, ParsedBody
 from service.errors import MalformedRequest, PayloadTooLarge
-from service.tensors import OUTPUTS, InferRequest, encode_infer, parse_infer
+from service.tensors import OUTPUTS, encode_infer, parse_infer
 
 MOST = 4
 ONE: dict[str, Any] = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["AAAA"]}
 HUGE = [2**31, 2**32, 2**63, 2**64 - 1, 2**64, 10**400]
 
 
-def request(tail: bytes = b"", *, header_length: str | None = "", outputs: Any = None, **tensor: Any) -> InferRequest:
+def request(tail: bytes = b"", *, header_length: str | None = "", outputs: Any = None, **tensor: Any) -> ParsedBody:
     """Parse a request with one input; a header length of "" stands for the right one."""
     wanted = {"inputs": [tensor]} | ({} if outputs is None else {"outputs": outputs})
     header = json.dumps(wanted).encode()
     return parse_infer(str(len(header)) if header_length == "" else header_length, header + tail, MOST)
+
+
+def options(parsed: ParsedBody) -> InferOptions:
+    assert parsed.infer
+    return parsed.infer
 
 
 def photos(*data: bytes) -> bytes:
@@ -61,14 +67,14 @@ def test_pixels_come_out_as_they_went_in(values: list[float]) -> None:
 
 def test_outputs_are_all_of_them_unless_some_are_named() -> None:
     """And each is binary data if it says so, else if the request says so for all."""
-    assert request(**ONE, header_length=None).outputs == dict.fromkeys(OUTPUTS, False)
+    assert request(**ONE, header_length=None).infer == InferOptions(None, dict.fromkeys(OUTPUTS, False))
     named: list[dict[str, Any]] = [{"name": "features", "parameters": {"binary_data": False}}, {"name": "logits"}]
-    assert list(request(**ONE, outputs=named).outputs.items()) == [("features", False), ("logits", False)]
+    assert list(options(request(**ONE, outputs=named)).outputs.items()) == [("features", False), ("logits", False)]
     for_all = {"inputs": [ONE], "outputs": named, "parameters": {"binary_data_output": True}, "id": "7"}
-    asked = parse_infer(None, json.dumps(for_all).encode(), MOST)
+    asked = options(parse_infer(None, json.dumps(for_all).encode(), MOST))
     assert (asked.id, asked.outputs) == ("7", {"features": False, "logits": True})
     del for_all["outputs"]
-    assert parse_infer(None, json.dumps(for_all).encode(), MOST).outputs == dict.fromkeys(OUTPUTS, True)
+    assert options(parse_infer(None, json.dumps(for_all).encode(), MOST)).outputs == dict.fromkeys(OUTPUTS, True)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +220,7 @@ def check_parser(header_length: str | None, body: bytes) -> None:
     except (MalformedRequest, PayloadTooLarge):
         return
     assert 1 <= len(asked.images) <= MOST
-    assert set(asked.outputs) <= set(OUTPUTS)
+    assert set(options(asked).outputs) <= set(OUTPUTS)
 
 
 def test_an_answer_is_read_back_as_it_was_written() -> None:

@@ -1,7 +1,6 @@
 """Where in a photo the network looked: heat-maps out of the pass that predicts anyway."""
 
 import time
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -11,11 +10,10 @@ from service.journey import Answer
 from service.routes.accept import prefers
 from service.routes.context import context
 from service.routes.respond import respond
-from service.routes.v1 import ERRORS, answered, error_body, json_response
+from service.routes.v1 import ERRORS, answered, body_format, error_body, json_response
 from service.schemas import ExplainBody, ModelBody, described_images
 from service.scores import probabilities
 from service.types import ClassActivation, KernelSums, Wish
-from service.uploads import Upload, parse_uploads
 
 JSON, PNG = "application/json", "image/png"
 LISTED = 10  # so many ids stand in an error's message
@@ -87,14 +85,7 @@ async def explain(
     As a picture the answer has place for one image; with `Accept: application/json` for any number of them.
     """
     server, as_json = context(request), prefers(accept, JSON, PNG)
-
-    def parse(body: bytes, max_images: int) -> Sequence[Upload]:
-        uploads = parse_uploads(request.headers.get("content-type", ""), body, max_images)
-        if len(uploads) > 1 and not as_json:
-            raise MalformedRequest(f"a picture explains one image, not {len(uploads)}; for several, Accept: {JSON}")
-        return uploads
-
-    answers = answered(await server.journey.answers(request, parse, asked.wish, draw=not as_json))
+    answers = answered((await server.journey.answers(request, body_format(request), asked.wish, not as_json)).images)
     started = time.monotonic()
     if drawn := answers[0].drawn:
         return respond(drawn.png, PNG, answers, server, started)

@@ -3,13 +3,13 @@
 import io
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
 
+from service.bodies import BodyFormat
 from service.errors import ServiceError
 from service.journey import Answer
 from service.routes.accept import prefers
@@ -19,7 +19,6 @@ from service.routes.respond import respond
 from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_errors, described_images
 from service.scores import top_classes
 from service.types import Floats, Inference
-from service.uploads import parse_uploads
 
 ERRORS = described_errors(ErrorBody)
 NPY = "application/x-npy"
@@ -95,8 +94,12 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
 
 
 async def _answers(request: Request, server: Context) -> Sequence[Answer]:
-    parse = partial(parse_uploads, request.headers.get("content-type", ""))
-    return answered(await server.journey.answers(request, parse))
+    return answered((await server.journey.answers(request, body_format(request))).images)
+
+
+def body_format(request: Request) -> BodyFormat:
+    """How the body of a request to a `/v1` endpoint is to be parsed."""
+    return BodyFormat("v1", request.headers.get("content-type", ""))
 
 
 def answered(answers: Sequence[Answer]) -> Sequence[Answer]:

@@ -12,6 +12,7 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Request, Response
 
+from service.bodies import BodyFormat
 from service.errors import NotFound, ServiceError
 from service.journey import Answer
 from service.routes.context import context
@@ -28,9 +29,8 @@ from service.schemas import (
     described_infer,
 )
 from service.scores import probabilities
-from service.tensors import HEADER_LENGTH, InferRequest, encode_infer, parse_infer
+from service.tensors import HEADER_LENGTH, encode_infer
 from service.types import Floats, Inference, State
-from service.uploads import Upload
 
 VERSION = "1"
 NO_MODEL: Described = {404: {"model": InferErrorBody, "description": "not_found: no such model or version"}}
@@ -92,15 +92,10 @@ async def infer(request: Request) -> Response:
     and normalised as `/v1/model` says. The protocol has no place for errors of single images: the first image that
     cannot be read fails the request.
     """
-    asked: InferRequest
-
-    def parse(body: bytes, max_images: int) -> Sequence[Upload]:
-        nonlocal asked
-        asked = parse_infer(request.headers.get(HEADER_LENGTH), body, max_images)
-        return asked.images
-
     server = context(request)
-    answers = await server.journey.answers(request, parse)
+    header_length = request.headers.get(HEADER_LENGTH)
+    answers, asked = await server.journey.answers(request, BodyFormat("v2", header_length=header_length))
+    assert asked, "this is a bug: an infer request was parsed as something else"
     started = time.monotonic()
     available = _tensors(answers)
     fields = {"model_name": server.model.name, "model_version": VERSION}
