@@ -30,6 +30,7 @@ from model.scales import check
 FORMAT = 1
 METADATA_KEY = "rednet"
 TORCH_PICKLE = b"\x80\x02\x8a\x0a"  # torch before 1.6 wrote pickles, a long magic number first
+ASSUMED_LABELS = "labels assumed"  # entry of the provenance: the file has tensors only, and no names of classes
 EMBEDDED = "weights/rednet26-imagenette.safetensors"
 
 
@@ -223,12 +224,15 @@ def _describe_tensors(path: Path, tensors: dict[str, Tensor], meta: Mapping[str,
     except ValueError as error:
         raise CheckpointError(f"{path} is not a RedNet: {error}") from error
     _fill(path, net, tensors)
+    provenance = {"converted from": path.name}
     classes = meta.get("CLASSES")
     if isinstance(classes, list | tuple) and len(classes) == config.num_classes:
         labels = [Label(str(name), str(name)) for name in classes]
+    elif config.num_classes == 1000:
+        labels, provenance[ASSUMED_LABELS] = imagenet_labels(), "ImageNet's"
     else:
-        labels = imagenet_labels() if config.num_classes == 1000 else numbered_labels(config.num_classes)
-    return Checkpoint(net=net, labels=labels, name=path.stem, provenance={"converted from": path.name})
+        labels, provenance[ASSUMED_LABELS] = numbered_labels(config.num_classes), "numbers"
+    return Checkpoint(net=net, labels=labels, name=path.stem, provenance=provenance)
 
 
 def _is_entry(key: object, value: object) -> bool:

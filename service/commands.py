@@ -95,17 +95,17 @@ def convert(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from model import load_checkpoint, save_checkpoint
-    from model.labels import read_labels
+    from model.checkpoint import ASSUMED_LABELS
+    from model.label_files import read_labels
 
     checkpoint = load_checkpoint(options.input)
     config = checkpoint.net.config
     if options.depth is not None and options.depth != config.depth:
         raise ValueError(f"{options.input} is a {config.name}, not a rednet{options.depth}")
     if options.labels is not None:
-        labels = read_labels(options.labels)
-        if len(labels) != config.num_classes:
-            raise ValueError(f"{options.labels} names {len(labels)} classes; the network has {config.num_classes}")
-        checkpoint = replace(checkpoint, labels=labels)
+        labels = read_labels(options.labels, checkpoint.labels, keep_ids=ASSUMED_LABELS not in checkpoint.provenance)
+        provenance = {key: value for key, value in checkpoint.provenance.items() if key != ASSUMED_LABELS}
+        checkpoint = replace(checkpoint, labels=labels, provenance=provenance)
     save_checkpoint(options.output, checkpoint)
     print(f"{options.output}: {config.name}, {config.num_classes} classes")
     return 0

@@ -119,6 +119,26 @@ def test_convert_makes_an_official_checkpoint_ours(tmp_path: Path, capsys: pytes
     assert "names 2 classes; the network has 12" in capsys.readouterr().err
 
 
+def test_convert_with_index_labels_keeps_folder_ids(tiny_path: Path, tmp_path: Path) -> None:
+    """Names of a file whose keys are indices, in the order of text, reach their classes; ids are those of training."""
+    (tmp_path / "names.json").write_text(json.dumps({str(index): f"name {index}" for index in (4, 0, 3, 2, 1)}))
+    command = ["convert", str(tiny_path), str(tmp_path / "x.safetensors"), "--labels", str(tmp_path / "names.json")]
+    assert main(command) == 0
+    labels = load_checkpoint(tmp_path / "x.safetensors").labels
+    assert labels == [(f"n{index}", f"name {index}") for index in range(5)]
+
+
+def test_convert_with_labels_for_bare_tensors_makes_names_ids(tiny_path: Path, tmp_path: Path) -> None:
+    """A file of tensors knows no ids; the numbers that stood in for them do not stay."""
+    torch.save(load_checkpoint(tiny_path).net.state_dict(), tmp_path / "x.pth")
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\n")
+    output = tmp_path / "x.safetensors"
+    assert load_checkpoint(tmp_path / "x.pth").provenance["labels assumed"] == "numbers"
+    assert main(["convert", str(tmp_path / "x.pth"), str(output), "--labels", str(tmp_path / "names.txt")]) == 0
+    assert load_checkpoint(output).labels == [(name, name) for name in "abcde"]
+    assert load_checkpoint(output).provenance == {"converted from": "x.pth"}
+
+
 def test_quantize_stores_scales_beside_the_same_weights(
     tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
