@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SERVICE = {
     "errors": set(),
     "cost": set(),
-    "cores": set(),
+    "cgroup": set(),
+    "cores": {"cgroup"},
     "types": {"cost", "errors"},
     "settings": set(),
     "cli": {"commands", "settings"},

@@ -1,21 +1,19 @@
 """How many cores are ours."""
 
 import os
-from pathlib import Path
 
 import pytest
 
+from service import cores
 from service.cores import usable_cores
 
 
-@pytest.mark.parametrize(("limit", "cores"), [("50000 100000", 1), ("100000 100000", 1), ("150000 100000", 2)])
-def test_a_containers_quota_counts(tmp_path: Path, limit: str, cores: int) -> None:
-    """What it may use of the machine's time, rounded up, and never more cores than there are."""
-    (tmp_path / "cpu.max").write_text(limit + "\n")
-    assert usable_cores(tmp_path / "cpu.max") == min(cores, len(os.sched_getaffinity(0)))
-
-
-def test_without_a_quota_affinity_counts(tmp_path: Path) -> None:
-    """Whether the file is absent or says that there is no limit."""
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert usable_cores(tmp_path / "cpu.max") == usable_cores(tmp_path / "absent") == len(os.sched_getaffinity(0))
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(0.01, 1), (0.5, 1), (1.0, 1), (1.5, 2), (1e6, 1 << 20), (None, 1 << 20)]
+)
+def test_the_quota_is_rounded_up_and_affinity_is_the_most(
+    monkeypatch: pytest.MonkeyPatch, limit: float | None, expected: int
+) -> None:
+    """Half a core needs one thread, one core and a half two, and nothing needs more threads than there are cores."""
+    monkeypatch.setattr(cores, "cpu_limit", lambda: limit)
+    assert usable_cores() == min(expected, len(os.sched_getaffinity(0)))

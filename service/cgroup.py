@@ -1,0 +1,85 @@
+"""CPU and memory limits of this process's control groups (cgroup v1 and v2).
+
+A group's limit holds for all groups below it. So every group counts from this process's own up to the mount point: a
+systemd slice limits the services in it, a Kubernetes pod its containers.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")  # tests pass the root of a file tree of their own
+
+# cgroup v1 reports "no limit" as the largest multiple of a page that fits 63 bits. No machine has half of that.
+V1_NO_MEMORY_LIMIT = 1 << 62
+
+
+def cpu_limit(root: Path = ROOT) -> float | None:
+    """CPU time that this process may use, in cores; None: not limited."""
+    limits: list[float] = []
+    for group in _groups("cpu", root):
+        match _numbers(group / "cpu.max"), _numbers(group / "cpu.cfs_quota_us"), _numbers(group / "cpu.cfs_period_us"):
+            case ([quota, period], _, _) | (_, [quota], [period]) if quota > 0 and period > 0:  # v1: -1 is no limit
+                limits.append(quota / period)
+    return min(limits, default=None)
+
+
+def memory_limit_bytes(root: Path = ROOT) -> int | None:
+    """Memory that all processes of this process's group may use together; None: not limited.
+
+    `memory.high` counts, too: the kernel does not kill a group above it, but slows it down until it hardly runs.
+    """
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    limits = [limit for group in _groups("memory", root) for name in names for limit in _numbers(group / name)]
+    return min((limit for limit in limits if limit < V1_NO_MEMORY_LIMIT), default=None)
+
+
+def _numbers(file: Path) -> list[int]:
+    """The numbers in a file; none where it is absent or says "max"."""
+    try:
+        return [int(word) for word in file.read_text().split()]
+    except (OSError, ValueError):
+        return []
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """Directories of the groups whose limits hold for this process, in the v1 hierarchy of the controller and in v2."""
+    paths: dict[str, str] = {}  # of this process's groups, by kind of hierarchy
+    for line in _lines(root / "proc/self/cgroup"):  # "4:cpu,cpuacct:/docker/1f0c", v2: "0::/user.slice/rednet.service"
+        match line.split(":", 2):
+            case [_, "", path]:
+                paths["cgroup2"] = path
+            case [_, controllers, path] if controller in controllers.split(","):
+                paths["cgroup"] = path
+    for line in _lines(root / "proc/self/mountinfo"):
+        # "33 24 0:28 /docker/1f0c /sys/fs/cgroup/cpu ro,nosuid master:11 - cgroup cgroup rw,cpu,cpuacct"
+        match [fields.split(" ") for fields in line.split(" - ")]:
+            case [[_, _, _, top, mount_point, *_], [kind, _, options]] if kind in paths:
+                if kind == "cgroup2" or controller in options.split(","):
+                    group = _below(paths[kind], _unescape(top))
+                    for each in (group, *group.parents):
+                        yield root / _unescape(mount_point).lstrip("/") / each
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return []
+
+
+def _below(path: str, top: str) -> Path:
+    """A group's path, relative to the one that is mounted.
+
+    A container that shares the host's cgroup namespace sees the host's path, but only its own group is mounted.
+    From a group outside of the namespace or of the mount, only the mounted one is visible.
+    """
+    group = Path(path.removesuffix(" (deleted)"))
+    if ".." in group.parts or not group.is_relative_to(top):
+        return Path()
+    return group.relative_to(top)
+
+
+def _unescape(field: str) -> str:
+    """mountinfo writes blanks and backslashes as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)
