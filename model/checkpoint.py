@@ -6,13 +6,9 @@ with architecture, labels, preprocessing, provenance and, if it was quantised, t
 
 import json
 import os
-import pickle
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
-from itertools import chain
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +17,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from model.labels import Label, imagenet_labels, numbered_labels
+from model.labels import Label, imagenet_labels, numbered_labels, unique_labels
 from model.paddle import PaddleError, read_pdparams
 from model.preprocess import Preprocess
-from model.rednet import BLOCKS, RedNet, RedNetConfig
+from model.rednet import RedNet, RedNetConfig
 from model.scales import check
+from model.state_dicts import class_names, find_state_dict, infer_config
+from model.text import clean_json, clean_text
+from model.torch_files import TORCH_PICKLE, ZIP, read_torch_file
+from model.untrusted import UntrustedError, check_safetensors, unique_keys
 
 FORMAT = 1
 METADATA_KEY = "rednet"
-TORCH_PICKLE = b"\x80\x02\x8a\x0a"  # torch before 1.6 wrote pickles, a long magic number first
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MAX_NAME, MAX_MESSAGE = 1_000, 1_500  # characters
 ASSUMED_LABELS = "labels assumed"  # entry of the provenance: the file has tensors only, and no names of classes
 EMBEDDED = "weights/rednet26-imagenette.safetensors"
 
 
 class CheckpointError(ValueError):
     """A checkpoint file cannot be used; the message says which file and why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(clean_text(message[:MAX_MESSAGE]))  # it quotes the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +72,14 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
             start = file.read(9)
         if start[8:] == b"{":  # eight bytes of length, which may be any, then JSON: safetensors
             return _load_own(path)
-        if start[:4] == b"PK\x03\x04" or start[:4] == TORCH_PICKLE:  # a zip archive, as torch writes it, or as it did
-            return _load_official(path)
+        if start[:4] in (ZIP, TORCH_PICKLE):
+            return _load_torch(path)
         if start[:1] == b"\x80":  # any other pickle
             return _load_paddle(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UntrustedError as error:
+        raise CheckpointError(f"{path} {error}") from error
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
 
 
@@ -116,45 +123,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     unfinished.replace(path)
 
 
-def infer_config(shapes: Mapping[str, Sequence[int]]) -> RedNetConfig:
-    """The architecture that tensors of these names and shapes belong to.
-
-    Kernel size and group width show only as the quotient K*K / width, so the paper's 16 channels per group are taken
-    as given. Strides leave no trace in tensors; the official ones are assumed.
-
-    Raises:
-        ValueError: they belong to no RedNet.
-    """
-    blocks = tuple(
-        len({key.split(".")[2] for key in shapes if key.startswith(f"backbone.layer{stage}.")}) for stage in range(1, 5)
-    )
-    depth = next((depth for depth, layout in BLOCKS.items() if layout == blocks), None)
-    if depth is None:
-        raise ValueError(f"it has {blocks} blocks in its stages, which is no RedNet")
-    try:
-        num_classes = shapes["head.fc.weight"][0]
-        half_stem, in_channels = shapes["backbone.stem.0.conv.weight"][:2]
-        base_channels = shapes["backbone.layer1.0.conv1.weight"][0]
-        bottleneck = shapes["backbone.layer1.0.conv2.conv1.conv.weight"][0]
-        kernel = shapes["backbone.layer1.0.conv2.conv2.conv.weight"][0]
-        stem_kernel = shapes["backbone.stem.1.conv2.conv.weight"][0]
-    except KeyError as error:
-        raise ValueError(f"its tensor {error} is missing") from error
-    except (IndexError, ValueError) as error:
-        raise ValueError("the tensors that tell its width have too few dimensions") from error
-    return RedNetConfig(
-        depth=depth,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        stem_channels=2 * half_stem,
-        base_channels=base_channels,
-        kernel_size=isqrt(kernel * 16 // max(1, base_channels)),
-        stem_kernel_size=isqrt(stem_kernel * 16 // max(1, half_stem)),
-        reduction_ratio=base_channels // max(1, bottleneck),
-    )
-
-
 def _load_own(path: Path) -> Checkpoint:
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -162,24 +132,23 @@ def _load_own(path: Path) -> Checkpoint:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if METADATA_KEY not in metadata:
-        return _describe_tensors(path, tensors, {})
+        return _describe_tensors(path, tensors)
     try:
-        description = json.loads(metadata[METADATA_KEY])
+        description = json.loads(metadata[METADATA_KEY], object_pairs_hook=unique_keys)
         if description["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {description['format']}; this version reads {FORMAT}")
         config = RedNetConfig(**_with_tuples(description["config"]))
         net = _without_memory(config)
         preprocess = Preprocess(**_with_tuples(description["preprocess"]))
-        labels = [Label(str(id_), str(name)) for id_, name in description["labels"]]
-        name, provenance = str(description["name"]), dict(description["provenance"])
+        labels = [Label(_own_name(id_), _own_name(name)) for id_, name in description["labels"]]
+        name, provenance = _own_name(description["name"]), clean_json(dict(description["provenance"]))
         calibration = description.get("calibration")
         if calibration is not None:
             calibration = dict(calibration)
             check(net, calibration)
-        "".join((name, *chain(*labels))).encode()  # JSON can hold halves of characters, which no answer can
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{path} has a description that makes no sense: {error!r}") from error
     _fill(path, net, tensors)
     if len(labels) != config.num_classes:
@@ -189,23 +158,13 @@ def _load_own(path: Path) -> Checkpoint:
     )
 
 
-def _load_official(path: Path) -> Checkpoint:
+def _load_torch(path: Path) -> Checkpoint:
+    content = read_torch_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Torch's own text advises to load without its protection, which nobody should: only what it found is passed on.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" (it names {found[1]})" if found else ""
-        raise CheckpointError(f"{path} is damaged or holds more than tensors{what}; it was not loaded") from None
-    except Exception as error:  # a damaged zip archive or pickle raises nearly anything
-        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        tensors, meta = content["state_dict"], content.get("meta")
-    else:
-        tensors, meta = content, None
-    if not isinstance(tensors, dict) or not all(_is_entry(key, value) for key, value in tensors.items()):
-        raise CheckpointError(f"{path} holds no state dict of plain tensors")
-    return _describe_tensors(path, tensors, meta if isinstance(meta, dict) else {})
+        found = find_state_dict(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    return _describe_tensors(path, found.tensors, found.source, class_names(content))
 
 
 def _load_paddle(path: Path) -> Checkpoint:
@@ -213,32 +172,45 @@ def _load_paddle(path: Path) -> Checkpoint:
         tensors = read_pdparams(path.read_bytes())
     except PaddleError as error:
         raise CheckpointError(f"{path} was not loaded: {error}") from error
-    return _describe_tensors(path, tensors, {})
+    return _describe_tensors(path, tensors)
 
 
-def _describe_tensors(path: Path, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> Checkpoint:
+def _describe_tensors(
+    path: Path, tensors: dict[str, Tensor], source: str = "", classes: Sequence[str] | None = None
+) -> Checkpoint:
     """A checkpoint from bare tensors: what they do not say is inferred or ImageNet's."""
     try:
         config = infer_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         net = _without_memory(config)
+        names = [_name(name) for name in classes or ()]
     except ValueError as error:
         raise CheckpointError(f"{path} is not a RedNet: {error}") from error
     _fill(path, net, tensors)
-    provenance = {"converted from": path.name}
-    classes = meta.get("CLASSES")
-    if isinstance(classes, list | tuple) and len(classes) == config.num_classes:
-        labels = [Label(str(name), str(name)) for name in classes]
+    provenance = {"converted from": clean_text(path.name)} | ({"weights": clean_text(source)} if source else {})
+    if len(names) == config.num_classes:
+        labels = unique_labels(names)
     elif config.num_classes == 1000:
         labels, provenance[ASSUMED_LABELS] = imagenet_labels(), "ImageNet's"
     else:
         labels, provenance[ASSUMED_LABELS] = numbered_labels(config.num_classes), "numbers"
-    return Checkpoint(net=net, labels=labels, name=path.stem, provenance=provenance)
+    return Checkpoint(net=net, labels=labels, name=_name(path.stem), provenance=provenance)
 
 
-def _is_entry(key: object, value: object) -> bool:
-    if not (isinstance(key, str) and isinstance(value, Tensor)):
-        return False
-    return value.layout is torch.strided and not value.is_nested and not value.is_meta
+def _own_name(value: object) -> str:
+    text = str(value)
+    text.encode()  # JSON can hold halves of characters, which no answer can
+    return _name(text)
+
+
+def _name(text: str) -> str:
+    """A name that can be printed, logged and sent.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    if len(text) > MAX_NAME:
+        raise ValueError(f"a name has {len(text)} characters, at most {MAX_NAME} are read")
+    return clean_text(text)
 
 
 def _without_memory(config: RedNetConfig) -> RedNet:
@@ -262,8 +234,13 @@ def _fill(path: Path, net: RedNet, tensors: Mapping[str, Tensor]) -> None:
     problems += [
         f"{key} holds {tensor.dtype} instead of floating point"
         for key, tensor in tensors.items()
-        if key not in counters and not tensor.is_floating_point()
+        if tensor.dtype not in ((*FLOATS, *INTEGERS) if key in counters else FLOATS)
     ]
+    # A tensor may be a view that repeats what it stores, and several may be views of the same: of a few bytes a file
+    # could make any number of gigabytes.
+    held, size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()), path.stat().st_size
+    if held > size + 8 * len(counters):
+        problems.append(f"the tensors have {held} bytes, the file {size}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} does not fit {net.config.name}: {'; '.join(sorted(problems)[:3])}{more}")
@@ -277,7 +254,3 @@ def _fill(path: Path, net: RedNet, tensors: Mapping[str, Tensor]) -> None:
 def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     """JSON knows lists only; our frozen values hold tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__

@@ -22,6 +22,12 @@ def numbered_labels(count: int) -> list[Label]:
     return [Label(str(index), f"class {index}") for index in range(count)]
 
 
+def unique_labels(names: Sequence[str]) -> list[Label]:
+    """Labels with names only, which are the ids, too, unless two are the same: ImageNet has two kinds of crane."""
+    unique = len(set(names)) == len(names)
+    return [Label(name if unique else str(index), name) for index, name in enumerate(names)]
+
+
 def named(ids: Sequence[str], names: dict[str, str] | None = None) -> list[Label]:
     """Labels for ids: with the names given, else ImageNet's where the id is WordNet's, else the id itself."""
     known = dict(imagenet_labels()) | (names or {})

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.untrusted import UntrustedError, check_pickle
+
 NOT_TENSORS = "StructuredToParameterName@@"  # an entry with names that Paddle uses inside
 RENAMED = {"_mean": "running_mean", "_variance": "running_var"}
 DTYPES = ("f2", "f4", "f8", "i4", "i8")
@@ -107,6 +109,7 @@ def read_pdparams(content: bytes) -> dict[str, Tensor]:
         PaddleError: it is damaged or holds anything but arrays, strings and containers.
     """
     try:
+        check_pickle(io.BytesIO(content), len(content))
         entries = _Unpickler(io.BytesIO(content)).load()
         if not isinstance(entries, dict):
             raise PaddleError("it holds no dict of arrays")
@@ -114,6 +117,8 @@ def read_pdparams(content: bytes) -> dict[str, Tensor]:
         return dict(_tensor(name, value) for name, value in entries.items())
     except PaddleError:
         raise
+    except UntrustedError as error:
+        raise PaddleError(f"it {error}") from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise PaddleError("it is damaged") from error
 

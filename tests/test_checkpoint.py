@@ -1,5 +1,6 @@
 """Checkpoints: ours, the official ones, and files that only look like either."""
 
+import argparse
 import json
 import os
 import struct
@@ -7,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import Checkpoint, CheckpointError, create_rednet, load_checkpoint, save_checkpoint
-from model.checkpoint import METADATA_KEY, infer_config
+from model.checkpoint import METADATA_KEY
 from model.labels import imagenet_labels
 from model.scales import needed
+from model.state_dicts import infer_config
 
 
 @pytest.fixture
@@ -98,6 +101,150 @@ def test_a_thousand_classes_without_labels_are_imagenets(tmp_path: Path) -> None
     labels = load_checkpoint(tmp_path / "x.pth").labels
     assert labels == imagenet_labels()
     assert (len(labels), labels[0], labels[999].id) == (1000, ("n01440764", "tench"), "n15075141")
+
+
+def prefixed(tiny: Checkpoint, prefix: str, factor: float = 1.0) -> dict[str, Tensor]:
+    """The state dict under names with a prefix; the bias of the head times a factor, to tell copies apart."""
+    tensors = dict(tiny.net.state_dict())
+    tensors["head.fc.bias"] = tensors["head.fc.bias"] * factor
+    return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+def bias_factor(read: Checkpoint, tiny: Checkpoint) -> float:
+    return float((read.net.head.fc.bias / tiny.net.head.fc.bias).detach().mean())
+
+
+@pytest.mark.parametrize(
+    ("keys", "prefix"),
+    [
+        ((), "module."),
+        (("state_dict",), "model."),
+        (("model",), "_orig_mod."),
+        (("model_state_dict",), "module._orig_mod."),
+        (("net",), "module.model.net."),
+        (("ema",), ""),
+        (("checkpoint", "model"), "module."),
+        (("state_dict",), "classifier._orig_mod.module."),
+    ],
+)
+def test_state_dict_is_found_under_other_keys_and_prefixes(
+    tiny: Checkpoint, tmp_path: Path, keys: tuple[str, ...], prefix: str
+) -> None:
+    """As data-parallel training, torch.compile, Lightning and hand-written scripts save it; provenance says where."""
+    content: dict[str, Any] = prefixed(tiny, prefix)
+    for key in reversed(keys):
+        content = {key: content, "epoch": 7}
+    torch.save(content, tmp_path / "x.pth")
+    read = load_checkpoint(tmp_path / "x.pth")
+    assert all(torch.equal(read.net.state_dict()[key], value) for key, value in tiny.net.state_dict().items())
+    assert read.provenance.get("weights", "") == ".".join((*keys, *prefix.replace("_orig_mod.", "").split("."))).strip(
+        "."
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "factor", "source"),
+    [
+        (
+            {"state_dict": ("", 1.0), "state_dict_ema": ("module.", 2.0)},
+            2.0,
+            "state_dict_ema.module (beside state_dict)",
+        ),
+        ({"model": ("", 1.0), "model_ema": ("", 2.0)}, 2.0, "model_ema (beside model)"),
+        (
+            {"state_dict": ("", 1.0), "ema_state_dict": ("module.", 2.0)},
+            2.0,
+            "ema_state_dict.module (beside state_dict)",
+        ),
+        (
+            {"state_dict": ("", 1.0), "ema_state_dict": ("module.", 2.0), "meta": {"mmengine_version": "0.10.4"}},
+            1.0,
+            "state_dict (beside ema_state_dict)",
+        ),
+        ({"model": ("", 1.0), "state_dict": ("", 2.0)}, 2.0, "state_dict (beside model)"),
+    ],
+)
+def test_averaged_weights_are_preferred_and_named(
+    tiny: Checkpoint, tmp_path: Path, content: dict[str, Any], factor: float, source: str
+) -> None:
+    """As timm does; mmengine stores the average as `state_dict`, and what was averaged as `ema_state_dict`."""
+    saved = {key: prefixed(tiny, *each) if isinstance(each, tuple) else each for key, each in content.items()}
+    for each in saved.values():
+        each.setdefault("steps", torch.tensor(3)) if "meta" not in saved else None
+    torch.save(saved, tmp_path / "x.pth")
+    read = load_checkpoint(tmp_path / "x.pth")
+    assert bias_factor(read, tiny) == pytest.approx(factor)
+    assert read.provenance["weights"] == source
+
+
+def test_networks_side_by_side_in_one_state_dict(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Averaged ones are taken by their prefix, mmcv's buffers of what was averaged are left; two equals are refused."""
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": prefixed(tiny, "model.") | prefixed(tiny, "ema_model.", 2.0)}, path)
+    read = load_checkpoint(path)
+    assert bias_factor(read, tiny) == pytest.approx(2.0)
+    assert read.provenance["weights"] == "state_dict.ema_model (beside model.backbone)"
+    buffers = {f"ema_{key.replace('.', '_')}": value * 3 for key, value in tiny.net.state_dict().items()}
+    torch.save({"state_dict": prefixed(tiny, "") | buffers}, path)
+    assert bias_factor(load_checkpoint(path), tiny) == pytest.approx(1.0)
+    torch.save({"state_dict": prefixed(tiny, "student.") | prefixed(tiny, "other.")}, path)
+    with pytest.raises(CheckpointError, match=r"several networks: other\.backbone, student\.backbone"):
+        load_checkpoint(path)
+
+
+def test_tensors_beside_the_network_are_unknown(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Another layer in the same state dict means that the network is not what it seems."""
+    torch.save({"state_dict": prefixed(tiny, "model.") | {"model.neck.weight": torch.zeros(2)}}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"neck\.weight is unknown"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_backbone_without_its_prefix_is_refused_with_a_tensors_name(tiny: Checkpoint, tmp_path: Path) -> None:
+    """A backbone alone has no classifier."""
+    state = {key.removeprefix("backbone."): value for key, value in tiny.net.state_dict().items() if "head" not in key}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"no tensor backbone\.stem\.0\.conv\.weight, but stem\.0\.conv\.weight"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"CLASSES": ("cat", "dog", "cow", "hen", "caf\u0065\u0301")},
+        {"dataset_meta": {"classes": ["cat", "dog", "cow", "hen", "caf\u0065\u0301"]}},
+        {"dataset_meta": {"CLASSES": ["cat", "dog", "cow", "hen", "caf\u0065\u0301"]}, "CLASSES": None},
+    ],
+)
+def test_class_names_of_mmcls_and_mmpretrain_are_read(tiny: Checkpoint, tmp_path: Path, meta: dict[str, Any]) -> None:
+    """From `meta`, in both layouts."""
+    torch.save({"meta": meta, "state_dict": tiny.net.state_dict()}, tmp_path / "x.pth")
+    labels = load_checkpoint(tmp_path / "x.pth").labels
+    assert labels == [(name, name) for name in ("cat", "dog", "cow", "hen", "caf\u00e9")]
+
+
+def test_class_names_of_another_number_are_not_taken(tiny: Checkpoint, tmp_path: Path) -> None:
+    """A fine-tuned head beside the names of the pre-training; numbers instead, and provenance says so."""
+    torch.save({"meta": {"CLASSES": ["a", "b"]}, "state_dict": tiny.net.state_dict()}, tmp_path / "x.pth")
+    read = load_checkpoint(tmp_path / "x.pth")
+    assert [label.name for label in read.labels] == [f"class {index}" for index in range(5)]
+    assert read.provenance["labels assumed"] == "numbers"
+
+
+def test_class_names_that_are_not_unique_keep_numbers_as_ids(tiny: Checkpoint, tmp_path: Path) -> None:
+    """ImageNet has two cranes; an id means one class."""
+    torch.save({"meta": {"CLASSES": ["crane"] * 5}, "state_dict": tiny.net.state_dict()}, tmp_path / "x.pth")
+    assert load_checkpoint(tmp_path / "x.pth").labels[3] == ("3", "crane")
+
+
+def test_what_training_scripts_store_beside_weights_is_ignored(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Options, paths and NumPy's numbers: not made, not needed, and no reason to refuse the weights."""
+    beside = {
+        "args": argparse.Namespace(lr=0.1, out=Path("x")),
+        "best": np.float64(0.9),
+        "losses": np.zeros(3),
+    }
+    torch.save({"model": tiny.net.state_dict(), **beside}, tmp_path / "x.pth")
+    assert load_checkpoint(tmp_path / "x.pth").net.config == tiny.net.config
 
 
 class Attack:
