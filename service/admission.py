@@ -19,6 +19,34 @@ LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
 CAUTION = 2.0
 
 
+class Place:
+    """What an admitted request holds in the queue: a `service.types.Place`.
+
+    Args:
+        hold: called with the number of images; raises `Overloaded` where they do not fit.
+        count: adds to the images that are accepted.
+    """
+
+    def __init__(self, hold: Callable[[int], None], count: Callable[[int], None]) -> None:
+        self._hold = hold
+        self._count = count
+        self.held = 0
+        self.set_aside = False
+
+    def __call__(self, images: int) -> None:
+        self._hold(images)
+        self.add(images)
+
+    def add(self, images: int) -> None:
+        self.held += images
+        self._count(images)
+
+    def aside(self, images: int) -> None:
+        # Nothing is learned from how long such a request takes: it says nothing about the queue.
+        self.set_aside = True
+        self.add(-images)
+
+
 class Admission:
     """Counts the images that were accepted and not yet answered, and predicts when another would be.
 
@@ -49,8 +77,8 @@ class Admission:
         return self._work_s(images) * self._factor
 
     @contextmanager
-    def admit(self, deadline: float, name: bytes | None = None) -> Iterator[Callable[[int], None]]:
-        """Let a request in if there is room for an image; the function holds places for all of them until the end.
+    def admit(self, deadline: float, name: bytes | None = None) -> Iterator[Place]:
+        """Let a request in if there is room for an image; calling the place holds one for each image until the end.
 
         Until they are counted, as long as the body is coming, it holds none: slow uploads would keep all others out.
         Where nobody is ahead, every deadline is tried. Who was refused, and comes back when told under the same name,
@@ -59,7 +87,7 @@ class Admission:
         Raises:
             Overloaded: there is no room, or no answer before the deadline; also from the function.
         """
-        held, since, work_s = 0, 0.0, 0.0
+        since, work_s = 0.0, 0.0
         expected = arriving = self._promises.take(name, self._clock())
 
         def check(images: int) -> None:
@@ -69,11 +97,11 @@ class Admission:
                 self._check(images, since, deadline, name, expected)
 
         def hold(images: int) -> None:
-            nonlocal held
             check(images)
             arrive()
+
+        def count(images: int) -> None:
             self.accepted += images
-            held = images
 
         def arrive() -> None:
             nonlocal arriving
@@ -83,13 +111,15 @@ class Admission:
         check(1)
         self.requests += 1
         self._arriving += arriving
+        place = Place(hold, count)
         try:
-            yield hold
-            self._learn(self._clock() - since, work_s)
+            yield place
+            if not place.set_aside:
+                self._learn(self._clock() - since, work_s)
         finally:
             arrive()
             self.requests -= 1
-            self.accepted -= held
+            self.accepted -= place.held
 
     def _check(self, images: int, now: float, deadline: float, name: bytes | None, expected: bool) -> None:
         """Raises `Overloaded`, which tells when to come back, unless so many images may wait behind those accepted."""

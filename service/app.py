@@ -42,6 +42,7 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.Overloaded: 429,
     errors.Internal: 500,
     errors.NotReady: 503,
+    errors.DecoderUnavailable: 503,
     errors.Draining: 503,
     errors.DeadlineExceeded: 504,
 }

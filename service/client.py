@@ -3,14 +3,14 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 
 from service.admission import Admission
 from service.cost import CostTable
 from service.engine import Engine
 from service.errors import Draining, Internal, NotReady, ServiceError
-from service.types import Inference, Pixels, State, Wish
+from service.types import Inference, Pixels, Place, State, Wish
 
 STARTING_RETRY_S = 2.0
 LAST_BATCH_S = 1.0  # how long closing waits for the batch that is running, whose callers have been told already
@@ -65,7 +65,7 @@ class LocalClient:
     def costs(self) -> CostTable:
         return self._engines[0].costs
 
-    def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Callable[[int], None]]:
+    def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Place]:
         self._refuse_unless_ready()
         return self._admission.admit(deadline, name)
 

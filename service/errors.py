@@ -1,6 +1,6 @@
 """What can go wrong with a request. Codes are stable and part of the contract; HTTP statuses are not known here."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class ServiceError(Exception):
@@ -11,6 +11,13 @@ class ServiceError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    def with_message(self, message: str) -> Self:
+        """A copy with another message. The error itself may be shared, and must not change."""
+        error = type(self).__new__(type(self))
+        error.__dict__.update(self.__dict__, message=message)
+        error.args = (message,)
+        return error
 
 
 class MalformedRequest(ServiceError):
@@ -89,6 +96,15 @@ class NotReady(Refused):
     """The model is still being loaded and warmed up."""
 
     code = "not_ready"
+
+
+class DecoderUnavailable(Refused):
+    """No decoder process can finish the image right now, which is not the image's fault."""
+
+    code = "decoder_unavailable"
+
+    def __init__(self, message: str = "no image decoder is available; try again later") -> None:
+        super().__init__(message, retry_after_s=1.0)
 
 
 class Draining(Refused):

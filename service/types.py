@@ -116,6 +116,19 @@ class EngineEvents(Protocol):
     def dropped(self, stage: Literal["queue"], count: int) -> None: ...
 
 
+class Place(Protocol):
+    """What an admitted request holds in the queue."""
+
+    def __call__(self, images: int) -> None:
+        """Hold a place for each of its images; raises `Overloaded` where there is no room."""
+
+    def add(self, images: int) -> None:
+        """Hold so many places more, or fewer, without a check: an image that has been answered needs none."""
+
+    def aside(self, images: int) -> None:
+        """So many images more, or fewer, wait for slow decoding, and hold no places meanwhile."""
+
+
 class EngineClient(Protocol):
     """The engine, or several, as the routes see it, wherever it runs."""
 
@@ -145,10 +158,10 @@ class EngineClient(Protocol):
     def max_images(self) -> int:
         """How many images one request may hold: for more there would never be room."""
 
-    def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Callable[[int], None]]:
+    def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Place]:
         """Let a request in, before anything is done for it.
 
-        The function that comes with it holds places in the queue, once the request's images have been counted. What was
+        Calling what comes with it holds places in the queue, once the request's images have been counted. What was
         admitted is answered even when a drain begins.
 
         Args:

@@ -1,12 +1,12 @@
 """Who is let in, as pure state with a clock of the test's own."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 
 import pytest
 
 from service.admission import Admission
 from service.errors import Overloaded
+from service.types import Place
 
 FAR = 1e9
 
@@ -29,7 +29,7 @@ def admission(clock: Clock) -> Admission:
     return Admission(10, float, clock)
 
 
-Holding = AbstractContextManager[Callable[[int], None]]
+Holding = AbstractContextManager[Place]
 
 
 def accepted(holding: Holding, stack: ExitStack, images: int = 1) -> None:
@@ -194,3 +194,20 @@ def test_predictions_learn_from_answers(admission: Admission, clock: Clock) -> N
             clock.now += 100
             raise KeyError
     assert admission.predicted_s(2) == pytest.approx(6, rel=0.1)
+
+
+def test_images_set_aside_or_answered_hold_no_place(admission: Admission, clock: Clock) -> None:
+    """Others are admitted meanwhile; at the end all places are free, and its time teaches nothing."""
+    with admission.admit(FAR) as place:
+        place(10)
+        place.aside(6)
+        assert admission.accepted == 4
+        with admission.admit(FAR) as other:
+            other(6)
+            place.aside(-6)  # decoded: they are taken back without a check
+            assert admission.accepted == 16
+        place.add(-3)
+        assert admission.accepted == 7
+        clock.now += 1000
+    assert admission.accepted == 0
+    assert admission.predicted_s(1) == 1.0

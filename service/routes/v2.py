@@ -113,8 +113,7 @@ def _tensors(answers: Sequence[Answer]) -> dict[str, Floats]:
     inferences: list[Inference] = []
     for index, answer in enumerate(answers):
         if isinstance(answer.outcome, ServiceError):
-            answer.outcome.message = f"image {index}: {answer.outcome.message}"
-            raise answer.outcome
+            raise answer.outcome.with_message(f"image {index}: {answer.outcome.message}")
         inferences.append(answer.outcome)
     logits = np.stack([inference.logits for inference in inferences])
     features = np.stack([inference.features for inference in inferences])

@@ -1,0 +1,13 @@
+"""Errors as values."""
+
+from service.errors import DecoderUnavailable, Overloaded, UnreadableImage
+
+
+def test_an_error_with_another_message_is_a_copy() -> None:
+    """Several answers may share an error: each adds its own prefix, and the original does not change."""
+    for error in (UnreadableImage("damaged"), Overloaded("full", 3.0), DecoderUnavailable()):
+        before = error.message
+        copy = error.with_message(f"image 1: {before}")
+        assert (type(copy), copy.message, str(copy)) == (type(error), f"image 1: {before}", f"image 1: {before}")
+        assert (error.message, str(error)) == (before, before)
+    assert Overloaded("full", 3.0).with_message("x").retry_after_s == 3.0
