@@ -39,6 +39,7 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.PayloadTooLarge: 413,
     errors.UnsupportedMediaType: 415,
     errors.UnreadableImage: 422,
+    errors.NumericalOverflow: 422,
     errors.Overloaded: 429,
     errors.Internal: 500,
     errors.NotReady: 503,

@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from service.batcher import Batcher
 from service.cost import CostTable
-from service.errors import DeadlineExceeded, Draining, Internal, ServiceError
+from service.errors import DeadlineExceeded, Draining, Internal, NumericalOverflow, ServiceError
 from service.types import (
     DeviceLost,
     EngineEvents,
@@ -242,6 +240,10 @@ class Engine:
         inference_s = landed - began
         queue_s = [began - job.enqueued for job in jobs]
         for index, job in enumerate(jobs):
+            if not output.finite(index):
+                log.warning("the network's answer for one image is not finite")
+                self._answer(job, NumericalOverflow())
+                continue
             logits, features, grid = output.logits[index], output.features[index], output.grids.get(index)
             self._answer(job, Inference(logits, features, queue_s[index], inference_s, len(jobs), grid))
         ratio = min(LARGEST_SLOWDOWN, inference_s / max(self.costs.batch_s(len(jobs)), 1e-6))
@@ -289,5 +291,3 @@ def _check(output: RunnerOutput, jobs: Sequence[Job]) -> None:
         raise RuntimeError(f"this is a bug: {len(output.logits)} answers for {len(jobs)} images")
     if output.grids.keys() != {index for index, job in enumerate(jobs) if job.wish is not None}:
         raise RuntimeError("this is a bug: maps for other images than those that wished for one")
-    if not np.isfinite(output.logits).all():
-        raise RuntimeError("the network's logits are not finite")

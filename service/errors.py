@@ -59,6 +59,15 @@ class UnreadableImage(ServiceError):
     code = "unreadable_image"
 
 
+class NumericalOverflow(ServiceError):
+    """The network's numbers overflow on this image: what it computes is infinite or not a number."""
+
+    code = "numerical_overflow"
+
+    def __init__(self) -> None:
+        super().__init__("the network's answer for this image is not finite: its values overflow")
+
+
 class DeadlineExceeded(ServiceError):
     """The caller's deadline passed before there was an answer."""
 

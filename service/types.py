@@ -39,6 +39,16 @@ class RunnerOutput(NamedTuple):
     features: Floats  # [B, feature_channels]
     grids: Mapping[int, Floats] = {}  # [h, w] each, by position in the batch: of those who wished for one
 
+    def finite(self, index: int) -> bool:
+        """Whether everything that was computed for this image is a finite number.
+
+        Images of a batch do not mix: values that overflow for one of them leave the rows of the others as they are.
+        """
+        rows = [self.logits[index], self.features[index]]
+        if index in self.grids:
+            rows.append(self.grids[index])
+        return all(bool(np.isfinite(row).all()) for row in rows)
+
 
 @dataclass(frozen=True, slots=True)
 class Inference:

@@ -10,9 +10,9 @@ import pytest
 
 from service.batcher import Batcher
 from service.engine import Engine
-from service.errors import DeadlineExceeded, Draining, Internal, ServiceError
+from service.errors import DeadlineExceeded, Draining, Internal, NumericalOverflow, ServiceError
 from service.transfer import Finished
-from service.types import Inference, Pixels, RunnerOutput, Running, State, Wish
+from service.types import Inference, KernelSums, Pixels, RunnerOutput, Running, State, Wish
 from tests.servers import FakeRunner, wait_until
 
 FAR = 1e9
@@ -41,9 +41,9 @@ class Caller:
         self.engine, self.events = engine, events
         self.answers: dict[int, list[Inference | ServiceError]] = {}
 
-    def submit(self, value: int, deadline: float = FAR) -> int:
+    def submit(self, value: int, deadline: float = FAR, wish: Wish | None = None) -> int:
         answers: list[Inference | ServiceError] = []
-        job_id = self.engine.submit(np.full((3, 2, 2), value, np.uint8), deadline, answers.append)
+        job_id = self.engine.submit(np.full((3, 2, 2), value, np.uint8), deadline, answers.append, wish)
         self.answers[job_id] = answers
         return job_id
 
@@ -66,13 +66,15 @@ def running(runner: FakeRunner, max_wait_s: float = 0.0) -> Iterator[Caller]:
         engine.stop(10)
 
 
-def busy_then(runner: FakeRunner, caller: Caller, values: Sequence[int], deadline: float = FAR) -> list[int]:
+def busy_then(
+    runner: FakeRunner, caller: Caller, values: Sequence[int], deadline: float = FAR, wish: Wish | None = None
+) -> list[int]:
     """Queue images while the device is held by another one."""
     runner.go_on.clear()
     runner.running.clear()
     caller.submit(0)
     assert runner.running.wait(10)
-    return [caller.submit(value, deadline) for value in values]
+    return [caller.submit(value, deadline, wish) for value in values]
 
 
 def test_a_batch_grows_while_the_device_is_busy() -> None:
@@ -104,17 +106,47 @@ def test_a_failing_image_fails_alone() -> None:
         assert isinstance(caller.outcome(caller.submit(9)), Inference)
 
 
-@pytest.mark.parametrize("output", ["too few", "not finite"])
-def test_answers_that_cannot_be_right_are_errors(output: str) -> None:
-    """A runner that returns too few rows, or NaNs, never has them passed on as answers."""
+def test_too_few_rows_are_an_internal_error() -> None:
+    """A runner that returns fewer rows than images never has them passed on as answers."""
 
     class Wrong(FakeRunner):
         def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
-            logits = np.full((len(pixels), 3), np.nan if output == "not finite" else 0.0, np.float32)
-            return Finished(RunnerOutput(logits[output == "too few" :], logits))
+            logits = np.zeros((len(pixels), 3), np.float32)
+            return Finished(RunnerOutput(logits[1:], logits))
 
     with running(Wrong()) as caller:
         assert isinstance(caller.outcome(caller.submit(1)), Internal)
+
+
+@pytest.mark.parametrize("where", ["logits", "features", "grid"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_fail_alone_and_are_not_run_again(where: str, value: float) -> None:
+    """Of a batch of three the middle one overflows: its caller gets an error of its own, the others their answers."""
+
+    class Overflowing(FakeRunner):
+        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+            output = super().launch(pixels, wishes).wait()
+            output = output._replace(features=output.features.copy())
+            for index, image in enumerate(pixels):
+                if image[0, 0, 0] == 66:
+                    rows = {"logits": output.logits, "features": output.features}
+                    grid = np.full((2, 2), value, np.float32)
+                    if where == "grid":
+                        output = output._replace(grids={**output.grids, index: grid})
+                    else:
+                        rows[where][index, 1] = value
+            return Finished(output)
+
+    runner = Overflowing()
+    with running(runner) as caller:
+        ids = busy_then(runner, caller, [10, 66, 30], wish=KernelSums(0))
+        runner.go_on.set()
+        first, failed, last = [caller.outcome(id_) for id_ in ids]
+        assert isinstance(failed, NumericalOverflow)
+        for outcome, expected in ((first, 10), (last, 30)):
+            assert isinstance(outcome, Inference)
+            assert outcome.logits.tolist() == [expected] * 3
+        assert runner.batches == [1, 3]
 
 
 def test_no_device_time_is_spent_after_a_deadline() -> None:

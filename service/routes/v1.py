@@ -114,7 +114,10 @@ def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
     if isinstance(answer.outcome, ServiceError):
         return answer.outcome
     vector = answer.outcome.features
-    return vector / max(float(np.linalg.norm(vector)), 1e-12) if normalize else vector
+    if not normalize:
+        return vector
+    length = float(np.linalg.norm(vector.astype(np.float64)))  # squares of large float32 numbers overflow
+    return (vector.astype(np.float64) / max(length, 1e-12)).astype(np.float32)
 
 
 def json_response(server: Context, content: dict[str, Any], answers: Sequence[Answer], started: float) -> Response:
