@@ -22,7 +22,9 @@ from service.bodies import BodyLimits
 from service.decoder import Decoder
 from service.journey import Journey, callers_id
 from service.keys import Keys
+from service.memory import MemoryBudget
 from service.metrics import Metrics
+from service.parser import Parser
 from service.routes import explain, health, page, v1, v2
 from service.routes.context import Context, context, require_key
 from service.schemas import ModelBody
@@ -47,6 +49,7 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.Draining: 503,
     errors.DeadlineExceeded: 504,
 }
+LARGEST_BODIES = 16  # of the largest size, that may be held at a time; of photos of an everyday size that is thousands
 PROBES = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}  # asked every few seconds
 CLIENT_LEFT = 499  # for metrics and the log; nobody is there to receive it
 
@@ -73,10 +76,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await decoder.start()
+        for route in app.routes:  # FastAPI prepares them when it first looks at them, for 20 ms: not during a request
+            route.matches({"type": "http", "method": "GET", "path": "/", "root_path": "", "headers": []})
         client.start()  # only now: it measures what batches cost here
         yield
         await client.close()
         decoder.close()
+        parser.close()
 
     app = FastAPI(
         title="RedNet Serve",
@@ -84,8 +90,10 @@ def create_app(
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log say it
     )
-    limits = BodyLimits.of(client.max_images, model.preprocess)
-    app.state.context = Context(Journey(settings, client, decoder, limits, metrics), client, metrics, model, keys)
+    parser = Parser(BodyLimits.of(client.max_images, model.preprocess))
+    budget = MemoryBudget(LARGEST_BODIES * settings.max_body_bytes)
+    journey = Journey(settings, client, decoder, parser, budget, metrics)
+    app.state.context = Context(journey, client, metrics, budget, model, keys)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.direct, dependencies=guard)
     app.include_router(v1.router, dependencies=guard)

@@ -18,6 +18,7 @@ if sys.platform == "linux":
 
 LONGEST_HEAD = 65_536  # bytes of a request line and its headers, and of whatever else is neither that nor a body
 HEAD_S = 10.0  # for a request's head to arrive, from its first byte, and for the first byte of all
+MAX_PIECES = 2_500  # of a body, in what is read from a connection at once (256 kB): each chunk costs a microsecond
 LINGER_S = 10.0  # for the rest of a body whose request has its answer already, an error most likely
 UNREAD_S = 30.0  # in which a caller must read something of an answer
 UNREAD_BYTES = 100_000  # so much: less is no line that anyone has, but would hold an answer in memory for long
@@ -33,6 +34,7 @@ class Connection(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None  # closes the connection
     _unread: asyncio.TimerHandle | None = None  # likewise, while the caller does not read
     _since_progress = 0  # bytes since the last head or piece of a body
+    _pieces = 0  # of a body, in what is being parsed
     _in_head = False
     _in_body = False
     _closing = False  # as soon as the body that is coming has come
@@ -44,13 +46,15 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._since_progress += len(data)
+        self._pieces = 0
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
             self._decline(data[offer.args[0] :])
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            tiny = self._pieces > MAX_PIECES
+            self.send_400_response("the chunks of the body are too small" if tiny else "Invalid HTTP request received.")
         if self.transport.is_closing():
             return
         if self._since_progress > LONGEST_HEAD:
@@ -74,6 +78,9 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._since_progress = 0
+        self._pieces += 1
+        if self._pieces > MAX_PIECES:
+            raise httptools.HttpParserError  # the parser stops here
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -14,7 +14,6 @@ from model.preprocess import Preprocess
 from service.decoder_link import Link, Photo, fail
 from service.decoder_process import PLACES
 from service.errors import Draining, Internal, ServiceError
-from service.threads import Threads
 from service.types import Floats, Pixels
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Decoder:
     Args:
         preprocess: what the network expects.
         max_pixels: width times height, at most.
-        count: processes, and threads for other work on a request's bytes.
+        count: processes.
     """
 
     def __init__(self, preprocess: Preprocess, max_pixels: int, count: int) -> None:
@@ -55,7 +54,6 @@ class Decoder:
         self._idle: list[Link] = []
         self._waiting: deque[Photo] = deque()
         self._closed = False
-        self.threads = Threads(count, "bytes")
 
     async def start(self) -> None:
         """Start all processes, so that the first photos do not wait for it, and nothing that is timed is disturbed."""
@@ -95,7 +93,6 @@ class Decoder:
     def close(self) -> None:
         """End the processes; whoever waits for a photo is told that the server is stopping."""
         self._closed = True
-        self.threads.close()
         self._fail_waiting(Draining())
         for link in [*self._links]:
             link.end(Draining())

@@ -28,6 +28,9 @@ from service.types import Floats, Pixels
 log = logging.getLogger(__name__)
 
 LONGEST_S = 10.0  # for one photo; what takes longer is made to
+PIECE = (
+    262_144  # bytes sent in one iteration of the event loop: a process that reads fast enough takes any size at once
+)
 ERRORS = {error.code: error for error in (PayloadTooLarge, UnreadableImage, UnsupportedMediaType)}
 
 
@@ -76,6 +79,8 @@ class Link(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
+        self._unsent: deque[memoryview] = deque()
+        self._paused = False
         self._ended = False
         self.was_up = False
         self.known: asyncio.Future[None] = loop.create_future()  # whether it is up
@@ -120,12 +125,38 @@ class Link(asyncio.Protocol):
         height, width = (0, 0) if photo.grid is None else photo.grid.shape
         grid = b"" if photo.grid is None else photo.grid.astype(np.float32).tobytes()
         request = REQUEST.pack(next(self._places_in), len(photo.data), height, width)
-        self._transport.writelines((request, photo.data, grid))
+        sending = bool(self._unsent)
+        self._unsent.extend(map(memoryview, (request, photo.data, grid)))
+        if not sending:
+            self._send()
         self._photos.append(photo)
         if len(self._photos) == 1:
             self._watch()
         else:
             self.next = photo
+
+    def _send(self) -> None:
+        """Send a piece, and the next one in the loop's next iteration, or as soon as the process has read enough."""
+        if not self._transport or self._transport.is_closing() or self._paused:
+            return
+        pieces, room = [], PIECE
+        while self._unsent and room:
+            part = self._unsent.popleft()
+            if len(part) > room:
+                self._unsent.appendleft(part[room:])
+            pieces.append(part[:room])
+            room -= len(pieces[-1])
+        self._transport.writelines(pieces)
+        if self._unsent:
+            asyncio.get_running_loop().call_soon(self._send, context=contextvars.Context())
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        if self._unsent:
+            self._send()
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -168,6 +199,7 @@ class Link(asyncio.Protocol):
         for photo in reversed(photos):
             self._owner.again(photo)
         self._owner.lost(self)
+        self._unsent.clear()
         if self._transport:
             self._transport.abort()
 

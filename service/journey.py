@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
 from service import log
-from service.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody, Upload
+from service.bodies import BodyFormat, InferOptions, ParsedBody, Upload
+from service.body_file import BodyFile
 from service.decoder import Decoded, Decoder, Drawn
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
 from service.intake import Intake
+from service.memory import MemoryBudget
 from service.metrics import Metrics
-from service.parsing import parse_body
+from service.parser import Parser, in_heap
 from service.settings import Settings
 from service.types import EngineClient, Inference, Wish
 
@@ -24,7 +26,7 @@ TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
 ARRIVAL_S = 60.0  # for a body to arrive, where its caller would wait for longer: meanwhile it takes room from others
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # fit for a header, and for a line of the log
-SMALL_BODY = 200_000  # bytes that are parsed sooner than another thread takes them up
+STARTED_AT_ONCE = 16  # images of one request; the event loop sees to others before the next ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +52,23 @@ class Journey:
         settings: limits on bodies and deadlines.
         client: the engine.
         decoder: for the images.
-        limits: on what bodies may hold.
+        parser: for large bodies.
+        budget: for the memory of all bodies.
         metrics: told of every image.
     """
 
     def __init__(
-        self, settings: Settings, client: EngineClient, decoder: Decoder, limits: BodyLimits, metrics: Metrics
+        self,
+        settings: Settings,
+        client: EngineClient,
+        decoder: Decoder,
+        parser: Parser,
+        budget: MemoryBudget,
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
-        self._intake = Intake(settings.max_body_bytes)
-        self._limits = limits
+        self._intake = Intake(settings.max_body_bytes, budget)
+        self._parser = parser
         self._client = client
         self._decoder = decoder
         self._metrics = metrics
@@ -84,20 +93,18 @@ class Journey:
         ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
         place = self._client.admit(deadline, callers_id(headers))
-        with place as hold, self._intake.room() as take:  # refuse before the body is read
-            try:
-                async with asyncio.timeout(min(timeout_s, max(ARRIVAL_S, self._settings.request_timeout_s))):
-                    parsed = await self._parsed(request, headers, body_format, take)
-            except TimeoutError:
-                raise DeadlineExceeded("the request did not arrive in time") from None
-            uploads = parsed.images
-            log.note(images=len(uploads))
-            if draw and len(uploads) > 1:
-                raise MalformedRequest(
-                    f"a picture explains one image, not {len(uploads)}; for several, Accept: application/json"
-                )
-            hold(len(uploads))
-            async with _WhileConnected(request):
+        arrival_s = min(timeout_s, max(ARRIVAL_S, self._settings.request_timeout_s))
+        arriving = self._intake.body(request.stream(), headers, in_heap(body_format), arrival_s)
+        with place as hold:  # refuse before the body is read
+            async with arriving as body, _WhileConnected(request):
+                parsed = await self._parsed(body_format, body, ends)
+                uploads = parsed.images
+                log.note(images=len(uploads))
+                if draw and len(uploads) > 1:
+                    raise MalformedRequest(
+                        f"a picture explains one image, not {len(uploads)}; for several, Accept: application/json"
+                    )
+                hold(len(uploads))
                 answers = await self._answer_all(uploads, ends, deadline, wish, draw)
         endpoint: str = request.scope["route"].path
         for answer in answers:
@@ -105,13 +112,14 @@ class Journey:
             self._metrics.image(endpoint, outcome)
         return Answers(answers, parsed.infer)
 
-    async def _parsed(
-        self, request: Request, headers: Mapping[bytes, bytes], body_format: BodyFormat, take: Callable[[int], None]
-    ) -> ParsedBody:
-        body = await self._intake.read(request.stream(), headers, take)
-        if len(body) <= SMALL_BODY:
-            return parse_body(body_format, body, self._limits)
-        return await self._decoder.threads.run(parse_body, body_format, body, self._limits)
+    async def _parsed(self, body_format: BodyFormat, body: bytes | BodyFile, ends: float) -> ParsedBody:
+        if parsed := self._parser.parse_quickly(body_format, body):
+            return parsed
+        try:
+            async with asyncio.timeout_at(ends):
+                return await self._parser.parse(body_format, body)
+        except TimeoutError:
+            raise DeadlineExceeded("no answer before the deadline") from None
 
     async def _answer_all(
         self, uploads: Sequence[Upload], ends: float, deadline: float, wish: Wish | None, draw: bool
@@ -119,8 +127,12 @@ class Journey:
         answers = (self._answer(upload, ends, deadline, wish, draw) for upload in uploads)
         if len(uploads) == 1:
             return [await next(answers)]
+        tasks: list[asyncio.Task[Answer]] = []
         async with asyncio.TaskGroup() as group:  # a defect over one image ends the work on the others, too
-            tasks = [group.create_task(answer) for answer in answers]
+            for answer in answers:
+                tasks.append(group.create_task(answer))
+                if len(tasks) % STARTED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
         return [task.result() for task in tasks]
 
     async def _answer(self, upload: Upload, ends: float, deadline: float, wish: Wish | None, draw: bool) -> Answer:

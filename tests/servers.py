@@ -166,6 +166,10 @@ class ServerThread:
         self._server.should_exit = True
         self.wait_for_end()
 
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Call a function on the server's event loop."""
+        self._server.servers[0].get_loop().call_soon_threadsafe(function)
+
     def terminate(self) -> None:
         """What a SIGTERM would do; only a main thread gets real ones."""
         self._server.handle_exit(signal.SIGTERM, None)

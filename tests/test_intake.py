@@ -1,12 +1,21 @@
-"""Bodies as they arrive: too large, compressed, too many."""
+"""Bodies as they arrive: too large, compressed, too many, too slow."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
-from service.errors import Overloaded, PayloadTooLarge, UnsupportedMediaType
-from service.intake import LARGEST_BODIES, Intake
+from service.body_file import BodyFile
+from service.errors import DeadlineExceeded, Overloaded, PayloadTooLarge, UnsupportedMediaType
+from service.intake import Intake
+from service.memory import MemoryBudget
+from tests.servers import PATIENCE_S
+
+IN_HEAP = 8
+
+
+def intake(max_bytes: int = 10, budget: MemoryBudget | None = None) -> Intake:
+    return Intake(max_bytes, budget or MemoryBudget(1000))
 
 
 async def chunked(*chunks: bytes) -> AsyncIterator[bytes]:
@@ -14,19 +23,36 @@ async def chunked(*chunks: bytes) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def read(intake: Intake, chunks: AsyncIterator[bytes], headers: Mapping[bytes, bytes] | None = None) -> bytes:
-    with intake.room() as take:
-        return asyncio.run(intake.read(chunks, headers or {}, take))
+async def read(
+    reader: Intake,
+    chunks: AsyncIterator[bytes],
+    headers: Mapping[bytes, bytes] | None = None,
+    timeout_s: float = PATIENCE_S,
+) -> bytes:
+    async with reader.body(chunks, headers or {}, IN_HEAP, timeout_s) as body:
+        return bytes(body.view(0, body.size)) if isinstance(body, BodyFile) else body
 
 
-def test_a_body_is_put_together() -> None:
-    """However it is cut; it may be exactly as large as allowed."""
-    assert read(Intake(10), chunked(b"01", b"", b"234567", b"89")) == b"0123456789"
+@pytest.mark.parametrize("chunks", [(b"01", b"", b"234567", b"89"), (b"0123456789",), (b"0", b"1234567")])
+def test_body_is_whole_however_it_is_cut(chunks: tuple[bytes, ...]) -> None:
+    """In the heap or in a file; it may be exactly as large as allowed."""
+    assert asyncio.run(read(intake(), chunked(*chunks))) == b"".join(chunks)
+
+
+@pytest.mark.parametrize(("size", "kind"), [(IN_HEAP, bytes), (IN_HEAP + 1, BodyFile)])
+def test_large_body_is_put_into_a_file(size: int, kind: type) -> None:
+    """Only above the given size: for small ones it would take longer."""
+
+    async def check() -> None:
+        async with intake().body(chunked(b"x" * size), {}, IN_HEAP, PATIENCE_S) as body:
+            assert isinstance(body, kind)
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize(("claimed", "chunks"), [("11", []), (None, [b"123456", b"78901"]), ("5", [b"123456789012"])])
-def test_a_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str | None, chunks: list[bytes]) -> None:
-    """By what it claims or by what has arrived, whichever tells first; what comes after is not read."""
+def test_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str | None, chunks: list[bytes]) -> None:
+    """By what it claims or by what has arrived, whichever is first; what comes after is not read."""
     arrived = 0
 
     async def stream() -> AsyncIterator[bytes]:
@@ -36,26 +62,60 @@ def test_a_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str |
             yield chunk
 
     with pytest.raises(PayloadTooLarge):
-        read(Intake(10), stream(), {b"content-length": claimed.encode()} if claimed else {})
+        asyncio.run(read(intake(), stream(), {b"content-length": claimed.encode()} if claimed else {}))
     assert arrived == len(chunks)
 
 
-def test_a_compressed_body_is_refused() -> None:
+def test_compressed_body_is_refused() -> None:
     """With an error that says so, instead of one about a damaged image."""
     for none in (b"identity", b"Identity", b""):
-        assert read(Intake(10), chunked(b"x"), {b"content-encoding": none}) == b"x"
+        assert asyncio.run(read(intake(), chunked(b"x"), {b"content-encoding": none})) == b"x"
     with pytest.raises(UnsupportedMediaType, match="Content-Encoding"):
-        read(Intake(10), chunked(b"x"), {b"content-encoding": b"gzip"})
+        asyncio.run(read(intake(), chunked(b"x"), {b"content-encoding": b"gzip"}))
 
 
 def test_all_bodies_together_are_bounded() -> None:
     """What is held until its request ends counts; then there is room again, also after a refusal."""
-    intake = Intake(10)
-    with intake.room() as take:
-        take(10 * LARGEST_BODIES - 5)
-        assert read(intake, chunked(b"five!")) == b"five!"
+    budget = MemoryBudget(160)
+    reader = intake(budget=budget)
+    with budget.claim() as claim:
+        claim.take(155)
+        assert asyncio.run(read(reader, chunked(b"five!"))) == b"five!"
         with pytest.raises(Overloaded) as caught:
-            read(intake, chunked(b"fi", b"ve", b"!!"))
+            asyncio.run(read(reader, chunked(b"fi", b"ve", b"!!")))
         assert caught.value.retry_after_s > 0
-        assert read(intake, chunked(b"five!")) == b"five!"
-    assert read(intake, chunked(b"0123456789")) == b"0123456789"
+        assert asyncio.run(read(reader, chunked(b"five!"))) == b"five!"
+    assert asyncio.run(read(reader, chunked(b"0123456789"))) == b"0123456789"
+    assert budget.used == 0
+
+
+def test_slow_body_is_a_deadline_error() -> None:
+    """And its memory is given back."""
+    budget = MemoryBudget(100)
+
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b"some"
+        await asyncio.sleep(PATIENCE_S)
+
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(read(intake(budget=budget), stalls(), timeout_s=0.05))
+    assert budget.used == 0
+
+
+def test_stalled_upload_that_loses_its_claim_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others get the room, and its sender an error that says so, without waiting for the deadline."""
+    monkeypatch.setattr("service.memory.UPLOAD_GRACE_S", 0.0)
+
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b"0123456"
+        await asyncio.sleep(PATIENCE_S)
+
+    async def check() -> None:
+        reader = intake(budget=MemoryBudget(10))
+        stalled = asyncio.create_task(read(reader, stalls()))
+        await asyncio.sleep(0.01)
+        assert await read(reader, chunked(b"four")) == b"four"
+        with pytest.raises(Overloaded, match="slow upload"):
+            await asyncio.wait_for(stalled, PATIENCE_S / 10)
+
+    asyncio.run(check())

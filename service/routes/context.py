@@ -13,6 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from service.errors import Unauthorized
 from service.journey import Journey
 from service.keys import Keys
+from service.memory import MemoryBudget
 from service.metrics import Metrics
 from service.schemas import ModelBody
 from service.types import EngineClient
@@ -25,6 +26,7 @@ class Context:
     journey: Journey
     client: EngineClient
     metrics: Metrics
+    budget: MemoryBudget
     model: ModelBody
     keys: Keys | None  # None: anyone may ask
 
