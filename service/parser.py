@@ -33,7 +33,7 @@ TRIES = 2
 RETRY_S = 1.0
 END_S = 2.0
 ERRORS = {error.code: error for error in (MalformedRequest, PayloadTooLarge, UnsupportedMediaType)}
-# By which a process ends because of its body: too much time, or a parser that broke over it.
+# By which a process ends because of its body: too much time; or too much memory, over which orjson crashes.
 ITS_OWN = {-signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 
 
@@ -80,7 +80,7 @@ class Parser:
                     logger.warning("a body of %d bytes ended its parser with status %d", size, died)
                     if died == -signal.SIGXCPU:
                         raise PayloadTooLarge("the body takes too long to parse")
-                    raise MalformedRequest("the body broke its parser")
+                    raise PayloadTooLarge("the body takes too much memory to parse, or breaks the parser")
                 if died is None:
                     return _parsed(body, reply)
                 logger.error("a parser was ended from outside, with status %d", died)

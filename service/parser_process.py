@@ -53,7 +53,7 @@ def reply_to(fd: int, size: int, format_size: int, limits: BodyLimits) -> dict[s
     try:
         body_format = BodyFormat(**json.loads(os.pread(fd, format_size, size)))
         with mmap.mmap(fd, size) as shared:
-            reply = _stored(fd, size, parse_body(body_format, bytes(shared), limits))
+            reply = _stored(fd, size + format_size, parse_body(body_format, bytes(shared), limits))
             if sys.platform == "linux":
                 shared.madvise(mmap.MADV_REMOVE)  # only now: until here it could be tried again
             return reply
@@ -65,8 +65,8 @@ def reply_to(fd: int, size: int, format_size: int, limits: BodyLimits) -> dict[s
         return {"defect": traceback.format_exc()}
 
 
-def _stored(fd: int, size: int, parsed: ParsedBody) -> dict[str, Any]:
-    end = size
+def _stored(fd: int, behind: int, parsed: ParsedBody) -> dict[str, Any]:
+    end = -(-behind // mmap.PAGESIZE) * mmap.PAGESIZE  # the pages of the body go back to the system
     images: list[Any] = []
     for image in parsed.images:
         if isinstance(image, MalformedRequest):

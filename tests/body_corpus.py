@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from service.bodies import BodyFormat
 from tests.conftest import encoded, photo
 
 PREDICT, FEATURES, INFER = "/v1/predict", "/v1/features", "/v2/models/fake/infer"
@@ -26,6 +27,12 @@ class Sent(NamedTuple):
     headers: dict[str, str]
     body: bytes
     chunk: int = 0  # bytes in each chunk of a chunked body; 0: it has a Content-Length
+
+    @property
+    def format(self) -> BodyFormat:
+        """What its headers say about the body."""
+        length = self.headers.get("Inference-Header-Content-Length")
+        return BodyFormat("v2" if self.path == INFER else "v1", self.headers.get("Content-Type", ""), length)
 
     def raw(self) -> Iterator[bytes]:
         """The bytes of the request, in pieces."""
