@@ -23,7 +23,8 @@ from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
 from model import Checkpoint, load_checkpoint, prepare
 from model.evaluate import Answers, evaluate
-from model.photos import Photo, find_photos
+from model.folders import read_folder
+from model.photos import Photo
 
 CLIENTS = 4
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     options = parser.parse_args()
     checkpoint = load_checkpoint(options.checkpoint)
-    _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
+    photos = read_folder(options.data / "val", [label.id for label in checkpoint.labels]).photos
     answers = {"plain network": evaluate(plainly(checkpoint), checkpoint.preprocess, photos)}
     precisions = ["fp32", "bf16", "fp16"] if torch.cuda.is_available() else ["fp32", "bf16"]
     if checkpoint.calibration and not torch.cuda.is_available():

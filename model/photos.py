@@ -1,4 +1,4 @@
-"""Folders of photos: one sub-folder per class."""
+"""Photos read from files, in batches, ahead of their use."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from model.preprocess import Pixels
+from model.progress import progress
 
 Item = TypeVar("Item")
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+DECODED = 20_000  # photos; more would be decoded for minutes before the first step
+MAX_NAMED = 8  # unreadable photos that a message lists
 
 
 class PhotoError(ValueError):
@@ -30,29 +32,6 @@ class Photo(NamedTuple):
 class Batch(NamedTuple):
     pixels: Tensor  # uint8 [B, 3, H, W]
     targets: Tensor  # int64 [B]
-
-
-def find_photos(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Photo]]:
-    """The classes, sorted by folder name or as given, and the photos of `folder/<class>/`, sorted; nothing hidden.
-
-    Raises:
-        PhotoError: the folder is missing, holds a class that was not given, or holds no photo.
-    """
-    if not folder.is_dir():
-        raise PhotoError(f"{folder} is not a folder")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    classes = found if classes is None else list(classes)
-    if unknown := set(found) - set(classes):
-        raise PhotoError(f"{folder} has a folder {min(unknown)!r} that is no class of the network")
-    photos = [
-        Photo(path, target)
-        for target, name in enumerate(classes)
-        for path in sorted((folder / name).glob("*"))
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    ]
-    if not photos:
-        raise PhotoError(f"{folder} holds no photos; expected {folder}/<class>/*.jpg")
-    return classes, photos
 
 
 def batches(
@@ -86,3 +65,38 @@ def read_photo(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
             return convert(image)
     except Exception as error:  # Pillow raises nearly anything for a damaged file
         raise PhotoError(f"{path} is not a readable photo: {error}") from error
+
+
+def check_photos(photos: Sequence[Photo], workers: int = 2) -> None:
+    """Read every photo once, so that a damaged one is named before the first epoch and not after the last.
+
+    Up to `DECODED` photos are decoded, JPEGs at an eighth of their size, which reads all of their data (0.3 ms each for
+    photos of 160 pixels). Of more, only the headers are read, in 0.06 ms each: a minute for a million.
+
+    Raises:
+        PhotoError: some cannot be read; the message names the first of them.
+    """
+    whole = len(photos) <= DECODED
+    chunks = [photos[start : start + 256] for start in range(0, len(photos), 256)]
+
+    def read(image: Image.Image) -> Pixels:
+        if whole:
+            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+        return np.empty((3, 0, 0), np.uint8)
+
+    def problems(chunk: Sequence[Photo]) -> list[PhotoError]:
+        found = []
+        for photo in chunk:
+            try:
+                read_photo(photo.path, read)
+            except PhotoError as error:
+                found.append(error)
+        return found
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="photos") as pool:
+        results = progress(pool.map(problems, chunks), total=len(chunks), describe="checking photos (256 each)")
+        bad = [problem for chunk in results for problem in chunk]
+    if bad:
+        more = f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+        raise PhotoError("; ".join(map(str, bad[:MAX_NAMED])) + more)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.photos import SUFFIXES, PhotoError, read_photo
+from model.folders import all_photos
+from model.photos import PhotoError, read_photo
 from model.prepare import SelfCheckError, prepare
 from model.preprocess import Preprocess
 from model.progress import progress
@@ -54,13 +55,9 @@ def quantize(checkpoint: Checkpoint, folder: Path, workers: int = 2) -> Checkpoi
 
 def _some_photos(folder: Path, preprocess: Preprocess, workers: int) -> Tensor:
     """uint8 [N, 3, crop, crop]; a file that is no photo is told and left out."""
-    if not folder.is_dir():
-        raise PhotoError(f"{folder} is not a folder")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    paths, left_out = all_photos(folder)
+    for line in left_out.lines():
+        print(line, file=sys.stderr)
     count = min(len(paths), MOST_PHOTOS)
     chosen = [paths[index * len(paths) // count] for index in range(count)]
 

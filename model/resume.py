@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,7 +42,7 @@ class ResumeFile:
         data = "\n".join(f"{photo.target} {photo.path.parent.name}/{photo.path.name}" for photo in photos)
         self._follows = {
             "recipe": asdict(recipe),
-            "set of photos": hashlib.sha256(data.encode()).hexdigest(),
+            "set of photos": hashlib.sha256(os.fsencode(data)).hexdigest(),
             "starting point": start and fingerprint(start.net),
         }
 

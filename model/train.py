@@ -12,13 +12,15 @@ import torch
 from model.calibrate import fit_temperature
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.evaluate import evaluate
+from model.folders import MAX_NAMED, read_folder
 from model.labels import named
-from model.photos import Photo, PhotoError, find_photos
+from model.photos import Photo, PhotoError, check_photos
 from model.prepare import prepare
 from model.recipe import Recipe
 from model.rednet import RedNet, RedNetConfig
 from model.resume import ResumeFile, State
 from model.steps import Run, keep_freed_memory, optimizer_for
+from model.text import clean_text
 
 HELD_OUT_EVERY = 20  # one photo in so many is kept from training, to watch it and to fit the temperature
 FEWEST_HELD_OUT = 100  # fewer photos could say little: then none are kept
@@ -52,10 +54,7 @@ def train(
     """
     if output.is_dir() or not output.parent.is_dir():
         raise NotADirectoryError(f"{output} must be a file in a folder that exists")
-    classes, photos = find_photos(data / "train")
-    if len(photos) < 2:
-        raise PhotoError(f"{data / 'train'} holds a single photo, from which nothing can be learned")
-    _, validation = find_photos(data / "val", classes)
+    classes, photos, validation = _read_data(data, workers)
     photos, held_out = hold_out(photos)
     preprocess = recipe.preprocess
     if start:
@@ -75,9 +74,9 @@ def train(
         net=state.averaged,
         labels=named(classes),
         preprocess=preprocess,
-        name=output.name.removesuffix(".safetensors"),
+        name=clean_text(output.name.removesuffix(".safetensors")),
         provenance={
-            "data": data.resolve().name,
+            "data": clean_text(data.resolve().name),
             **({"from": start.name} if start else {}),
             "recipe": asdict(recipe),
             "precision": run.precision,
@@ -89,6 +88,29 @@ def train(
     save_checkpoint(output, checkpoint, half=True)
     resume.path.unlink(missing_ok=True)
     return checkpoint
+
+
+def _read_data(data: Path, workers: int) -> tuple[list[str], list[Photo], list[Photo]]:
+    """Classes, photos to learn from and photos to try the result on, all of which can be read; and what is left out,
+    on standard error.
+    """
+    classes, photos, left_out = read_folder(data / "train")
+    if len(photos) < 2:
+        raise PhotoError(f"{data / 'train'} holds a single photo, from which nothing can be learned")
+    validation = read_folder(data / "val", classes)
+    _say(f"{len(classes)} classes, {len(photos)} photos to learn from, {len(validation.photos)} for validation")
+    for line in (*left_out.lines(), *validation.left_out.lines()):
+        _say(line)
+    tried = {photo.target for photo in validation.photos}
+    if missing := [name for target, name in enumerate(classes) if target not in tried]:
+        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+        _say(f"without photos for validation: {', '.join(missing[:MAX_NAMED])}{more}")
+    check_photos([*photos, *validation.photos], workers)
+    return classes, photos, validation.photos
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _first_state(recipe: Recipe, start: Checkpoint | None, classes: Sequence[str], device: torch.device) -> State:

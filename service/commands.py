@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,15 @@ def evaluate(options: argparse.Namespace) -> int:
     from model import load_checkpoint, prepare
     from model.confusion import draw_confusion
     from model.evaluate import evaluate as ask_about
-    from model.photos import find_photos
+    from model.folders import read_folder
     from service.runner import set_threads
 
     set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
     run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision, checkpoint.calibration)
-    _, photos = find_photos(options.data / "val", [label.id for label in checkpoint.labels])
+    _, photos, left_out = read_folder(options.data / "val", [label.id for label in checkpoint.labels])
+    for line in left_out.lines():
+        print(line, file=sys.stderr)
     answers = ask_about(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
     result: dict[str, Any] = {"model": checkpoint.name, "precision": run.precision} | answers.summary()
     names = [label.name for label in checkpoint.labels]

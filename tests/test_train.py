@@ -18,7 +18,8 @@ from PIL import Image
 from model import create_rednet, load_checkpoint, prepare
 from model.confusion import draw_confusion
 from model.evaluate import Answers, evaluate
-from model.photos import Photo, PhotoError, batches, find_photos
+from model.folders import read_folder
+from model.photos import Photo, PhotoError, batches
 from model.preprocess import Pixels
 from model.recipe import FINE_TUNING_RATE, Recipe
 from model.steps import augmented, average
@@ -225,7 +226,7 @@ def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeyp
     train(data, tmp_path / "x", RECIPE, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "x")
     assert checkpoint.provenance["temperature"] not in (1.0, pytest.approx(0.1))
-    _, photos = find_photos(data / "val")
+    photos = read_folder(data / "val").photos
     run = prepare(checkpoint.net, checkpoint.preprocess)
     summary = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos).summary()
     assert summary["ece"] == pytest.approx(checkpoint.provenance["accuracy"]["ece"], abs=0.02)
@@ -254,19 +255,19 @@ def test_averaged_weights_are_about_the_mean_of_the_last_tenth() -> None:
 
 def test_classes_are_matched_by_folder_name(data: Path, tmp_path: Path) -> None:
     """A class without photos keeps its place; a folder that is no class is an error."""
-    _, photos = find_photos(data / "val", ["alpha", "blue", "green", "red"])
+    photos = read_folder(data / "val", ["alpha", "blue", "green", "red"]).photos
     assert {photo.target for photo in photos} == {1, 2, 3}
     with pytest.raises(PhotoError, match="'red' that is no class"):
-        find_photos(data / "val", ["blue", "green"])
+        read_folder(data / "val", ["blue", "green"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(PhotoError, match="holds no photos"):
-        find_photos(tmp_path / "empty")
+        read_folder(tmp_path / "empty")
     (tmp_path / "empty" / ".hidden").mkdir()
     (tmp_path / "empty" / ".hidden" / "x.jpg").touch()
     with pytest.raises(PhotoError, match="holds no photos"):
-        find_photos(tmp_path / "empty")
+        read_folder(tmp_path / "empty")
     with pytest.raises(PhotoError, match="not a folder"):
-        find_photos(tmp_path / "nowhere")
+        read_folder(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("fields", [{"epochs": 0}, {"batch_size": 1}, {"size": 0}, {"learning_rate": -1.0}])

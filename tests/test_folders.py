@@ -1,0 +1,245 @@
+"""Training folders as people and systems leave them: what is a photo, what a class, and what is said of the rest."""
+
+import os
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from model import load_checkpoint
+from model.folders import all_photos, read_folder
+from model.photos import Photo, PhotoError, check_photos
+from service.cli import main
+from tests.conftest import encoded, photo
+
+FLAGS = ["--base-channels", "16", "--epochs", "1", "--size", "32", "--batch-size", "4"]
+CAFE = "caf\u00e9"
+
+
+def add(path: Path, seed: int = 0, file_format: str = "PNG") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(photo(seed, 40, 36), file_format))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two classes with three photos each for training and one for validation."""
+    for name in ("church", "tench"):
+        for index in range(3):
+            add(tmp_path / "train" / name / f"{index}.png", index)
+        add(tmp_path / "val" / name / "0.png")
+    return tmp_path
+
+
+def names(folder: Path, classes: list[str] | None = None) -> list[str]:
+    return [str(each.path.relative_to(folder)) for each in read_folder(folder, classes).photos]
+
+
+def test_folders_without_photos_are_no_classes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What macOS, Synology and people leave behind; training says which, and how much it found, before it begins."""
+    (data / "train" / "__MACOSX").mkdir()
+    (data / "train" / "__MACOSX" / "._0.png").write_bytes(b"\0\x05\x16\x07")
+    (data / "train" / "@eaDir").mkdir()
+    (data / "train" / "@eaDir" / "0.png@SynoEAStream").write_bytes(b"x")
+    (data / "val" / "empty").mkdir()
+    assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 0
+    assert [label.id for label in load_checkpoint(data / "x.safetensors").labels] == ["church", "tench"]
+    said = capsys.readouterr().err
+    assert "2 classes, 6 photos to learn from, 2 for validation" in said
+    assert "left out: folders without photos: @eaDir, __MACOSX" in said
+    assert "left out: folders without photos: empty" in said
+    assert said.index("2 classes") < said.index("epoch 1")
+
+
+def test_photos_are_recognised_by_content(data: Path) -> None:
+    """Files of other extensions, or none, that begin like a served format; text and HEIC are counted and named."""
+    folder = data / "train"
+    for name, file_format in (("a.jfif", "JPEG"), ("b", "PNG"), ("c.JPE", "JPEG"), ("d.img", "WEBP"), ("e.x", "BMP")):
+        add(folder / "tench" / name, 1, file_format)
+    (folder / "tench" / "f.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "tench" / "g.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "tench" / "notes").write_text("BM")
+    found = read_folder(folder)
+    assert [each.path.name for each in found.photos if each.target == 1] == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "a.jfif",
+        "b",
+        "c.JPE",
+        "d.img",
+        "e.x",
+    ]
+    assert found.left_out.lines() == [
+        f"left out: 2 .heic files, the first is {folder / 'tench' / 'f.HEIC'}",
+        f"left out: 1 files without an extension that are not images, the first is {folder / 'tench' / 'notes'}",
+    ]
+
+
+def test_photos_outside_class_folders_are_counted(data: Path) -> None:
+    """Directly in the folder, or one level too deep."""
+    add(data / "train" / "stray.png")
+    add(data / "train" / "tench" / "more" / "deep" / "1.png")
+    found = read_folder(data / "train")
+    assert len(found.photos) == 6
+    assert found.left_out.lines() == [
+        f"left out: 1 files beside the class folders, the first is {data / 'train' / 'stray.png'}",
+        "left out: 1 photos deeper than in class folders, the first is "
+        f"{data / 'train' / 'tench' / 'more' / 'deep' / '1.png'}",
+    ]
+
+
+def test_photos_all_one_level_too_deep_are_an_error_that_says_so(tmp_path: Path) -> None:
+    """An archive unpacked into a folder of its own name."""
+    add(tmp_path / "train" / "train" / "tench" / "0.png")
+    with pytest.raises(PhotoError, match=r"holds no photos.*1 photos deeper than in class folders"):
+        read_folder(tmp_path / "train")
+
+
+def test_system_and_hidden_files_are_not_mentioned(data: Path) -> None:
+    """They are in any folder that a file manager has shown."""
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", "Icon\r"):
+        (data / "train" / "tench" / name).write_bytes(b"x")
+    (data / "train" / ".cache").mkdir()
+    add(data / "train" / ".cache" / "0.png")
+    assert read_folder(data / "train").left_out.lines() == []
+    assert len(read_folder(data / "train").photos) == 6
+
+
+def test_class_name_in_nfc_and_nfd_is_one_class(tmp_path: Path) -> None:
+    """macOS decomposes names, Linux does not; also within one folder, and for a trained network."""
+    decomposed = unicodedata.normalize("NFD", CAFE)
+    assert decomposed != CAFE
+    for name in (CAFE, decomposed, "tea"):
+        add(tmp_path / "train" / name / f"{len(name)}.png")
+    add(tmp_path / "val" / decomposed / "0.png")
+    found = read_folder(tmp_path / "train")
+    assert found.classes == [CAFE, "tea"]
+    assert [each.target for each in found.photos] == [0, 0, 1]
+    assert [each.target for each in read_folder(tmp_path / "val", found.classes).photos] == [0]
+    assert main(["train", str(tmp_path), "--output", str(tmp_path / "x.safetensors"), *FLAGS]) == 0
+    assert [label.id for label in load_checkpoint(tmp_path / "x.safetensors").labels] == [CAFE, "tea"]
+    assert main(["evaluate", str(tmp_path), "--checkpoint", str(tmp_path / "x.safetensors")]) == 0
+
+
+def test_class_names_that_differ_in_case_are_refused(data: Path) -> None:
+    """One folder on macOS and Windows, two on Linux: between train and val as within one."""
+    (data / "val" / "tench").rename(data / "val" / "Tench")
+    with pytest.raises(PhotoError, match="'tench' and 'Tench', which differ only in case"):
+        read_folder(data / "val", ["church", "tench"])
+    add(data / "train" / "Church" / "0.png")
+    with pytest.raises(PhotoError, match="'Church' and 'church', which differ only in case"):
+        read_folder(data / "train")
+
+
+def test_names_that_are_not_utf8_are_classes_and_photos(tmp_path: Path) -> None:
+    """As Linux allows: the class has an escaped name, training, resuming and evaluation work."""
+    for split in ("train", "val"):
+        for name in (b"caf\xe9", b"tea\x1b[2J"):
+            for index in range(2):
+                folder = os.fsencode(tmp_path) + b"/" + split.encode() + b"/" + name
+                add(Path(os.fsdecode(folder + b"/\xff%d.png" % index)), index)
+    assert main(["train", str(tmp_path), "--output", str(tmp_path / "x.safetensors"), *FLAGS]) == 0
+    assert [label.id for label in load_checkpoint(tmp_path / "x.safetensors").labels] == [r"caf\xe9", r"tea\x1b[2J"]
+    assert main(["evaluate", str(tmp_path), "--checkpoint", str(tmp_path / "x.safetensors")]) == 0
+
+
+def test_links_are_followed_once(data: Path) -> None:
+    """To class folders and photos; a loop ends, a broken link is an unreadable photo."""
+    (data / "elsewhere").mkdir()
+    add(data / "elsewhere" / "9.png")
+    (data / "train" / "linked").symlink_to(data / "elsewhere")
+    (data / "elsewhere" / "loop").symlink_to(data / "elsewhere")
+    (data / "elsewhere" / "self").symlink_to("self")
+    assert read_folder(data / "train").classes == ["church", "linked", "tench"]
+    assert len(all_photos(data / "train")[0]) == 7
+    (data / "elsewhere" / "gone.png").symlink_to(data / "nowhere")
+    with pytest.raises(PhotoError, match=r"gone\.png is not a readable photo"):
+        check_photos(read_folder(data / "train").photos)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipe_named_like_a_photo_is_not_opened(data: Path) -> None:
+    """Opening it would wait for a writer for ever."""
+    os.mkfifo(data / "train" / "tench" / "pipe.jpg")
+    os.mkfifo(data / "train" / "tench" / "pipe")
+    assert len(read_folder(data / "train").photos) == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_folder_that_may_not_be_read_is_named_to_its_reader(data: Path) -> None:
+    """Not left out in silence. Root may read anything, so a process of another user tries."""
+    forbidden = data / "train" / "tench"
+    forbidden.chmod(0)
+    for folder in (data, *data.parents):
+        if folder != Path("/") and folder.stat().st_uid == os.geteuid():
+            folder.chmod(folder.stat().st_mode | 0o055)
+    script = (
+        "import os, sys; from pathlib import Path; from model.folders import read_folder\n"
+        "os.setuid(65534)\n"
+        "try: read_folder(Path(sys.argv[1]))\nexcept ValueError as error: print(error)"
+    )
+    command = [sys.executable, "-c", script, str(data / "train")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"{forbidden} cannot be read: Permission denied" in said
+
+
+def test_every_unreadable_photo_is_named_before_the_first_epoch(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In val as in train, cut off at the end as at the start; nothing is written."""
+    whole = encoded(photo(3, 200, 160), "JPEG")
+    (data / "val" / "church" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (data / "train" / "tench" / "none.jpg").write_bytes(b"")
+    assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 2
+    said = capsys.readouterr().err
+    assert "cut.jpg is not a readable photo" in said
+    assert "none.jpg is not a readable photo" in said
+    assert "epoch 1" not in said
+    assert not (data / "x.safetensors").exists()
+
+
+def test_headers_alone_are_read_of_very_many_photos(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is no photo is found, one that is cut off is not; and a long list of problems is cut short."""
+    whole = encoded(photo(3, 200, 160), "JPEG")
+    cut = data / "cut.jpg"
+    cut.write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr("model.photos.DECODED", 0)
+    check_photos([Photo(cut, 0)])
+    cut.write_bytes(b"no photo")
+    with pytest.raises(PhotoError, match="and 292 more"):
+        check_photos([Photo(cut, 0)] * 300)
+
+
+def test_classes_without_validation_photos_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their accuracy stays unknown."""
+    (data / "val" / "tench" / "0.png").unlink()
+    assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 0
+    assert "without photos for validation: tench" in capsys.readouterr().err
+
+
+def test_class_folder_that_fits_two_classes_is_refused(data: Path) -> None:
+    """A network whose ids are not unique cannot be evaluated by folder names."""
+    with pytest.raises(PhotoError, match="several classes of this id"):
+        read_folder(data / "val", ["church", "tench", "church"])
+
+
+def test_evaluate_and_quantize_read_folders_in_the_same_way(
+    data: Path, tiny_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By content, with a word on what is left out."""
+    assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 0
+    add(data / "val" / "church" / "1.jfif", 1, "JPEG")
+    (data / "val" / "church" / "2.heic").write_bytes(b"x")
+    (data / "val" / "@eaDir").mkdir()
+    capsys.readouterr()
+    assert main(["evaluate", str(data), "--checkpoint", str(data / "x.safetensors")]) == 0
+    said = capsys.readouterr()
+    assert "3 photos: top-1" in said.out
+    assert "1 .heic files" in said.err
+    assert "folders without photos: @eaDir" in said.err
+    assert main(["quantize", str(tiny_path), str(data / "val"), "--output", str(data / "q.safetensors")]) == 0
+    said = capsys.readouterr()
+    assert "int8 scales from 3 photos" in said.out
+    assert "1 .heic files" in said.err
