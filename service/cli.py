@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from service import commands
-from service.settings import add_flags
+from service.init_process import fork_if_init
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `rednet`; returns the exit status: 0 done, 1 partly or wholly failed, 2 asked for the impossible."""
+    if arguments is None:  # the process is ours
+        open_standard_streams()
+        fork_if_init()
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -29,7 +31,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def open_standard_streams() -> None:
+    """Open standard input, output and error where the process was started without them.
+
+    The next file or socket would get their numbers: the event loop would read it as standard input, or a log line
+    would be written into it.
+    """
+    for descriptor, mode in enumerate(("r", "w", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            name = ("stdin", "stdout", "stderr")[descriptor]
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115  (until the process ends)
+
+
 def _parser() -> argparse.ArgumentParser:
+    # As PID 1 the process forks before anything slow is imported: `settings` needs Pydantic.
+    from service import commands
+    from service.settings import add_flags
+
     parser = argparse.ArgumentParser(prog="rednet", description="Serve, try and train RedNet involution classifiers.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -15,9 +15,15 @@ from service.settings import read_settings
 def serve(options: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(options).items() if name != "run"}
     settings = read_settings(flags, os.environ)
+    from service.keys import read_keys
+    from service.listen import bind
+
+    # Everything that can fail at once does so before PyTorch is imported.
+    keys = read_keys(settings.api_key_file) if settings.api_key_file else None
+    sockets = bind(settings.host, settings.port)
     from service.main import serve as run_server
 
-    return run_server(settings)
+    return run_server(settings, sockets, keys)
 
 
 def predict(options: argparse.Namespace) -> int:

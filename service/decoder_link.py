@@ -92,7 +92,11 @@ class Link(asyncio.Protocol):
         }
         ours, theirs = socket.socketpair()
         try:
-            with theirs, _shared_memory(PLACES * 3 * side**2) as file, _for_us_alone(signal.SIGINT, signal.SIGTERM):
+            with (
+                theirs,
+                _shared_memory(PLACES * 3 * side**2) as file,
+                _for_us_alone(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+            ):
                 self._process = subprocess.Popen(  # noqa: S603
                     [*command, str(file.fileno())],
                     stdin=theirs.fileno(),

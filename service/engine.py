@@ -96,9 +96,12 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """End the thread after the batch that is running; what is still queued is answered with `Draining`."""
+        """End the thread after the batch that is running; what is still queued is answered with `Draining`.
+
+        Nothing waits for a warm-up: it has no answer for anybody.
+        """
         self._send(None)
-        self._thread.join(timeout_s)
+        self._thread.join(0.0 if timeout_s is not None and self._state is State.STARTING else timeout_s)
 
     def submit(
         self,

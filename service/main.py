@@ -3,8 +3,10 @@
 import gc
 import logging
 import math
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +27,8 @@ from service.cores import usable_cores
 from service.decoder import Decoder
 from service.engine import Engine
 from service.gpus import watch_gpus
-from service.keys import read_keys
+from service.keys import Keys
+from service.listen import url
 from service.metrics import DeviceEvents, Metrics
 from service.runner import PreparedRunner, driver_name, set_threads
 from service.schemas import LabelBody, ModelBody
@@ -36,6 +39,8 @@ if sys.platform != "win32":
     import resource
 
 logger = logging.getLogger(__name__)
+
+SIGHUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
 
 CONNECTIONS = 65_536  # that may be open at once, where the system allows it
 
@@ -52,8 +57,8 @@ LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 
 
 class Server(uvicorn.Server):
-    """Uvicorn with a drain: after SIGTERM or SIGINT the port stays open, and refuses, until all that was accepted is
-    answered. A second signal stops at once.
+    """Uvicorn with a drain: after SIGTERM, SIGINT or SIGHUP the port stays open, and new requests are refused, until
+    all accepted ones are answered. A second SIGTERM or SIGINT stops at once.
     """
 
     def __init__(self, config: uvicorn.Config, client: EngineClient, drain_timeout_s: float) -> None:
@@ -61,18 +66,32 @@ class Server(uvicorn.Server):
         self._client = client
         self._drain_timeout_s = drain_timeout_s
         self._drain_since: float | None = None
+        self._shortest_drain_s = SHORTEST_DRAIN_S
         self._failed = False
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         gc.collect()
         gc.freeze()  # a million objects that stay: looking through them again and again would hold requests up
+        # Unless it is ignored, as by `nohup`. Uvicorn itself handles SIGTERM and SIGINT.
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(SIGHUP) == signal.SIG_DFL:
+            signal.signal(SIGHUP, self.handle_exit)
         super().run(sockets)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            logger.info("running on %s (press Ctrl-C to quit)", url(each))
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._drain_since is None:
+        if not self.started:  # nothing has been accepted, and what startup waits for may take long
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        elif self._drain_since is None:
+            if self._client.state is State.STARTING:  # nothing has been accepted
+                self._shortest_drain_s = 0.0
             self._drain_since = time.monotonic()
             self._client.begin_drain()
-        else:
+        elif sig != SIGHUP:  # when a terminal is closed, the kernel sends it, and so does the shell
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -84,7 +103,7 @@ class Server(uvicorn.Server):
         if self._drain_since is not None:
             drained_s = time.monotonic() - self._drain_since
             left_s = self._drain_timeout_s - drained_s
-            if left_s <= 0 or (drained_s >= SHORTEST_DRAIN_S and not self._client.requests):
+            if left_s <= 0 or (drained_s >= self._shortest_drain_s and not self._client.requests):
                 await self._client.close()  # whoever still waits is told now
                 self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for answers still being sent
                 return True
@@ -95,15 +114,19 @@ class Server(uvicorn.Server):
         return 1 if self.force_exit or self._failed else 0
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | None) -> int:
     """Serve until a signal ends it; returns the process's exit status.
 
+    Args:
+        settings: the options.
+        sockets: bound; the server listens on them.
+        keys: of which requests must carry one; None: no key is needed.
+
     Raises:
-        CheckpointError, ValueError: the checkpoint, the device or the API keys cannot be used.
+        CheckpointError, ValueError: the checkpoint or the device cannot be used.
     """
     log.configure(settings.log_level, settings.log_format)
     _allow_connections()
-    keys = read_keys(settings.api_key_file) if settings.api_key_file else None
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
     prepared = prepare_each(checkpoint, settings)
@@ -120,7 +143,7 @@ def serve(settings: Settings) -> int:
     app = create_app(settings, client, decoder, metrics, model, keys)
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
-    server.run()
+    server.run(list(sockets))
     return server.exit_code
 
 

@@ -31,7 +31,11 @@ class Settings(BaseModel):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; several, separated by commas, share the work")
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="arithmetic of the network")
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: all")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="addresses to listen on, separated by commas; 0.0.0.0: all of IPv4, ::: of IPv6 and IPv4",
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     threads: Literal["auto"] | Count = Field("auto", description="cores that one batch may use on the CPU")
     max_batch_size: Literal["auto"] | Count = Field(

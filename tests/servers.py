@@ -46,9 +46,9 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 class ServerProcess:
     """`rednet serve` as users run it."""
 
-    def __init__(self, *options: object, ready: bool = True, **environment: str) -> None:
+    def __init__(self, *options: object, ready: bool = True, before: Sequence[object] = (), **environment: str) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  (closed in __exit__)
-        command = [REDNET, "serve", "--port", "0", *options]
+        command = [*before, REDNET, "serve", "--port", "0", *options]
         variables = os.environ | environment
         self.process = subprocess.Popen([str(part) for part in command], stderr=self._log, env=variables)
         self.client = httpx.Client(timeout=PATIENCE_S)
@@ -170,9 +170,9 @@ class ServerThread:
         """Call a function on the server's event loop."""
         self._server.servers[0].get_loop().call_soon_threadsafe(function)
 
-    def terminate(self) -> None:
-        """What a SIGTERM would do; only a main thread gets real ones."""
-        self._server.handle_exit(signal.SIGTERM, None)
+    def terminate(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """What a signal would do; only a main thread gets real ones."""
+        self._server.handle_exit(by, None)
 
     @property
     def exit_code(self) -> int:
