@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -200,5 +200,4 @@ class Surroundings:
             self._metrics.request_done(endpoint, status, duration_s)
             log.note(method=scope["method"], endpoint=endpoint, status=status)
             log.note_ms(duration=duration_s)
-            with suppress(OSError):  # who read standard error is gone; that is no reason to stop answering
-                requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)
+            requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)

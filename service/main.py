@@ -125,7 +125,7 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | Non
     Raises:
         CheckpointError, ValueError: the checkpoint or the device cannot be used.
     """
-    log.configure(settings.log_level, settings.log_format)
+    writer = log.configure(settings.log_level, settings.log_format)
     _allow_connections()
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
@@ -135,6 +135,7 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | Non
     model = describe(checkpoint, prepared)
     metrics = Metrics()
     metrics.model(model)
+    metrics.watch_log(lambda: writer.dropped)
     if gpus := [each.device for each in prepared if each.device.type == "cuda"]:
         watch_gpus(metrics.registry, {str(device): driver_name(device) for device in gpus})
     client = LocalClient([_engine(each, settings, metrics) for each in prepared], settings.max_queue)

@@ -1,6 +1,6 @@
 """What Prometheus sees. All times in seconds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -13,6 +13,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from service.schemas import ModelBody
 from service.types import EngineClient, State
@@ -88,6 +90,10 @@ class Metrics:
         self._backlog.set_function(lambda: client.backlog_s)
         self._ready.set_function(lambda: client.state is State.READY)
 
+    def watch_log(self, dropped: Callable[[], int]) -> None:
+        """Read how many log lines were dropped whenever that is scraped."""
+        self.registry.register(_Dropped(dropped))
+
     def model(self, model: ModelBody) -> None:
         self._model.labels(model.name, model.architecture, model.device, model.precision).set(1)
         self._deviation.set(model.deviation)
@@ -121,6 +127,20 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Dropped(Collector):
+    """A counter that is kept elsewhere."""
+
+    def __init__(self, dropped: Callable[[], int]) -> None:
+        self._dropped = dropped
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "rednet_log_lines_dropped",
+            "Log lines that were not written: nothing read them, or writing failed.",
+            self._dropped(),
+        )
 
 
 class DeviceEvents:

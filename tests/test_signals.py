@@ -4,7 +4,6 @@ import os
 import pty
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pytest
 
 from tests.asking import occupy, predict
 from tests.conftest import encoded, photo
-from tests.servers import PATIENCE_S, REDNET, FakeRunner, ServerProcess, ServerThread, wait_until
+from tests.servers import PATIENCE_S, REDNET, FakeRunner, ServerProcess, ServerThread, free_port, is_ready, wait_until
 
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 ENDS_WITHIN_S = 2.0
@@ -168,7 +167,7 @@ def test_it_runs_without_standard_streams(tiny_path: Path, closed: str) -> None:
     process = subprocess.Popen(["sh", "-c", command], stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
-            wait_until(lambda: ready(client) or process.poll() is not None, "readiness")
+            wait_until(lambda: is_ready(client) or process.poll() is not None, "readiness")
             assert predict(client, encoded(photo())).status_code == 200
             for descriptor in range(3):
                 target = os.readlink(f"/proc/{process.pid}/fd/{descriptor}")
@@ -179,16 +178,3 @@ def test_it_runs_without_standard_streams(tiny_path: Path, closed: str) -> None:
     finally:
         process.kill()
         process.wait()
-
-
-def ready(client: httpx.Client) -> bool:
-    try:
-        return client.get("/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

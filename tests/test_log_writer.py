@@ -1,0 +1,156 @@
+"""Log lines to descriptors that block or fail, and servers whose log nobody reads."""
+
+import logging
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service import log_writer
+from service.log_writer import LogWriter
+from tests.asking import predict, sample
+from tests.conftest import encoded, photo
+from tests.servers import REDNET, free_port, is_ready, wait_until
+
+LINE = "x" * 99 + "\n"
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Both ends of a pipe: to read from, to write to."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        try:
+            os.close(end)
+        except OSError:
+            continue
+
+
+def read_all(end: int, until: bytes) -> bytes:
+    data = b""
+    while until not in data:
+        data += os.read(end, 1_000_000)
+    return data
+
+
+def test_lines_arrive_in_order(pipe: tuple[int, int]) -> None:
+    """From several threads, each thread's lines in its order, and none is cut."""
+    writer = LogWriter(pipe[1])
+    threads = [
+        threading.Thread(target=lambda name=name: [writer.write(f"{name} {i}\n") for i in range(300)]) for name in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    writer.close()
+    lines = os.read(pipe[0], 1_000_000).decode().splitlines()
+    for name in "ab":
+        assert [line for line in lines if line[0] == name] == [f"{name} {i}" for i in range(300)]
+    assert writer.dropped == 0
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_an_unread_log_blocks_nobody_and_its_gaps_are_counted(
+    pipe: tuple[int, int], blocking: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writing goes on at full speed; when the reader returns, every line is either there or counted as dropped."""
+    monkeypatch.setattr(log_writer, "CLOSE_TIMEOUT_S", 0.2)
+    os.set_blocking(pipe[1], blocking)
+    writer = LogWriter(pipe[1])
+    count = 3 * log_writer.MAX_PENDING_CHARS // len(LINE)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(count):
+            writer.write(LINE)
+        started = time.monotonic()
+        writer.close()
+        assert 0.2 <= time.monotonic() - started < 5
+        assert writer.dropped >= count // 3
+        expected = count - writer.dropped
+        arrived = 0
+        while arrived < expected * len(LINE):
+            arrived += len(os.read(pipe[0], 1_000_000))
+        wait_until(lambda: bool(caplog.records), "the report")
+    assert f"{writer.dropped} log lines were dropped" in caplog.text
+    writer.write("and it goes on\n")
+    assert b"and it goes on" in read_all(pipe[0], b"goes on\n")
+
+
+def test_a_log_without_a_reader_is_dropped_and_counted(pipe: tuple[int, int]) -> None:
+    """EPIPE, as after `rednet serve 2>&1 | head`."""
+    os.close(pipe[0])
+    writer = LogWriter(pipe[1])
+    for _ in range(10):
+        writer.write(LINE)
+    wait_until(lambda: writer.dropped == 10, "the count")
+    writer.close()
+
+
+def test_a_full_disk_drops_lines_until_there_is_room(tmp_path: Path) -> None:
+    """ENOSPC, from the kernel's device for it; what is written after it, to a disk with room, arrives."""
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    try:
+        writer = LogWriter(descriptor)
+        for _ in range(10):
+            writer.write(LINE)
+        wait_until(lambda: writer.dropped == 10, "the count")
+        os.dup2(room := os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), descriptor)
+        os.close(room)
+        writer.write("room again\n")
+        writer.close()
+        assert (tmp_path / "log").read_text() == "room again\n"
+        assert writer.dropped == 10
+    finally:
+        os.close(descriptor)
+
+
+def test_text_that_is_not_unicode_is_written_escaped(pipe: tuple[int, int]) -> None:
+    """A file name with a byte that no encoding has must not end the log."""
+    writer = LogWriter(pipe[1])
+    writer.write("before \udcff after\n")
+    assert read_all(pipe[0], b"\n") == b"before \\udcff after\n"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_server_with_an_unread_log_answers_and_stops(tiny_path: Path, log_format: str) -> None:
+    """`rednet serve 2>&1 | sleep 1000`: the pipe is full after some hundred requests. SIGTERM still ends it."""
+    command = [str(REDNET), "serve", "--port", "0", "--checkpoint", str(tiny_path), "--log-format", log_format]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stderr is not None
+        found = (re.search(r"running on http://127.0.0.1:(\d+)", line) for line in process.stderr)
+        port = next(int(each[1]) for each in found if each)
+        with closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            for _ in range(600):  # with 128 characters each for an id: 150 kB, twice what a pipe holds
+                connection.request("GET", "/v1/model", headers={"X-Request-Id": "i" * 128})
+                answer = connection.getresponse()
+                assert answer.status == 200
+                answer.read()
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_a_server_on_a_full_disk_counts_what_it_cannot_log(tiny_path: Path) -> None:
+    """It answers, `/metrics` shows the number of lines, and it ends with status 0."""
+    port = free_port()
+    command = [str(REDNET), "serve", "--port", str(port), "--checkpoint", str(tiny_path)]
+    with (
+        Path("/dev/full").open("wb") as full,
+        subprocess.Popen(command, stderr=full) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        wait_until(lambda: is_ready(client), "readiness")
+        before = sample(client, "rednet_log_lines_dropped_total")
+        assert before > 0
+        assert predict(client, encoded(photo())).status_code == 200
+        wait_until(lambda: sample(client, "rednet_log_lines_dropped_total") == before + 1, "the count")
+        process.terminate()
+        assert process.wait(60) == 0
