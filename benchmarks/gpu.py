@@ -24,11 +24,11 @@ from benchmarks.network import network
 from benchmarks.official import official_layer
 from benchmarks.peers import Unfolded, with_involution
 from model import Preprocess, RedNet, prepare
-from model.exact import exact_float32
-from model.folded import folded
-from model.fused import Fused
-from model.kernels import cuda
-from model.prepare import DTYPES, TOLERANCE, Prepared
+from model.inference.cuda.network import TritonRedNet
+from model.inference.fold_batchnorm import fold_batchnorm
+from model.inference.preparation import DTYPES, TOLERANCE, Prepared
+from model.inference.tf32 import ieee_float32
+from model.ops import triton_ops as cuda
 
 SIDE = 224
 BATCHES = (1, 8, 64, 256)
@@ -55,9 +55,9 @@ def peers(net: RedNet, precision: str, official: Path | None) -> dict[str, Run]:
         module = module.eval().to("cuda", dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return lambda pixels: module(((pixels / 255 - mean) / std).to(dtype, memory_format=torch.channels_last))
 
-    found = {"definition": on_pixels(with_involution(folded(net), Unfolded))}
+    found = {"definition": on_pixels(with_involution(fold_batchnorm(net), Unfolded))}
     if official and precision == "fp32":  # it knows no half precision
-        found["official kernel"] = on_pixels(with_involution(folded(net), official_layer(official)))
+        found["official kernel"] = on_pixels(with_involution(fold_batchnorm(net), official_layer(official)))
     try:
         from torchvision.models import resnet50
     except ImportError:
@@ -97,8 +97,8 @@ def convolution_rows(net: RedNet, batch: int = 64) -> list[dict[str, object]]:
             rows[key] = {"shape": str(key), "one pass ms": one_ms, "several ms": several_ms}
         return sure()
 
-    with patch("model.fused.first_that_runs", both):
-        Fused(net, Preprocess(crop=SIDE), torch.device("cuda"), torch.bfloat16)(random_pixels(batch))
+    with patch("model.inference.cuda.network.first_that_runs", both):
+        TritonRedNet(net, Preprocess(crop=SIDE), torch.device("cuda"), torch.bfloat16)(random_pixels(batch))
     return list(rows.values())
 
 
@@ -143,10 +143,11 @@ def main() -> None:
     compilable: list[tuple[str, str, Run, int]] = []
     for precision in PRECISIONS:
         run = prepare(net, Preprocess(crop=SIDE), "cuda", precision)
-        found = f"{run.backend}, deviates by {run.deviation:.1e} of {TOLERANCE[precision]}; {run.passed_over}"
+        error, tolerance = run.max_relative_error, TOLERANCE[precision]
+        found = f"{run.backend}, relative error {error:.1e} of {tolerance}; {run.rejected_backends}"
         others = peers(net, precision, options.official)
         forms: dict[str, Run] = {"ours": run, **others}
-        with exact_float32():
+        with ieee_float32():
             rows = [rate_row(name, precision, each, batch) for name, each in forms.items() for batch in BATCHES]
         more = {"worst_first_use": unseen_sizes(run)} if precision == "bf16" else {}
         report(f"gpu-network-{precision}", f"rednet50, {SIDE}x{SIDE}, {card}; {found}; {more}", rows, **more)
@@ -160,7 +161,7 @@ def main() -> None:
             print(f"no time left to compile: {name}, {precision}, batch {batch}")
             continue
         mode = "reduce-overhead" if batch == 1 else "default"  # CUDA graphs, as ours
-        with exact_float32():
+        with ieee_float32():
             compiled: Run = torch.compile(each, dynamic=False, mode=mode)
             rows.append(rate_row(f"{name}, torch.compile, {mode}", precision, compiled, batch))
         report("gpu-compiled", f"{SIDE}x{SIDE}, {card}", rows)

@@ -1,4 +1,4 @@
-"""The int8 form beside float32 on the same cores: calls in turn, medians of the ratios of neighbours."""
+"""The int8 backend beside float32 on the same cores: calls in turn, medians of the ratios of neighbours."""
 
 import statistics
 import time
@@ -8,9 +8,9 @@ import torch
 from benchmarks.measure import report
 from benchmarks.network import network
 from model import Preprocess
-from model.int8_form import Int8Form
-from model.native_form import NativeForm
-from model.scales import observe
+from model.inference.activation_ranges import collect_activation_ranges
+from model.inference.int8_backend import Int8Backend
+from model.inference.native_backend import NativeBackend
 
 SIDE = 224
 BUDGET_S = 6.0
@@ -22,17 +22,18 @@ def main() -> None:
     for name in ("rednet50", "rednet26"):
         net = network(name)
         photos = torch.randint(0, 256, (8, 3, SIDE, SIDE), dtype=torch.uint8)
-        forms = (NativeForm(net, preprocess), Int8Form(net, preprocess, observe(net, preprocess, photos[:2])))
+        ranges = collect_activation_ranges(net, preprocess, photos[:2])
+        backends = (NativeBackend(net, preprocess), Int8Backend(net, preprocess, ranges))
         for batch in (1, 8):
             pixels = photos[:batch]
             times: list[tuple[float, ...]] = []
-            for form in forms:
-                form(pixels)
+            for backend in backends:
+                backend(pixels)
             while sum(map(sum, times)) < BUDGET_S:
                 pair = []
-                for form in forms:
+                for backend in backends:
                     started = time.perf_counter()
-                    form(pixels)
+                    backend(pixels)
                     pair.append(time.perf_counter() - started)
                 times.append(tuple(pair))
             exact_s, int8_s = (statistics.median(each) for each in zip(*times, strict=True))

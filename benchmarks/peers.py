@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model import Preprocess, RedNet, prepare
-from model.folded import folded
+from model.inference.fold_batchnorm import fold_batchnorm
 from model.involution import Involution
-from model.kernels import reference, use
+from model.ops import reference, use
 
 Pixels = NDArray[np.uint8]  # [B, 3, H, W]
 Run = Callable[[Pixels], object]
@@ -66,7 +66,7 @@ def with_involution(net: RedNet, kind: Callable[[Involution], nn.Module]) -> Red
 
 def exportable(net: RedNet) -> RedNet:
     """A copy of the network, batch norms folded, without our operator."""
-    return with_involution(folded(net), Shifted)
+    return with_involution(fold_batchnorm(net), Shifted)
 
 
 def definition(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
@@ -76,7 +76,7 @@ def definition(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
 
 def portable(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
     """Our form for where there is no native library, eager."""
-    return _eager(folded(net), preprocess, "portable")
+    return _eager(fold_batchnorm(net), preprocess, "torch")
 
 
 def _eager(net: RedNet, preprocess: Preprocess, implementation: str) -> Run:
@@ -96,7 +96,7 @@ def compiled(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
     from torch._inductor import config
 
     config.freezing = True
-    plain = torch.compile(folded(net).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    plain = torch.compile(fold_batchnorm(net).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
     def run(pixels: Pixels) -> object:
         with torch.no_grad():

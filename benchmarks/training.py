@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from benchmarks.measure import bars, matrix_product_gflops, median_s, report
 from benchmarks.network import multiply_adds
 from model import create_rednet
-from model.kernels import use
+from model.ops import use
 from model.steps import keep_freed_memory
 
 BATCH, SIDE = 64, 128
 FORMS = {  # implementation, memory format, whether freed memory is kept
     "native, as rednet train": ("native", torch.channels_last, True),
-    "portable, same settings": ("portable", torch.channels_last, True),
-    "portable": ("portable", torch.contiguous_format, False),
+    "portable, same settings": ("torch", torch.channels_last, True),
+    "portable": ("torch", torch.contiguous_format, False),
 }
 
 

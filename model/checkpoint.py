@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from model.inference.activation_ranges import validate_ranges
 from model.labels import Label, imagenet_labels, numbered_labels, unique_labels
 from model.paddle import PaddleError, read_pdparams
 from model.preprocess import Preprocess
 from model.rednet import RedNet, RedNetConfig
-from model.scales import check
 from model.state_dicts import class_names, find_state_dict, infer_config
 from model.text import clean_json, clean_text
 from model.torch_files import TORCH_PICKLE, ZIP, read_torch_file
@@ -52,7 +52,7 @@ class Checkpoint:
     preprocess: Preprocess = field(default_factory=Preprocess)
     name: str
     provenance: Mapping[str, Any] = field(default_factory=dict)  # data, command, seed, versions, accuracy
-    calibration: Mapping[str, float] | None = None  # int8 scales, as `model.scales` makes them
+    calibration: Mapping[str, float] | None = None  # int8 scales, as `model.inference.activation_ranges` makes them
 
 
 def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
@@ -145,7 +145,7 @@ def _load_own(path: Path) -> Checkpoint:
         calibration = description.get("calibration")
         if calibration is not None:
             calibration = dict(calibration)
-            check(net, calibration)
+            validate_ranges(net, calibration)
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:

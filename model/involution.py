@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from model.kernels import forward
+from model.ops import forward
 
 
 def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:

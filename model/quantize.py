@@ -11,11 +11,11 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.folders import all_photos
+from model.inference.activation_ranges import collect_activation_ranges
+from model.inference.preparation import SelfCheckError, prepare
 from model.photos import PhotoError, read_photo
-from model.prepare import SelfCheckError, prepare
 from model.preprocess import Preprocess
 from model.progress import progress
-from model.scales import observe
 
 MOST_PHOTOS = 256
 FEW_PHOTOS = 32
@@ -47,7 +47,7 @@ def quantize(checkpoint: Checkpoint, folder: Path, workers: int = 2) -> Checkpoi
             f"int8 scales from {len(seen)} photos only: what others make of the network may go beyond them and be "
             f"cut off; {FEW_PHOTOS} or more, of all classes, are safer"
         )
-    scales = observe(checkpoint.net, checkpoint.preprocess, seen)
+    scales = collect_activation_ranges(checkpoint.net, checkpoint.preprocess, seen)
     quantised = replace(checkpoint, calibration=scales)
     report = {"photos": len(seen), **_agreement(quantised, others)}
     return replace(quantised, provenance={**checkpoint.provenance, "int8": report})

@@ -13,9 +13,9 @@ from model.calibrate import fit_temperature
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.evaluate import evaluate
 from model.folders import MAX_NAMED, read_folder
+from model.inference.preparation import prepare
 from model.labels import named
 from model.photos import Photo, PhotoError, check_photos
-from model.prepare import prepare
 from model.recipe import Recipe
 from model.rednet import RedNet, RedNetConfig
 from model.resume import ResumeFile, State

@@ -143,7 +143,7 @@ def quantize(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     from model import load_checkpoint
-    from model.prepare import resolve_device
+    from model.inference.preparation import resolve_device
     from model.recipe import FINE_TUNING_RATE, Recipe
     from model.train import train as run_training
     from service.runner import set_threads

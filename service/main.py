@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from model import Checkpoint, Prepared, load_checkpoint, prepare
-from model.prepare import resolve_device
+from model.inference.preparation import resolve_device
 from service import log
 from service.app import create_app
 from service.batcher import Batcher
@@ -130,8 +130,8 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | Non
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
     prepared = prepare_each(checkpoint, settings)
-    for reason in prepared[0].passed_over:
-        logger.warning("passed over: %s", reason)
+    for reason in prepared[0].rejected_backends:
+        logger.warning("rejected backend: %s", reason)
     model = describe(checkpoint, prepared)
     metrics = Metrics()
     metrics.model(model)
@@ -197,8 +197,8 @@ def describe(checkpoint: Checkpoint, prepared: Sequence[Prepared]) -> ModelBody:
         device=",".join(str(each.device) for each in prepared),
         precision=first.precision,
         backend=first.backend,
-        passed_over=list(first.passed_over),
-        deviation=max(each.deviation for each in prepared),
+        passed_over=list(first.rejected_backends),
+        deviation=max(each.max_relative_error for each in prepared),
     )
 
 

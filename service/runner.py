@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.explain import class_activation
-from model.form import Output
-from model.prepare import Prepared
+from model.inference.backend import Output
+from model.inference.cam import class_activation
+from model.inference.preparation import Prepared
 from service.cost import CostTable, measure
 from service.transfer import Direct, Overlapped, named_errors
 from service.types import ClassActivation, KernelSums, Pixels, Running, Wish

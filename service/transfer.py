@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.form import Output
+from model.inference.backend import Output
 from service.types import DeviceLost, Floats, Pixels, RunnerOutput, Running
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model import Checkpoint, CheckpointError, create_rednet, load_checkpoint, save_checkpoint
 from model.checkpoint import METADATA_KEY
+from model.inference.activation_ranges import required_activations
 from model.labels import imagenet_labels
-from model.scales import needed
 from model.state_dicts import infer_config
 
 
@@ -40,7 +40,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 def test_what_is_saved_comes_back(tiny: Checkpoint, tmp_path: Path) -> None:
     """Weights bit for bit, architecture, labels, preprocessing, name, provenance and int8 scales."""
-    scales = {name: 0.1 + index for index, name in enumerate(needed(tiny.net))}
+    scales = {name: 0.1 + index for index, name in enumerate(required_activations(tiny.net))}
     written = replace(tiny, provenance={"data": "none", "seed": 3}, calibration=scales)
     save_checkpoint(tmp_path / "x.safetensors", written)
     read = load_checkpoint(str(tmp_path / "x.safetensors"))

@@ -97,7 +97,7 @@ def test_info_tells_what_would_run(tiny_path: Path, capsys: pytest.CaptureFixtur
     assert main(["info", "--checkpoint", str(tiny_path), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["name"], info["architecture"], info["versions"]["torch"]) == ("tiny", "rednet26", torch.__version__)
-    assert ("native engine" if unavailable() is None else "portable involution") in info["backend"]
+    assert ("native engine" if unavailable() is None else "involution: torch") in info["backend"]
     assert main(["info", "--checkpoint", str(tiny_path)]) == 0
     assert "architecture: rednet26" in capsys.readouterr().out
 

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from model import Preprocess, RedNet, load_checkpoint, prepare
-from model.form import Form, Output, Stages
-from model.prepare import Prepared
-from model.torch_form import TorchForm
+from model.inference.backend import InferenceBackend, Output, Stages
+from model.inference.preparation import Prepared
+from model.inference.torch_backend import TorchBackend
 from service.runner import PreparedRunner
 from service.schemas import ExplainBody
 from service.types import ClassActivation, KernelSums, Pixels, Running, Wish
@@ -40,9 +40,9 @@ def net(tiny_path: Path) -> RedNet:
 class Recording:
     """A form that remembers which maps it was asked for."""
 
-    backend = "recording"
+    name = "recording"
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: InferenceBackend) -> None:
         self._form = form
         self.asked: list[tuple[list[int], list[int]]] = []
 
@@ -54,8 +54,8 @@ class Recording:
 @pytest.fixture(params=[pytest.param("native", marks=needs_native), "torch"])
 def form(request: pytest.FixtureRequest, net: RedNet) -> Recording:
     if request.param == "native":
-        return Recording(prepare(net, SQUARE, "cpu").form)
-    return Recording(TorchForm(net, SQUARE, CPU, torch.float32))
+        return Recording(prepare(net, SQUARE, "cpu").implementation)
+    return Recording(TorchBackend(net, SQUARE, CPU, torch.float32))
 
 
 @pytest.fixture

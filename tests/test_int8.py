@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from model import create_rednet
-from model.int8_form import MAX_SUMMANDS, Int8Form, check_sums
+from model.inference.activation_ranges import collect_activation_ranges, required_activations
+from model.inference.int8_backend import MAX_SUMMANDS, Int8Backend, validate_sums
+from model.inference.native_backend import NativeBackend
+from model.inference.preparation import prepare
 from model.native import int8_builds, int8_unavailable
-from model.native_form import NativeForm
-from model.prepare import prepare
 from model.preprocess import Preprocess
-from model.scales import needed, observe
 from tests.int8_reference import Int8Reference
 from tests.test_native import network, photos
 
@@ -38,9 +38,9 @@ def test_every_code_is_that_of_the_definition(
     """Stage maps and the kernels behind their sums, to the last bit, for shapes the paper does and does not use."""
     net = network(name, **fields)
     pixels = photos(2, *size)
-    scales = observe(net, Preprocess(), pixels)
+    scales = collect_activation_ranges(net, Preprocess(), pixels)
     expected = Int8Reference(net, Preprocess(), scales)(pixels)
-    output = Int8Form(net, Preprocess(), scales, threads=2, build=build)(pixels, range(4), range(4))
+    output = Int8Backend(net, Preprocess(), scales, threads=2, build=build)(pixels, range(4), range(4))
     assert output.stages is not None
     assert output.kernel_sums is not None
     for stage in range(4):
@@ -61,11 +61,11 @@ def test_no_bit_depends_on_neighbours_or_threads(build: str) -> None:
     """A photo's answer is the same alone, in any batch up to nine and on any number of threads."""
     net = network()
     pixels = photos(9, 144, 160)
-    scales = observe(net, Preprocess(), pixels)
-    alone = Int8Form(net, Preprocess(), scales, threads=1, build=build)
+    scales = collect_activation_ranges(net, Preprocess(), pixels)
+    alone = Int8Backend(net, Preprocess(), scales, threads=1, build=build)
     expected = torch.cat([alone(photo.unsqueeze(0)).logits for photo in pixels])
     for threads in (1, 2, 3):
-        form = Int8Form(net, Preprocess(), scales, threads=threads, build=build)
+        form = Int8Backend(net, Preprocess(), scales, threads=threads, build=build)
         for batch in range(1, 10):
             assert torch.equal(form(pixels[:batch]).logits, expected[:batch])
 
@@ -75,8 +75,8 @@ def test_it_stays_close_to_float32() -> None:
     """Features point where those of float32 do."""
     net = network()
     pixels = photos(4, 96, 96)
-    ours = Int8Form(net, Preprocess(), observe(net, Preprocess(), pixels))(pixels).features
-    exact = NativeForm(net, Preprocess())(pixels).features
+    ours = Int8Backend(net, Preprocess(), collect_activation_ranges(net, Preprocess(), pixels))(pixels).features
+    exact = NativeBackend(net, Preprocess())(pixels).features
     assert torch.cosine_similarity(ours, exact).min() > 0.99
 
 
@@ -85,7 +85,7 @@ def test_prepare_takes_scales_or_photos() -> None:
     """Both are the same network; without them, or with those of another network, there is a clear error."""
     net = network()
     pixels = photos(4, 64, 64)
-    scales = observe(net, Preprocess(), pixels)
+    scales = collect_activation_ranges(net, Preprocess(), pixels)
     from_scales = prepare(net, Preprocess(), "cpu", "int8", scales)
     from_photos = prepare(net, Preprocess(), "cpu", "int8", pixels)
     assert from_scales.precision == "int8"
@@ -94,30 +94,30 @@ def test_prepare_takes_scales_or_photos() -> None:
     with pytest.raises(ValueError, match="int8 needs a calibration"):
         prepare(net, Preprocess(), "cpu", "int8")
     with pytest.raises(ValueError, match=r"backbone.stem.0 is missing"):
-        prepare(net, Preprocess(), "cpu", "int8", {key: scales[key] for key in needed(net)[1:]})
+        prepare(net, Preprocess(), "cpu", "int8", {key: scales[key] for key in required_activations(net)[1:]})
 
 
 @needs_int8
 def test_auto_takes_int8_only_with_scales_and_only_if_it_is_faithful() -> None:
     """Scales that cut off most of what the network computes fail the self-check, and float32 serves."""
     net = network()
-    scales = observe(net, Preprocess(), photos(4, 64, 64))
+    scales = collect_activation_ranges(net, Preprocess(), photos(4, 64, 64))
     assert prepare(net, device="cpu").precision == "fp32"
     broken = prepare(net, device="cpu", calibration={name: scale / 20 for name, scale in scales.items()})
     assert broken.precision == "fp32"
-    assert any("int8" in reason and "deviates" in reason for reason in broken.passed_over)
+    assert any("int8" in reason and "deviates" in reason for reason in broken.rejected_backends)
 
 
 def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without them refuses int8 by name, and auto falls back to float32."""
     net = network()
-    scales = observe(net, Preprocess(), photos(1, 64, 64))
-    monkeypatch.setattr("model.int8_form.int8_unavailable", lambda: "no AVX2 here")
+    scales = collect_activation_ranges(net, Preprocess(), photos(1, 64, 64))
+    monkeypatch.setattr("model.inference.int8_backend.int8_unavailable", lambda: "no AVX2 here")
     with pytest.raises(ValueError, match="no AVX2 here"):
         prepare(net, device="cpu", precision="int8", calibration=scales)
     run = prepare(net, device="cpu", calibration=scales)
     assert run.precision == "fp32"
-    assert any("no AVX2 here" in reason for reason in run.passed_over)
+    assert any("no AVX2 here" in reason for reason in run.rejected_backends)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_int8_is_refused_where_sums_could_overflow(fields: dict[str, Any], layer
     with torch.device("meta"):
         net = create_rednet("rednet26", num_classes=2, **fields)
     if layer is None:
-        check_sums(net)
+        validate_sums(net)
     else:
         with pytest.raises(ValueError, match=layer):
-            check_sums(net)
+            validate_sums(net)
     assert MAX_SUMMANDS * 255 * 127 < 2**31 <= (MAX_SUMMANDS + 1) * 255 * 127

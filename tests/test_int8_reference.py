@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from model import Preprocess, create_rednet, load_checkpoint
-from model.int8_form import Int8Form
+from model.inference.activation_ranges import collect_activation_ranges, required_activations
+from model.inference.int8_backend import Int8Backend
 from model.native import int8_unavailable
-from model.scales import needed, observe
 from tests.conftest import lively, photo
 from tests.int8_reference import Codes, Int8Reference, averaged, fused
 
@@ -51,13 +51,13 @@ def test_it_is_the_float32_network_but_for_roundings(strides: tuple[int, ...], h
     pixels = torch.stack([torch.from_numpy(np.array(photo(seed, width, height))) for seed in range(3)]).permute(
         0, 3, 1, 2
     )
-    answer = Int8Reference(net, preprocess, observe(net, preprocess, pixels))(pixels)
+    answer = Int8Reference(net, preprocess, collect_activation_ranges(net, preprocess, pixels))(pixels)
     with torch.inference_mode():
         features = net.features(preprocess.normalise(pixels))
         logits = net.head(features)
     assert torch.cosine_similarity(answer.features, features).min() > 0.99
     torch.testing.assert_close(answer.logits, logits, rtol=0, atol=0.1 * float(logits.abs().max()))
-    assert answer.codes.keys() == set(needed(net))
+    assert answer.codes.keys() == set(required_activations(net))
     assert all(codes.float().abs().amax() >= 126 for codes in answer.codes.values())  # scales are used to their ends
 
 
@@ -66,7 +66,7 @@ def test_photos_do_not_disturb_each_other(tiny_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_path)
     pixels = torch.stack([torch.from_numpy(checkpoint.preprocess.pixels(photo(seed))) for seed in range(2)])
     network = Int8Reference(
-        checkpoint.net, checkpoint.preprocess, observe(checkpoint.net, checkpoint.preprocess, pixels)
+        checkpoint.net, checkpoint.preprocess, collect_activation_ranges(checkpoint.net, checkpoint.preprocess, pixels)
     )
     both, alone = network(pixels).codes, network(pixels[1:]).codes
     assert all(torch.equal(both[name][1:], alone[name]) for name in both)
@@ -80,7 +80,7 @@ def test_the_engine_gives_every_code_of_the_embedded_network() -> None:
     assert scales is not None
     pixels = torch.from_numpy(np.stack([np.asarray(photo(seed, 101, 83)) for seed in range(3)])).permute(0, 3, 1, 2)
     codes = Int8Reference(net, preprocess, scales)(pixels).codes
-    stages = Int8Form(net, preprocess, scales)(pixels, range(4)).stages
+    stages = Int8Backend(net, preprocess, scales)(pixels, range(4)).stages
     assert stages is not None
     for stage, block in zip(stages, ("layer1.0", "layer2.1", "layer3.3", "layer4.0"), strict=True):
         name = f"backbone.{block}"

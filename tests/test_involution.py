@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from model import Involution, create_rednet, involution
-from model.kernels import IMPLEMENTATIONS, operator, use
+from model.ops import IMPLEMENTATIONS, operator, use
 from tests.shared import needs_native
 
 
@@ -249,7 +249,7 @@ def test_dtypes_that_differ_are_refused() -> None:
 
 def test_an_unknown_implementation_is_refused() -> None:
     """The message lists those that exist."""
-    with pytest.raises(ValueError, match="reference, portable"), use("fast"):
+    with pytest.raises(ValueError, match="reference, torch"), use("fast"):
         pass
 
 
@@ -282,7 +282,7 @@ def test_the_operator_itself_reads_nothing_foreign() -> None:
 
 
 def test_kernels_larger_than_the_native_code_counts_are_computed_all_the_same() -> None:
-    """65x65: the portable form does it."""
+    """65x65: the torch implementation does it."""
     torch.manual_seed(0)
     x, kernel = torch.randn(1, 2, 3, 3), torch.randn(1, 1, 65 * 65, 3, 3)
     torch.testing.assert_close(involution(x, kernel), by_hand(x, kernel, 1))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from model import RedNet, create_rednet, prepare
+from model.inference.native_backend import NativeBackend
 from model.native import Engine, builds, unavailable
-from model.native_form import NativeForm
 from model.preprocess import Preprocess
 from model.rednet import BLOCKS
 from tests.conftest import lively
@@ -57,10 +57,10 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.norm(ours - expected) / torch.linalg.norm(expected))
 
 
-def engines(net: RedNet, threads: tuple[int, ...]) -> Iterator[NativeForm]:
+def engines(net: RedNet, threads: tuple[int, ...]) -> Iterator[NativeBackend]:
     """The network in every build and on every number of threads."""
     for build, count in itertools.product(builds(), threads):
-        yield NativeForm(net, Preprocess(), threads=count, build=build)
+        yield NativeBackend(net, Preprocess(), threads=count, build=build)
 
 
 @needs_native
@@ -72,8 +72,8 @@ def test_every_depth_and_build_is_the_definition(name: str) -> None:
     logits, features = exact(net, pixels)
     for engine in engines(net, (2,)):
         output = engine(pixels)
-        assert relative_error(output.logits, logits) < TOLERANCE, engine.backend
-        assert relative_error(output.features, features) < TOLERANCE, engine.backend
+        assert relative_error(output.logits, logits) < TOLERANCE, engine.name
+        assert relative_error(output.features, features) < TOLERANCE, engine.name
 
 
 @needs_native
@@ -85,8 +85,8 @@ def test_every_size_is_the_definition(size: tuple[int, int]) -> None:
     logits, features = exact(net, pixels)
     for engine in engines(net, (1, 2, 5)):
         output = engine(pixels)
-        assert relative_error(output.logits, logits) < TOLERANCE, engine.backend
-        assert relative_error(output.features, features) < TOLERANCE, engine.backend
+        assert relative_error(output.logits, logits) < TOLERANCE, engine.name
+        assert relative_error(output.features, features) < TOLERANCE, engine.name
 
 
 @needs_native
@@ -110,7 +110,7 @@ def test_every_configuration_is_the_definition(fields: dict[str, Any]) -> None:
     pixels = photos(3, 50, 70)
     logits, _ = exact(net, pixels)
     for engine in engines(net, (1, 2)):
-        assert relative_error(engine(pixels).logits, logits) < TOLERANCE, engine.backend
+        assert relative_error(engine(pixels).logits, logits) < TOLERANCE, engine.name
 
 
 @needs_native
@@ -119,10 +119,10 @@ def test_no_bit_depends_on_neighbours_or_threads() -> None:
     net = network()
     pixels = photos(9, 144, 160)  # late stages take three images at a time
     for build in builds():
-        alone = NativeForm(net, Preprocess(), threads=1, build=build)
+        alone = NativeBackend(net, Preprocess(), threads=1, build=build)
         expected = [alone(photo.unsqueeze(0), range(4), range(4)) for photo in pixels]
         for threads in (1, 2, 3, 5, 64):
-            engine = NativeForm(net, Preprocess(), threads=threads, build=build)
+            engine = NativeBackend(net, Preprocess(), threads=threads, build=build)
             for batch in range(1, 10):
                 output = engine(pixels[:batch], range(4), range(4))
                 for name, ours in output._asdict().items():
@@ -163,7 +163,7 @@ def test_the_engine_gives_the_official_outputs(depth: int) -> None:
 def test_what_does_not_fit_is_refused_at_the_boundary() -> None:
     """Arrays of another network, wrong dtypes and lengths: an error, and nothing is read or written."""
     net = network()
-    form = NativeForm(net, Preprocess(), threads=2)
+    form = NativeBackend(net, Preprocess(), threads=2)
     engine = form._engine
     numbers = [1, 2, 4, 1, 1, 2, 2, 2, 32, 16, 7, 7, 3, 4]
     one = [np.zeros(768, np.float32)]
@@ -204,7 +204,7 @@ def test_threads_of_python_may_share_an_engine() -> None:
     """Calls take turns; every answer is right."""
     from concurrent.futures import ThreadPoolExecutor
 
-    form = NativeForm(network(), Preprocess(), threads=2)
+    form = NativeBackend(network(), Preprocess(), threads=2)
     batches = [photos(batch, side, 48) for batch in (1, 2, 3) for side in (32, 48, 64)]  # three sizes: memory is shared
     expected = [form(pixels).logits for pixels in batches]
     with ThreadPoolExecutor(4) as pool:
@@ -216,9 +216,9 @@ def test_threads_of_python_may_share_an_engine() -> None:
 FORK = """
 import os, torch
 from model import create_rednet, involution
-from model.native_form import NativeForm
+from model.inference.native_backend import NativeBackend
 from model.preprocess import Preprocess
-form = NativeForm(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
+form = NativeBackend(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
 pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 x, kernel = torch.randn(2, 16, 8, 8), torch.randn(2, 1, 9, 8, 8)
 form(pixels)
@@ -248,7 +248,7 @@ def info(native: str) -> "subprocess.CompletedProcess[str]":
 def test_it_can_be_switched_off() -> None:
     """REDNET_NATIVE decides, and `rednet info` tells what runs instead and why."""
     result = info("off")
-    assert "backend: torch, portable involution\n" in result.stdout
+    assert "backend: torch, involution: torch\n" in result.stdout
     assert "passed_over: native engine: REDNET_NATIVE is off, int8: REDNET_NATIVE is off\n" in result.stdout
 
 
@@ -271,9 +271,9 @@ def test_where_there_is_a_compiler_there_is_the_library() -> None:
 EXIT = """
 import threading, time, torch
 from model import create_rednet
-from model.native_form import NativeForm
+from model.inference.native_backend import NativeBackend
 from model.preprocess import Preprocess
-form = NativeForm(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
+form = NativeBackend(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
 pixels = torch.zeros(16, 3, 224, 224, dtype=torch.uint8)
 def work():
     while True:

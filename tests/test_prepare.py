@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from model import RedNet, SelfCheckError, create_rednet, load_checkpoint, prepare
-from model.form import Form, Output, Stages
+from model.inference.backend import InferenceBackend, Output, Stages
+from model.inference.preparation import DTYPES, Prepared
+from model.inference.self_check import first_valid_backend, reference_output
+from model.inference.torch_backend import TorchBackend
 from model.native import unavailable
-from model.prepare import DTYPES, Prepared, first_sound, plain_answer
 from model.preprocess import Preprocess
-from model.torch_form import TorchForm
 from tests.shared import needs_native
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}  # relative, for a network of random weights
@@ -62,7 +63,7 @@ def test_maps_come_out_of_the_same_pass(net: RedNet, native: bool) -> None:
     """Stage maps are the network's, and kernel sums those of each stage's last involution, by either form."""
     run = prepare(net)
     if not native:
-        form = TorchForm(net, Preprocess(), torch.device("cpu"), torch.float32)
+        form = TorchBackend(net, Preprocess(), torch.device("cpu"), torch.float32)
         run = Prepared(form, Preprocess(), net.head.fc.weight, torch.device("cpu"), "fp32", 0.0)
     pixels = photos(3, 70, 50)
     kernels: list[Tensor] = []
@@ -102,8 +103,8 @@ def test_on_a_cpu_float32_runs_natively(net: RedNet) -> None:
     run = prepare(net, device="cpu")
     assert run.backend.startswith("native engine")
     assert run.precision == "fp32"
-    assert 0 < run.deviation < 1e-5
-    assert run.passed_over == ()
+    assert 0 < run.max_relative_error < 1e-5
+    assert run.rejected_backends == ()
 
 
 def test_what_the_engine_is_not_made_for_runs_in_torch() -> None:
@@ -111,8 +112,8 @@ def test_what_the_engine_is_not_made_for_runs_in_torch() -> None:
     net = create_rednet("rednet26", base_channels=16, stem_channels=32, group_channels=8, num_classes=3).eval()
     run = prepare(net, Preprocess(resize=64, crop=64), device="cpu")
     assert run.backend.startswith("torch")
-    expected = unavailable() or "16 channels a group, not 8"
-    assert expected in run.passed_over[0]
+    expected = unavailable() or "16 channels per group, not 8"
+    assert expected in run.rejected_backends[0]
 
 
 def test_preparing_does_not_wait_for_torchs_compiler() -> None:
@@ -125,11 +126,11 @@ def test_preparing_does_not_wait_for_torchs_compiler() -> None:
 
 
 class Deviating:
-    """A form that runs, and is wrong."""
+    """A backend that runs, and is wrong."""
 
-    backend = "wrong"
+    name = "wrong"
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: InferenceBackend) -> None:
         self._form = form
 
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
@@ -139,21 +140,21 @@ class Deviating:
 
 def test_a_form_that_deviates_is_passed_over(net: RedNet) -> None:
     """The next one runs, and the reason is told."""
-    sound = TorchForm(net, Preprocess(), torch.device("cpu"), torch.float32)
-    yardstick = plain_answer(net, Preprocess(), photos(1, 64, 64))
+    sound = TorchBackend(net, Preprocess(), torch.device("cpu"), torch.float32)
+    yardstick = reference_output(net, Preprocess(), photos(1, 64, 64))
 
-    def absent() -> Form:
+    def absent() -> InferenceBackend:
         raise RuntimeError("not on this machine")
 
-    def wrong() -> Form:
+    def wrong() -> InferenceBackend:
         return Deviating(sound)
 
-    def right() -> Form:
+    def right() -> InferenceBackend:
         return sound
 
     reasons: list[str] = []
     forms = [("absent", absent), ("wrong", wrong), ("right", right)]
-    form, deviation = first_sound(forms, yardstick, 3, 1e-4, reasons)
+    form, deviation = first_valid_backend(forms, yardstick, 3, 1e-4, reasons)
     assert form is sound
     assert deviation < 1e-5
     assert reasons[0] == "absent: not on this machine"
@@ -164,15 +165,15 @@ def test_a_form_that_deviates_is_passed_over(net: RedNet) -> None:
 def test_weights_of_any_precision_are_taken(net: RedNet, dtype: torch.dtype) -> None:
     """They are computed with in float32."""
     run = prepare(copy.deepcopy(net).to(dtype), device="cpu", precision="fp32")
-    assert run.deviation < 1e-5
-    assert run.passed_over == prepare(net, device="cpu").passed_over
+    assert run.max_relative_error < 1e-5
+    assert run.rejected_backends == prepare(net, device="cpu").rejected_backends
 
 
 def test_the_callers_autocast_stays_outside(net: RedNet) -> None:
     """Neither the check nor the form computes in another precision than the one it says."""
     with torch.autocast("cpu", torch.bfloat16):
         run = prepare(net, device="cpu")
-    assert run.deviation < 1e-5
+    assert run.max_relative_error < 1e-5
 
 
 def test_a_network_with_broken_weights_is_refused(net: RedNet) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import Preprocess, load_checkpoint, prepare
-from model.form import Output, Stages
-from model.prepare import Prepared
+from model.inference.backend import Output, Stages
+from model.inference.preparation import Prepared
 from service.runner import PreparedRunner
 from tests.test_prepare import CUDA, photos
 
@@ -35,7 +35,7 @@ def test_a_device_without_memory_says_so_in_one_way() -> None:
     """Torch's error for it becomes Python's, which the engine knows."""
 
     class Full:
-        backend = "full"
+        name = "full"
 
         def __call__(self, pixels: torch.Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
             raise torch.OutOfMemoryError

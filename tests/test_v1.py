@@ -116,9 +116,9 @@ def test_without_the_engine_answers_are_the_same(server: ServerProcess, tiny_pat
     data = encoded(photo())
     with ServerProcess("--checkpoint", tiny_path, REDNET_NATIVE="off") as running:
         model = running.client.get("/v1/model").json()
-        assert model["backend"] == "torch, portable involution"
+        assert model["backend"] == "torch, involution: torch"
         assert model["passed_over"] == ["native engine: REDNET_NATIVE is off"]
-        assert "passed over: native engine: REDNET_NATIVE is off" in running.log
+        assert "rejected backend: native engine: REDNET_NATIVE is off" in running.log
         slow, fast = classes(predict(running.client, data)), classes(predict(server.client, data))
         assert [entry["label"] for entry in slow] == [entry["label"] for entry in fast]
         for one, other in zip(slow, fast, strict=True):

@@ -1,6 +1,6 @@
 """C on the CPU, in float32 and float64, channels-last inside. The fast case: float32 and 16 channels per group.
 
-Half precisions are computed in float32. What it is not made for takes the portable form.
+Half precisions are computed in float32. Shapes and dtypes that it does not support run in `torch_ops`.
 """
 
 import os
@@ -10,8 +10,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from model.kernels import portable
 from model.native import Operators
+from model.ops import torch_ops
 
 DTYPES = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
@@ -23,7 +23,7 @@ def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     if x.dtype in HALVES:
         return forward(x.float(), kernel.float(), stride).to(x.dtype)
     if not _fits(x, kernel):
-        return portable.forward(x, kernel, stride)
+        return torch_ops.forward(x, kernel, stride)
     x, kernel = _channels_last(x), _taps_last(kernel)
     batch, h, w = kernel.shape[:3]
     out = x.new_empty(batch, h, w, x.shape[3])
@@ -37,7 +37,7 @@ def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tens
         grad_x, grad_kernel = backward(grad.float(), x.float(), kernel.float(), stride)
         return grad_x.to(x.dtype), grad_kernel.to(x.dtype)
     if not _fits(grad, x, kernel):
-        return portable.backward(grad, x, kernel, stride)
+        return torch_ops.backward(grad, x, kernel, stride)
     grad, x, kernel = _channels_last(grad), _channels_last(x), _taps_last(kernel)
     grad_x, grad_kernel = torch.empty_like(x), torch.empty_like(kernel)
     _call(stride, [x, kernel, grad, grad_x, grad_kernel], gradients=True)

@@ -12,7 +12,7 @@ from model.preprocess import Preprocess
 from tests.conftest import lively
 from tests.test_prepare import assert_close, photos
 
-fused = pytest.importorskip("model.fused", reason="no Triton here", exc_type=ImportError)
+fused = pytest.importorskip("model.inference.cuda.network", reason="no Triton here", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -22,7 +22,7 @@ def test_it_answers_like_the_plain_network(dtype: torch.dtype, tolerance: float)
     """Logits, features, stage maps and kernel sums, for odd sizes, from bytes and from normalised floats."""
     net = lively(create_rednet("rednet26", num_classes=5, base_channels=16, stem_channels=32, kernel_size=3))
     preprocess = Preprocess(mean=(0.5, 0.4, 0.3))
-    network = fused.Fused(net, preprocess, DEVICE, dtype)
+    network = fused.TritonRedNet(net, preprocess, DEVICE, dtype)
     pixels = photos(2, 35, 50)
     x = preprocess.normalise(pixels)
     kernels = []
@@ -44,7 +44,7 @@ def test_it_answers_like_the_plain_network(dtype: torch.dtype, tolerance: float)
 
 def test_maps_are_made_in_sizes_of_the_ladder() -> None:
     """Those that cuDNN has plans for; what a batch is padded with is cut off again."""
-    from model.cuda_form import CudaForm
+    from model.inference.cuda.backend import CudaBackend
 
     sizes: list[int] = []
 
@@ -53,11 +53,11 @@ def test_maps_are_made_in_sizes_of_the_ladder() -> None:
         each = pixels.float()
         return each, each, (each,), lambda stage: each + stage
 
-    form = CudaForm.__new__(CudaForm)  # without the device that its constructor asks for
-    form._device, form._arithmetic, form._network = torch.device("cpu"), nullcontext, network  # type: ignore[assignment]
+    form = CudaBackend.__new__(CudaBackend)  # without the device that its constructor asks for
+    form._device, form._precision, form._network = torch.device("cpu"), nullcontext, network  # type: ignore[assignment]
     pixels = photos(11, 4, 4)
     for batch in range(12):
-        logits, features, maps, sums = form._at_once(pixels[:batch], [0], [2])
+        logits, features, maps, sums = form._run_eagerly(pixels[:batch], [0], [2])
         assert maps is not None
         assert sums is not None
         for output in (logits, features, maps[0], sums[0] - 2):
@@ -67,7 +67,7 @@ def test_maps_are_made_in_sizes_of_the_ladder() -> None:
 
 def test_an_empty_batch_is_a_batch(tiny_path: Path) -> None:
     """No photos have no answers, of the usual shapes."""
-    network = fused.Fused(load_checkpoint(tiny_path).net, Preprocess(), DEVICE, torch.float32)
+    network = fused.TritonRedNet(load_checkpoint(tiny_path).net, Preprocess(), DEVICE, torch.float32)
     with torch.inference_mode():
         logits, features, maps, kernel_sums = network(photos(0, 64, 64).to(DEVICE))
     assert (len(logits), len(features), maps[3].shape[0], kernel_sums(3).shape[0]) == (0, 0, 0, 0)

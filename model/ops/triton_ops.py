@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels import portable
+from model.ops import torch_ops
 
 # Forward, a program computes strips of outputs of one group, side by side: a pixel that several windows of a strip hold
 # is read and converted once. Four at a time take 0.59 of the instructions, seven 0.55, but half as many registers again
@@ -210,7 +210,7 @@ def _input_gradient(
 def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
     if not _fits(x, kernel):
-        return portable.forward(x, kernel, stride)
+        return torch_ops.forward(x, kernel, stride)
     return _involution(x, kernel, stride, (None, None, None))
 
 
@@ -233,7 +233,7 @@ def fused(x: Tensor, kernel: Tensor, stride: int, bias: Tensor, scale: Tensor, s
 def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel from grad [B, C, h, w]."""
     if not _fits(grad, x, kernel):
-        return portable.backward(grad, x, kernel, stride)
+        return torch_ops.backward(grad, x, kernel, stride)
     shape = kernel.shape
     grad, x, kernel = _channels_last(grad), _channels_last(x), _flat(kernel)
     grad_x, grad_kernel = torch.empty_like(x), torch.empty_like(kernel)

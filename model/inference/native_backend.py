@@ -1,4 +1,4 @@
-"""The inference form that the native engine runs: float32 on the CPU, one call into C for a batch."""
+"""The inference backend of the native engine: float32 on the CPU, one call into C per batch."""
 
 from collections.abc import Iterator
 
@@ -6,27 +6,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.folded import folded, scale_and_shift
-from model.form import Maps, Output, Stages
+from model.inference.backend import Maps, Output, Stages
+from model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
 from model.involution import Involution
 from model.native import Engine, Floats, unavailable
 from model.preprocess import Preprocess
 from model.rednet import BLOCKS, Bottleneck, RedNet, RedNetConfig
 
-GROUP_CHANNELS = 16  # what the engine is built for: one vector register of floats
+GROUP_CHANNELS = 16  # the group width that the engine is built for: one vector register of floats
 
 
-class NativeForm:
+class NativeBackend:
     """A copy of a network inside the native engine.
 
     Args:
         net: a RedNet for RGB.
-        preprocess: how pixels are normalised.
-        threads: cores to use; None: as many as torch does.
+        preprocess: the normalisation of pixels.
+        threads: cores to use; None: as many as torch uses.
         build: as for `Engine`.
 
     Raises:
-        ValueError: the engine is not made for this network, or is not here; the message says why.
+        ValueError: the engine does not support this network or is not available; the message says why.
     """
 
     def __init__(
@@ -36,14 +36,16 @@ class NativeForm:
         if reason := unavailable():
             raise ValueError(reason)
         if config.group_channels != GROUP_CHANNELS:
-            raise ValueError(f"the native engine wants {GROUP_CHANNELS} channels a group, not {config.group_channels}")
+            raise ValueError(
+                f"the native engine supports {GROUP_CHANNELS} channels per group, not {config.group_channels}"
+            )
         arrays = [np.ascontiguousarray(array.numpy(), np.float32) for array in self._arrays(net, preprocess)]
         self._config = config
         self._engine = Engine(_numbers(config), arrays, threads or torch.get_num_threads(), build)
-        self.backend = f"native engine, {self._engine.build}, {self._engine.threads} threads"
+        self.name = f"native engine, {self._engine.build}, {self._engine.threads} threads"
 
     def _arrays(self, net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
-        return _arrays(folded(net).cpu(), preprocess)
+        return _arrays(fold_batchnorm(net).cpu(), preprocess)
 
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
         config, (batch, _, height, width) = self._config, pixels.shape
@@ -72,7 +74,7 @@ def _channels_first(maps: list[Floats | None]) -> Maps:
 
 
 def _numbers(config: RedNetConfig) -> list[int]:
-    """The fields of `struct config` in native/network.h."""
+    """Return the fields of `struct config` in native/network.h."""
     return [
         *BLOCKS[config.depth],
         *config.strides,
@@ -86,26 +88,26 @@ def _numbers(config: RedNetConfig) -> list[int]:
 
 
 def _arrays(net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
-    """A folded network as `network_create` in native/network.h takes it."""
+    """Yield a network with folded batch norms in the order of `network_create` in native/network.h."""
     values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
-    yield preprocess.normalise(values)  # what becomes of a pixel's value: [1, 3, 1, 256]
+    yield preprocess.normalise(values)  # the network's input for each pixel value: [1, 3, 1, 256]
     stem = net.backbone.stem
-    yield from stored_by_column(stem.get_submodule("0.conv"))
+    yield from ohwi_weights(stem.get_submodule("0.conv"))
     yield from _involution(stem[1], stem[2])
-    yield from stored_by_column(stem.get_submodule("4.conv"))
+    yield from ohwi_weights(stem.get_submodule("4.conv"))
     for block in net.modules():
         if isinstance(block, Bottleneck):
-            yield from stored_by_column(block.conv1)
+            yield from ohwi_weights(block.conv1)
             yield from _involution(block.conv2, block.bn2)
-            yield from stored_by_column(block.conv3)
+            yield from ohwi_weights(block.conv3)
             if block.downsample is not None:
-                yield from stored_by_column(block.downsample[0])
+                yield from ohwi_weights(block.downsample[0])
     yield net.head.fc.weight
     yield net.head.fc.bias
 
 
-def stored_by_column(conv: nn.Module) -> Iterator[Tensor]:
-    """Weights [out, row, column, in] and bias [out] of a folded convolution."""
+def ohwi_weights(conv: nn.Module) -> Iterator[Tensor]:
+    """Yield the weights [out, row, column, in] and bias [out] of a convolution with folded batch norm."""
     assert isinstance(conv, nn.Conv2d)
     assert conv.bias is not None
     yield conv.weight.permute(0, 2, 3, 1)  # [out, row, column, in]
@@ -114,6 +116,6 @@ def stored_by_column(conv: nn.Module) -> Iterator[Tensor]:
 
 def _involution(layer: nn.Module, bn: nn.Module) -> Iterator[Tensor]:
     assert isinstance(layer, Involution)
-    yield from stored_by_column(layer.get_submodule("conv1.conv"))
-    yield from stored_by_column(layer.get_submodule("conv2.conv"))
+    yield from ohwi_weights(layer.get_submodule("conv1.conv"))
+    yield from ohwi_weights(layer.get_submodule("conv2.conv"))
     yield from scale_and_shift(bn)

@@ -1,4 +1,4 @@
-"""Batch norms of a trained network, taken into what is before them."""
+"""Folds the batch norms of a trained network into the convolutions before them."""
 
 import copy
 
@@ -10,8 +10,11 @@ from model.involution import ConvModule
 from model.rednet import Bottleneck, RedNet
 
 
-def folded(net: RedNet) -> RedNet:
-    """A float32 copy in evaluation mode whose convolutions have taken in the batch norms that follow them."""
+def fold_batchnorm(net: RedNet) -> RedNet:
+    """Return a float32 copy in evaluation mode whose convolutions include the batch norms that followed them.
+
+    Batch norms after an involution remain: there is no convolution to fold them into (see `scale_and_shift`).
+    """
     net = copy.deepcopy(net).eval().requires_grad_(False).float()
     for module in net.modules():
         if isinstance(module, ConvModule) and isinstance(module.bn, nn.BatchNorm2d):
@@ -25,7 +28,7 @@ def folded(net: RedNet) -> RedNet:
 
 
 def scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a batch norm after an involution does to each channel, [C] both: no convolution is there to take it in."""
+    """Return a batch norm in evaluation mode as a scale and a shift per channel, both [C]."""
     assert isinstance(bn, nn.BatchNorm2d)
     assert bn.running_mean is not None
     assert bn.running_var is not None

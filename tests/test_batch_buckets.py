@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.ladder import Ladder, Program, rung
+from model.inference.cuda.batch_buckets import BatchBuckets, Program, bucket_size
 
 
 class Device:
@@ -32,7 +32,7 @@ class Device:
 
 def test_sizes_are_close_to_one_another() -> None:
     """No batch is padded by half as much again, and there are few sizes."""
-    sizes = [rung(images) for images in range(1, 257)]
+    sizes = [bucket_size(images) for images in range(1, 257)]
     assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
     assert all(images <= size < 1.5 * images for images, size in enumerate(sizes, start=1))
 
@@ -41,7 +41,7 @@ def test_sizes_are_close_to_one_another() -> None:
 def test_every_batch_gets_its_answers(batches: list[int], room: int) -> None:
     """Whatever came before, and however little memory there is; nothing is made twice."""
     device = Device(room)
-    ladder = Ladder(device.make)
+    ladder = BatchBuckets(device.make)
     for images in batches:
         pixels = torch.arange(images)
         plus, doubled = ladder(pixels)
@@ -53,7 +53,7 @@ def test_every_batch_gets_its_answers(batches: list[int], room: int) -> None:
 def test_after_the_largest_batch_nothing_is_made() -> None:
     """What later batches need was made with the largest, beginning with it, because the others fit into its memory."""
     device = Device()
-    ladder = Ladder(device.make)
+    ladder = BatchBuckets(device.make)
     ladder(torch.zeros(24))
     assert device.made == [24, 16, 12, 8, 6, 4, 3, 2, 1]
     for images in range(1, 25):
@@ -65,7 +65,7 @@ def test_after_the_largest_batch_nothing_is_made() -> None:
 def test_where_memory_ends_batches_run_in_parts() -> None:
     """It is tried once, and the largest size that had room is used from then on."""
     device = Device(room=9)
-    ladder = Ladder(device.make)
+    ladder = BatchBuckets(device.make)
     ladder(torch.zeros(20))
     assert device.made == [8, 6, 4, 3, 2, 1]
     assert device.ran == [(8, 8), (8, 8), (4, 4)]
@@ -77,7 +77,7 @@ def test_where_memory_ends_batches_run_in_parts() -> None:
 def test_what_was_made_before_stays_in_use_where_memory_ends() -> None:
     """As warm-up meets it: sizes double until one does not fit."""
     device = Device(room=128)
-    ladder = Ladder(device.make)
+    ladder = BatchBuckets(device.make)
     for images in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         ladder(torch.zeros(images))
     assert device.ran[-2:] == [(128, 128), (128, 128)]
@@ -88,4 +88,4 @@ def test_what_was_made_before_stays_in_use_where_memory_ends() -> None:
 def test_no_memory_at_all_is_an_error() -> None:
     """Not even one image: the caller must know."""
     with pytest.raises(MemoryError):
-        Ladder(Device(room=0).make)(torch.zeros(3))
+        BatchBuckets(Device(room=0).make)(torch.zeros(3))

@@ -24,16 +24,16 @@ def net(tiny_path: Path) -> RedNet:
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes that were captured, in order."""
-    from model.cuda_form import CudaForm
+    from model.inference.cuda.backend import CudaBackend
 
     sizes: list[int] = []
-    capture = CudaForm._captured
+    capture = CudaBackend._capture
 
-    def counted(form: CudaForm, size: int) -> object:
+    def counted(form: CudaBackend, size: int) -> object:
         sizes.append(size)
         return capture(form, size)
 
-    monkeypatch.setattr(CudaForm, "_captured", counted)
+    monkeypatch.setattr(CudaBackend, "_capture", counted)
     return sizes
 
 
@@ -66,7 +66,7 @@ def test_float32_is_not_cut(net: RedNet) -> None:
     """Convolutions are exact whatever the process has set, and leave the setting as it is."""
     torch.backends.cudnn.allow_tf32 = True
     run = prepare(net, SQUARE, "cuda", "fp32")
-    assert run.deviation < 1e-5
+    assert run.max_relative_error < 1e-5
     assert torch.backends.cudnn.allow_tf32
 
 

@@ -1,4 +1,4 @@
-"""The inference form that torch runs: anywhere, in any precision."""
+"""The inference backend in plain PyTorch: any device, any precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -6,28 +6,28 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from model.exact import exact_float32
-from model.folded import folded
-from model.form import Output, Stages
-from model.kernels import implementation_name
+from model.inference.backend import Output, Stages
+from model.inference.fold_batchnorm import fold_batchnorm
+from model.inference.tf32 import ieee_float32
+from model.ops import implementation_name
 from model.preprocess import Preprocess
 from model.rednet import BLOCKS, RedNet
 
 
-class TorchForm:
-    """A copy of a network with batch norms folded, on one device, in one dtype."""
+class TorchBackend:
+    """A copy of a network with folded batch norms, on one device and in one dtype."""
 
     def __init__(self, net: RedNet, preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> None:
-        self.net = folded(net).to(device, dtype)
+        self.net = fold_batchnorm(net).to(device, dtype)
         self._preprocess, self._device, self._dtype = preprocess, device, dtype
-        self.backend = f"torch, {implementation_name(device, dtype)} involution"
+        self.name = f"torch, involution: {implementation_name(device, dtype)}"
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
         x = pixels.to(self._device, non_blocking=True)
         x = (self._preprocess.normalise(x) if x.dtype == torch.uint8 else x).to(self._dtype)
-        exact = exact_float32() if self._dtype == torch.float32 else nullcontext()
-        with exact, torch.autocast(self._device.type, enabled=False), self._summed_kernels(kernel_sums) as sums:
+        precision = ieee_float32() if self._dtype == torch.float32 else nullcontext()
+        with precision, torch.autocast(self._device.type, enabled=False), self._summed_kernels(kernel_sums) as sums:
             maps = self.net.stages(x)
             features = maps[-1].mean(dim=(2, 3))
             logits = self.net.head(features)
@@ -39,11 +39,11 @@ class TorchForm:
         )
 
     @contextmanager
-    def _summed_kernels(self, wanted: Stages) -> Iterator[list[Tensor]]:
-        """While it lasts, the kernels that each stage's last involution makes are summed over their taps."""
+    def _summed_kernels(self, stages: Stages) -> Iterator[list[Tensor]]:
+        """Collect the kernels of each stage's last involution, summed over their taps, in forward passes inside."""
         sums: list[Tensor] = []
         handles = []
-        for stage in sorted(wanted):
+        for stage in sorted(stages):
             last = BLOCKS[self.net.config.depth][stage] - 1
             generator = self.net.backbone.get_submodule(f"layer{stage + 1}.{last}.conv2.conv2")
 

@@ -1,0 +1,1 @@
+"""Inference: the backends that run a trained network, and `prepare`, which chooses one and checks it."""

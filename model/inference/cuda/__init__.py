@@ -1,0 +1,1 @@
+"""The CUDA backend: Triton operators, replayed from CUDA graphs in a fixed set of batch sizes."""

@@ -1,0 +1,106 @@
+"""The inference backend for CUDA: fused Triton operators, replayed from CUDA graphs.
+
+A graph launches a network's hundred kernels at once, in a fraction of the time of launching them one by one, which is
+what bounds small batches.
+"""
+
+import threading
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.inference.backend import Output, Stages
+from model.inference.cuda.batch_buckets import BatchBuckets, Program, bucket_size
+from model.inference.cuda.network import TritonRedNet
+from model.inference.tf32 import ieee_float32
+from model.preprocess import Preprocess
+from model.rednet import RedNet
+
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # messages of the driver and of cuBLAS; torch has no class for them
+_capturing = threading.Lock()  # one process can capture only one graph at a time
+
+
+class CudaBackend:
+    """A copy of a network on a CUDA device. Not thread-safe.
+
+    Args:
+        net: a RedNet for RGB.
+        preprocess: the normalisation of pixels; uint8 pixels of its crop's size are run from graphs.
+        device: a CUDA device.
+        dtype: dtype of weights and activations.
+    """
+
+    def __init__(self, net: RedNet, preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._side = device, preprocess.crop
+        self._precision = ieee_float32 if dtype == torch.float32 else nullcontext
+        self._network = TritonRedNet(net, preprocess, device, dtype)
+        self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs, which never run at the same time
+        self._stream = torch.cuda.Stream(device)  # for capturing; torch's default is on the first device
+        self._buckets = BatchBuckets(self._capture)
+        self.name = "CUDA graphs, Triton involution"
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
+        with torch.cuda.device(self._device):
+            has_graph = pixels.dtype == torch.uint8 and pixels.shape[2:] == (self._side, self._side)
+            if has_graph and len(pixels) and not (stages or kernel_sums):
+                logits, features = self._buckets(pixels)
+                return Output(logits, features)
+            return self._run_eagerly(pixels, stages, kernel_sums)
+
+    def _run_eagerly(self, pixels: Tensor, stages: Stages, kernel_sums: Stages) -> Output:
+        """Run without a graph, padded to a bucket's size: for those sizes cuDNN has its plans already."""
+        images = len(pixels)
+        missing = bucket_size(images) - images if images else 0
+        with self._precision():
+            padded = F.pad(pixels.to(self._device, non_blocking=True), (0, 0, 0, 0, 0, 0, 0, missing))
+            logits, features, maps, sums = self._network(padded)
+            return Output(
+                logits[:images],
+                features[:images],
+                tuple(maps[stage][:images].float() for stage in sorted(stages)) if stages else None,
+                tuple(sums(stage)[:images].float() for stage in sorted(kernel_sums)) if kernel_sums else None,
+            )
+
+    def _capture(self, size: int) -> Program:
+        """Capture a graph for `size` images and return the program that replays it."""
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
+        try:
+            inputs = torch.zeros(size, 3, self._side, self._side, dtype=torch.uint8, device=self._device)
+            with self._precision():
+                self._run_on_capture_stream(inputs)  # compiles kernels and chooses algorithms
+                capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+                with _capturing, torch.cuda.stream(current), capture:  # restores `current` also if the capture fails
+                    logits, features, *_ = self._network(inputs)
+        except RuntimeError as error:
+            if _is_out_of_memory(error):
+                raise MemoryError(f"no memory for batches of {size} on {self._device}") from error
+            raise
+
+        def replay(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            images = len(pixels)
+            inputs[:images].copy_(pixels, non_blocking=True)
+            graph.replay()
+            return logits[:images].clone(), features[:images].clone()  # the next replay overwrites the originals
+
+        return replay
+
+    def _run_on_capture_stream(self, inputs: Tensor) -> None:
+        """Run once on the stream of the capture, so that libraries have set up there what they need."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            self._network(inputs)
+        current.wait_stream(self._stream)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether lack of memory caused the error, directly or through another one (a capture that ended early)."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,222 @@
+"""`prepare`: chooses the fastest inference backend of a network that agrees with the network itself."""
+
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from model.inference.activation_ranges import collect_activation_ranges, validate_ranges
+from model.inference.backend import InferenceBackend, Output
+from model.inference.int8_backend import Int8Backend
+from model.inference.native_backend import NativeBackend
+from model.inference.self_check import first_valid_backend, reference_output
+from model.inference.torch_backend import TorchBackend
+from model.ops import IMPLEMENTATIONS
+from model.preprocess import Preprocess
+from model.rednet import RedNet
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Largest accepted relative error. Rounding alone stays ten times below; int8 has less margin, because the noise that it
+# is checked with is unlike the photos that its ranges come from.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1.5e-1}
+AUTO = {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}  # candidates of "auto"; half precision is slower on a CPU
+TIMED_IMAGES = {"cpu": 2, "cuda": 16}  # in the batch that decides between precisions; on the CPU per thread
+TIMED_RUNS = 3
+STAGES = range(4)
+
+
+class SelfCheckError(ValueError):
+    """No inference backend agrees with the network."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network that is ready for inference; made by `prepare`.
+
+    Attributes:
+        implementation: the backend that runs the network.
+        preprocess: the normalisation of pixels.
+        head: weights of the linear head, float32 [num_classes, feature_channels], on the device.
+        device: where the network runs.
+        precision: fp32, bf16, fp16 or int8.
+        max_relative_error: largest relative error against the network itself on the self-check's input.
+        rejected_backends: why faster backends were not used, one line each.
+    """
+
+    implementation: InferenceBackend
+    preprocess: Preprocess
+    head: Tensor
+    device: torch.device
+    precision: str
+    max_relative_error: float
+    rejected_backends: tuple[str, ...] = ()
+
+    @property
+    def backend(self) -> str:
+        """What runs the network, for people."""
+        return self.implementation.name
+
+    @property
+    def deviation(self) -> float:
+        """Deprecated name of `max_relative_error`."""
+        warnings.warn("Prepared.deviation is now max_relative_error", DeprecationWarning, stacklevel=2)
+        return self.max_relative_error
+
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """Deprecated name of `rejected_backends`."""
+        warnings.warn("Prepared.passed_over is now rejected_backends", DeprecationWarning, stacklevel=2)
+        return self.rejected_backends
+
+    def __call__(
+        self, pixels: Tensor, *, stages: bool | Collection[int] = False, kernel_sums: bool | Collection[int] = False
+    ) -> Output:
+        """Run a forward pass.
+
+        Args:
+            pixels: [B, 3, H, W], any B, sides up to 16384; uint8 as `Preprocess.pixels` returns them, or normalised
+                float32.
+            stages: also return the maps of all four stages, or of these, counted from 0.
+            kernel_sums: also return the summed kernels of every stage's last involution, or of these stages.
+
+        Returns:
+            float32 logits and features, on the device.
+
+        Raises:
+            ValueError: `pixels` has another shape or dtype.
+        """
+        supported = pixels.dtype in (torch.uint8, torch.float32) and pixels.dim() == 4 and pixels.shape[1] == 3
+        if not supported or 0 in pixels.shape[2:]:
+            raise ValueError(f"pixels must be uint8 or float32 [B, 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
+        return self.implementation(pixels, _selected(stages), _selected(kernel_sums))
+
+
+def _selected(stages: bool | Collection[int]) -> Collection[int]:
+    return (STAGES if stages else ()) if isinstance(stages, bool) else stages
+
+
+def prepare(
+    net: RedNet,
+    preprocess: Preprocess | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    calibration: Mapping[str, float] | Tensor | None = None,
+) -> Prepared:
+    """Make a network ready for fast inference. The network itself is not changed.
+
+    The backends that support the network are tried, best first, on one fixed input. A backend whose output differs from
+    the network's own is rejected. If several precisions remain, the fastest on this machine is used.
+
+    Args:
+        net: a RedNet for RGB.
+        preprocess: the normalisation of pixels; None: ImageNet's mean and standard deviation.
+        device: auto (the GPU if there is one), cpu, cuda or cuda:N.
+        precision: auto, fp32, bf16, fp16, or int8 (CPU only). auto considers int8 only if `calibration` is given.
+        calibration: for int8, activation ranges (`Checkpoint.calibration`), or photos to take them from, uint8
+            [N, 3, H, W].
+
+    Returns:
+        A callable from pixels to logits and features.
+
+    Raises:
+        SelfCheckError: no backend agrees with the network; its weights are probably broken.
+        ValueError: the device or precision is not available, the network is not for RGB, or `calibration` belongs to
+            another network.
+
+    Example:
+        >>> from model import create_rednet
+        >>> run = prepare(create_rednet("rednet26", num_classes=10), device="cpu", precision="fp32")
+        >>> run(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).logits.shape
+        torch.Size([2, 10])
+    """
+    if net.config.in_channels != 3:
+        raise ValueError(f"only networks for RGB can be prepared, this one has {net.config.in_channels} input channels")
+    if precision not in ("auto", *TOLERANCE):
+        raise ValueError(f"precision must be auto, {', '.join(TOLERANCE)}, got {precision!r}")
+    device = resolve_device(device)
+    preprocess = preprocess or Preprocess()
+    if precision == "int8" and device.type != "cpu":
+        raise ValueError(f"int8 runs on the CPU, not on {device}")
+    if precision == "int8" and calibration is None:
+        raise ValueError("int8 needs a calibration: activation ranges, or photos to take them from")
+    ranges = collect_activation_ranges(net, preprocess, calibration) if isinstance(calibration, Tensor) else calibration
+    if ranges is not None:
+        validate_ranges(net, ranges)
+    reference = reference_output(net, preprocess, _noise(1, preprocess.crop))
+    # A CPU backend may give whole images to threads and split the remaining one among all of them: check both.
+    copies = torch.get_num_threads() + 1 if device.type == "cpu" else 2
+    rejected: list[str] = []
+    valid: list[Prepared] = []
+    automatic = (*AUTO[device.type], "int8") if ranges is not None and device.type == "cpu" else AUTO[device.type]
+    for each in automatic if precision == "auto" else (precision,):
+        candidates = _candidates(net, preprocess, device, each, ranges)
+        backend, error = first_valid_backend(candidates, reference, copies, TOLERANCE[each], rejected)
+        if backend:
+            head = net.head.fc.weight.detach().to(device, torch.float32, copy=True)
+            valid.append(Prepared(backend, preprocess, head, device, each, error, tuple(rejected)))
+    if not valid:
+        raise SelfCheckError("the self-check failed; " + "; ".join(rejected))
+    fastest = valid[0] if len(valid) == 1 else min(valid, key=_seconds)
+    return replace(fastest, rejected_backends=tuple(rejected))
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """Return the device of that name; auto: the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device on this machine.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"there is no {device} here; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _candidates(
+    net: RedNet, preprocess: Preprocess, device: torch.device, precision: str, ranges: Mapping[str, float] | None
+) -> Iterator[tuple[str, Callable[[], InferenceBackend]]]:
+    """Yield the names of the backends for a device and precision, best first, and functions that make them."""
+    if precision == "int8":
+        yield "int8", lambda: Int8Backend(net, preprocess, ranges or {})
+        return
+    dtype = DTYPES[precision]
+    if device.type == "cpu" and precision == "fp32":
+        yield "native engine", lambda: NativeBackend(net, preprocess)
+    if "triton" in IMPLEMENTATIONS and device.type == "cuda":
+        from model.inference.cuda.backend import CudaBackend  # noqa: PLC0415  (imports Triton, which takes a second)
+
+        yield "CUDA graphs", lambda: CudaBackend(net, preprocess, device, dtype)
+    yield "torch", lambda: TorchBackend(net, preprocess, device, dtype)
+
+
+def _seconds(prepared: Prepared) -> float:
+    """Return the time of a batch: the best of a few runs, after one that is not counted."""
+    device = prepared.device.type
+    images = TIMED_IMAGES[device] * (torch.get_num_threads() if device == "cpu" else 1)
+    pixels = _noise(images, prepared.preprocess.crop)
+    times = []
+    for _ in range(1 + TIMED_RUNS):
+        started = time.perf_counter()
+        prepared(pixels).logits.cpu()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def _noise(images: int, side: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator)

@@ -1,0 +1,172 @@
+"""The involution operator, `torch.ops.rednet.involution`, and the table of its implementations.
+
+One custom operator with fake and autograd rules is what export, torch.compile and training need. Which implementation
+runs is an argument of the operator, so that two networks in one process never change each other's.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.native import unavailable
+from model.ops import native_ops, reference, torch_ops
+
+
+class Implementation(Protocol):
+    """What a module of this package offers; shapes as documented in `reference`."""
+
+    def forward(self, x: Tensor, kernel: Tensor, stride: int) -> Tensor: ...
+
+    def backward(self, grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]: ...
+
+
+def _available() -> dict[str, Implementation]:
+    """The implementations that can run on this machine."""
+    available: dict[str, Implementation] = {"reference": reference, "torch": torch_ops}
+    if not unavailable():
+        available["native"] = native_ops
+    if torch.cuda.is_available() and find_spec("triton"):
+        available["triton"] = import_module("model.ops.triton_ops")
+    return available
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = _available()
+BY_DEVICE: Mapping[str, str] = {"cpu": "native", "cuda": "triton"}  # preferred; torch where it is not available
+
+_override: ContextVar[str] = ContextVar("involution_implementation", default="")
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Select an implementation for every involution that this thread calls inside the block, whatever the device.
+
+    The backward pass of such a call uses the same implementation, wherever and whenever it runs.
+
+    Args:
+        name: a key of `IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: there is no such implementation on this machine.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {name!r}; available here: {', '.join(IMPLEMENTATIONS)}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def implementation_name(device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs for tensors on `device` and of `dtype`, unless `use` selects another."""
+    name = BY_DEVICE.get(device.type, "torch")
+    if name not in IMPLEMENTATIONS:
+        return "torch"
+    return "torch" if name == "native" and dtype not in (*native_ops.DTYPES, *native_ops.HALVES) else name
+
+
+def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Involution through the custom operator, or directly where nothing is recorded or traced.
+
+    The first use of a custom operator imports torch's compiler, which takes a second; plain inference avoids it.
+
+    Args:
+        x: [B, C, H, W].
+        kernel: [B, G, K*K, h, w].
+        stride: distance between neighbouring outputs.
+
+    Returns:
+        [B, C, h, w].
+    """
+    compiling = torch.compiler.is_compiling()  # which cannot trace a context variable; it is read at run time then
+    implementation = "" if compiling else _override.get()
+    traced = compiling or not type(x) is type(kernel) is Tensor
+    if traced or not torch.is_inference_mode_enabled():
+        result: Tensor = operator(x, kernel, stride, implementation)
+        return result
+    return _forward(x, kernel, stride, implementation)
+
+
+def _forward(x: Tensor, kernel: Tensor, stride: int, implementation: str = "") -> Tensor:
+    # An empty name is resolved here, at run time: an exported program may run on another machine.
+    name = implementation or _override.get() or implementation_name(x.device, x.dtype)
+    out = IMPLEMENTATIONS[name].forward(x, kernel, stride)
+    return out.contiguous(memory_format=_memory_format(x))
+
+
+operator = torch.library.custom_op("rednet::involution", _forward, mutates_args=())
+
+
+@torch.library.custom_op("rednet::involution_backward", mutates_args=())
+def operator_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, stride: int, implementation: str
+) -> tuple[Tensor, Tensor]:
+    name = implementation or implementation_name(x.device, x.dtype)
+    grad_x, grad_kernel = IMPLEMENTATIONS[name].backward(grad, x, kernel, stride)
+    return _with_strides_of(x, grad_x), _with_strides_of(kernel, grad_kernel)
+
+
+@operator.register_fake
+def _(x: Tensor, kernel: Tensor, stride: int, implementation: str = "") -> Tensor:
+    shape = (x.shape[0], x.shape[1], kernel.shape[3], kernel.shape[4])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+@operator_backward.register_fake
+def _(grad: Tensor, x: Tensor, kernel: Tensor, stride: int, implementation: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(kernel)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The output's memory format is that of x, so that a channels-last network stays channels-last."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _with_strides_of(x: Tensor, grad: Tensor) -> Tensor:
+    """A gradient has the strides of the tensor that it belongs to."""
+    like = torch.empty_like(x)
+    return grad if grad.stride() == like.stride() else like.copy_(grad)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, int, str], output: Tensor) -> None:
+    x, kernel, ctx.stride, ctx.implementation = inputs
+    ctx.save_for_backward(x, kernel)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    x, kernel = ctx.saved_tensors
+    return *operator_backward(grad, x, kernel, ctx.stride, ctx.implementation), None, None
+
+
+operator.register_autograd(_gradients, setup_context=_save_inputs)
+
+
+def _save_backward_inputs(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, str], output: tuple[Tensor, Tensor]
+) -> None:
+    grad, x, kernel, ctx.stride, ctx.implementation = inputs
+    ctx.save_for_backward(grad, x, kernel)
+
+
+def _second_gradients(
+    ctx: Any, grad_grad_x: Tensor, grad_grad_kernel: Tensor
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """Gradients of a gradient. Involution F is linear in x and in the kernel, so that <v, dL/dx> = <grad, F(v, kernel)>
+    and <w, dL/dkernel> = <grad, F(x, w)>: the same two operators again.
+    """
+    grad, x, kernel = ctx.saved_tensors
+    options = ctx.stride, ctx.implementation
+    grad_of_grad = operator(grad_grad_x, kernel, *options) + operator(x, grad_grad_kernel, *options)
+    grad_of_x, _ = operator_backward(grad, x, grad_grad_kernel, *options)
+    _, grad_of_kernel = operator_backward(grad, grad_grad_x, kernel, *options)
+    return grad_of_grad, grad_of_x, grad_of_kernel, None, None
+
+
+operator_backward.register_autograd(_second_gradients, setup_context=_save_backward_inputs)
