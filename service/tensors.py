@@ -4,7 +4,7 @@ A body is a JSON object that describes every tensor. Values that are not in it f
 (Triton's binary tensor data extension).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -61,27 +61,38 @@ def parse_infer(header_length: str | None, body: bytes, max_images: int) -> Pars
 
 
 def encode_infer(
-    answer: Mapping[str, Any], tensors: Mapping[str, Floats], binary: Mapping[str, bool]
-) -> tuple[bytes, int | None]:
-    """The body of an answer, and how many bytes of it are JSON; None: all of them.
+    answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Floats]], binary: Mapping[str, bool]
+) -> tuple[Iterator[bytes], Iterator[bytes]]:
+    """The body of an answer: the pieces of its JSON, and of the binary data that follows. None is larger than a row.
 
     Args:
         answer: the fields beside `outputs`.
-        tensors: by name, in order.
+        tensors: the rows of each by name, in order.
         binary: of each, whether its values follow the JSON instead of standing in it.
     """
-    outputs: list[dict[str, Any]] = []
-    tail: list[bytes] = []
-    for name, tensor in tensors.items():
-        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": tensor.shape}
+    tail = (row.astype("<f4").tobytes() for name, rows in tensors.items() if binary[name] for row in rows)
+    return _json_pieces(answer, tensors, binary), tail
+
+
+def _json_pieces(
+    answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Floats]], binary: Mapping[str, bool]
+) -> Iterator[bytes]:
+    yield orjson.dumps({**answer, "outputs": []})[:-2]
+    for index, (name, rows) in enumerate(tensors.items()):
+        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": [len(rows), *rows[0].shape]}
         if binary[name]:
-            tail.append(tensor.astype("<f4").tobytes())
-            output["parameters"] = {"binary_data_size": len(tail[-1])}
+            output["parameters"] = {"binary_data_size": sum(4 * row.size for row in rows)}
         else:
-            output["data"] = tensor.ravel()
-        outputs.append(output)
-    header = orjson.dumps({**answer, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
-    return b"".join((header, *tail)), len(header) if tail else None
+            output["data"] = []
+        whole = b"," * (index > 0) + orjson.dumps(output)
+        if binary[name]:
+            yield whole
+            continue
+        yield whole[:-2]
+        for position, row in enumerate(rows):
+            yield b"," * (position > 0) + orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        yield b"]}"
+    yield b"]}"
 
 
 def _json_bytes(header_length: str | None, body_bytes: int) -> int:

@@ -3,7 +3,7 @@
 import base64
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from service.bodies import BodyFormat
 from tests.conftest import encoded, photo
 
-PREDICT, FEATURES, INFER = "/v1/predict", "/v1/features", "/v2/models/fake/infer"
+PREDICT, FEATURES, EXPLAIN, INFER = "/v1/predict", "/v1/features", "/v1/explain", "/v2/models/fake/infer"
 JSON, FORM = "application/json", "multipart/form-data; boundary=frontier"
 NOISE = np.random.default_rng(0).bytes(1_000_000)
 PART = b'--frontier\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\n'
@@ -143,28 +143,69 @@ def binary(tensor: Mapping[str, object], tail: bytes) -> tuple[dict[str, str], b
     return {"Inference-Header-Content-Length": str(len(header))}, header + tail
 
 
-def corpus(size: int) -> Iterator[Callable[[], Sent]]:
-    """Every request, each made when it is needed: together they take gigabytes."""
+def heads(size: int) -> Iterator[Sent]:
+    """Heads that are nearly as long as they may be, with a small photo behind them."""
+    body = encoded(photo())
 
-    def sent(*arguments: object) -> Callable[[], Sent]:
-        return lambda: Sent(*arguments)  # type: ignore[arg-type]
+    def sent(name: str, path: str = PREDICT, **fields: str) -> Sent:
+        return Sent(f"head: {name}", path, {key.replace("_", "-"): value for key, value in fields.items()}, body)
 
+    yield sent("a long header", X_Long="a" * size)
+    yield sent("many headers", **{f"X-{index}": "b" for index in range(size // 12)})
+    yield sent("a long Content-Type", Content_Type="image/" + "a" * size)
+    yield sent("many parameters of Content-Type", Content_Type="multipart/form-data" + ";a=b" * (size // 4))
+    yield sent("quotes in Content-Type", Content_Type='multipart/form-data; boundary="' + '\\"' * (size // 2) + '"')
+    yield sent("many types in Accept", FEATURES, Accept="a/b;q=0.1," * (size // 10))
+    yield sent("many parameters in Accept", FEATURES, Accept="a/b" + ";q=0.1" * (size // 6))
+    yield sent("a long number of bytes", INFER, Inference_Header_Content_Length="9" * size)
+    yield sent("a long timeout", X_Request_Timeout_Ms="9" * size)
+    yield sent("a long id", X_Request_Id="a" * size)
+    yield sent("a long key", Authorization="Bearer " + "a" * size)
+    yield sent("a long query", f"{PREDICT}?top_k={'9' * size}")
+    yield sent("many query parameters", f"{PREDICT}?{'a=b&' * (size // 4)}top_k=1")
+    yield sent("an escaped query", f"{PREDICT}?a={'%41' * (size // 3)}")
+    yield sent("a long path", "/" + "a" * size)
+    yield sent("a path of many parts", "/a" * (size // 2))
+    yield sent("an escaped path", "/" + "%41" * (size // 3))
+    yield sent("a long class", f"{EXPLAIN}?class={'a' * size}")
+
+
+def raw_images(size: int) -> Iterator[Sent]:
     image = {"Content-Type": "image/png"}
     png = encoded(photo()) + noise(size * 15 // 16)
-    yield sent("raw: a large image", PREDICT, image, png)
-    yield sent("raw: a large image in chunks of 8 kB", PREDICT, image, png, 8192)
-    yield sent("raw: a large image in chunks of 100 bytes", PREDICT, image, png[: size // 4], 100)
-    yield sent("raw: chunks of 1 byte", PREDICT, image, png[: size // 16], 1)
-    yield sent("raw: no image", PREDICT, {"Content-Type": "text/plain"}, bytes(size))
-    yield sent("raw: a body that is too large", PREDICT, image, bytes(size + size // 8))
-    small = json.dumps({"images": [base64.b64encode(encoded(photo(0, 8, 8))).decode()] * 256}).encode()
-    yield sent("json: 256 small photos", PREDICT, {"Content-Type": JSON}, small)
-    yield sent("json: 256 small photos, features", FEATURES, {"Content-Type": JSON}, small)
-    for name, body in json_bodies(size):
-        yield sent(f"json: {name}", PREDICT, {"Content-Type": JSON}, body)
-    for name, body in forms(size):
-        yield sent(f"form: {name}", PREDICT, {"Content-Type": FORM}, body)
-    for name, body in infer_json(size):
-        yield sent(f"infer: {name}", INFER, {"Content-Type": JSON}, body)
-    for name, headers, body in infer_binary(size):
-        yield sent(f"infer: {name}", INFER, headers, body)
+    yield Sent("raw: a large image", PREDICT, image, png)
+    yield Sent("raw: a large image in chunks of 8 kB", PREDICT, image, png, 8192)
+    yield Sent("raw: a large image in chunks of 100 bytes", PREDICT, image, png[: size // 4], 100)
+    yield Sent("raw: chunks of 1 byte", PREDICT, image, png[: size // 16], 1)
+    yield Sent("raw: no image", PREDICT, {"Content-Type": "text/plain"}, bytes(size))
+    yield Sent("raw: a body that is too large", PREDICT, image, bytes(size + size // 8))
+
+
+def many_photos() -> Iterator[Sent]:
+    """As many small photos as a request may hold: what they cost is the answer."""
+    text = base64.b64encode(encoded(photo(0, 8, 8))).decode()
+    body = json.dumps({"images": [text] * 256}).encode()
+    as_json, npy = {"Content-Type": JSON}, {"Content-Type": JSON, "Accept": "application/x-npy"}
+    yield Sent("many: classes", PREDICT, as_json, body)
+    yield Sent("many: all classes", f"{PREDICT}?top_k=1000", as_json, body)
+    yield Sent("many: features", FEATURES, as_json, body)
+    yield Sent("many: features as an array", FEATURES, npy, body)
+    yield Sent("many: explained", EXPLAIN, as_json | {"Accept": JSON}, body)
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [256], "data": [text] * 256}
+    yield Sent("many: infer", INFER, as_json, json.dumps({"inputs": [tensor]}).encode())
+
+
+def corpus(size: int, head_size: int = 60_000) -> dict[str, Iterator[Sent]]:
+    """Every request by its kind, each made when it is needed: together they take gigabytes."""
+    return {
+        "head": heads(head_size),
+        "raw": raw_images(size),
+        "many": many_photos(),
+        "json": (Sent(f"json: {name}", PREDICT, {"Content-Type": JSON}, body) for name, body in json_bodies(size)),
+        "form": (Sent(f"form: {name}", PREDICT, {"Content-Type": FORM}, body) for name, body in forms(size)),
+        "infer": (Sent(f"infer: {name}", INFER, {"Content-Type": JSON}, body) for name, body in infer_json(size)),
+        "binary": (Sent(f"infer: {name}", INFER, fields, body) for name, fields, body in infer_binary(size)),
+    }
+
+
+KINDS = tuple(corpus(1000))

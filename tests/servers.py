@@ -137,14 +137,20 @@ class FakeRunner:
 class ServerThread:
     """The whole application under uvicorn in a thread, around a runner of the test's own."""
 
-    def __init__(self, runner: ModelRunner, hung_s: float = PATIENCE_S, **options: object) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        hung_s: float = PATIENCE_S,
+        classes: Sequence[str] = ("red", "green", "blue"),
+        **options: object,
+    ) -> None:
         settings = Settings.model_validate({"port": 0} | options)
         preprocess = Preprocess(resize=32, crop=32)
         metrics = Metrics()
         batcher = Batcher(1, settings.max_wait_ms / 1000)
         engine = Engine(lambda: runner, batcher, DeviceEvents(metrics, "fake"), hung_s)
         self.engine_client = LocalClient([engine], settings.max_queue)
-        labels = [LabelBody(index=index, id=name, label=name) for index, name in enumerate(("red", "green", "blue"))]
+        labels = [LabelBody(index=index, id=name, label=name) for index, name in enumerate(classes)]
         model = ModelBody(
             name="fake",
             architecture="none",

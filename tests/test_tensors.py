@@ -225,15 +225,20 @@ def check_parser(header_length: str | None, body: bytes) -> None:
 
 def test_an_answer_is_read_back_as_it_was_written() -> None:
     """Values in the JSON are flat and exact to float32; after it they are little-endian, output by output."""
-    tensors = {"logits": np.array([[0.1, -2.5]], np.float32), "features": np.array([[1e-30, 3.0, 4.0]], np.float32)}
-    body, json_bytes = encode_infer({"model_name": "m"}, tensors, {"logits": True, "features": True})
-    assert json_bytes is not None
-    answer = orjson.loads(body[:json_bytes])
+    logits, features = np.array([[0.1, -2.5], [7, 8]], np.float32), np.array([[1e-30, 3.0, 4.0], [5, 6, 7]], np.float32)
+    tensors = {"logits": list(logits), "features": list(features)}
+    head, tail = encode_infer({"model_name": "m"}, tensors, {"logits": True, "features": True})
+    answer = orjson.loads(b"".join(head))
     assert answer["model_name"] == "m"
-    assert [output["parameters"]["binary_data_size"] for output in answer["outputs"]] == [8, 12]
-    assert np.frombuffer(body[json_bytes:], "<f4").tolist() == [*tensors["logits"][0], *tensors["features"][0]]
-    body, json_bytes = encode_infer({}, tensors, {"logits": False, "features": False})
-    assert json_bytes is None
-    for output, tensor in zip(orjson.loads(body)["outputs"], tensors.values(), strict=True):
+    assert [output["parameters"]["binary_data_size"] for output in answer["outputs"]] == [16, 24]
+    assert np.frombuffer(b"".join(tail), "<f4").tolist() == [*logits.ravel(), *features.ravel()]
+    head, tail = encode_infer({}, tensors, {"logits": False, "features": False})
+    assert list(tail) == []
+    for output, tensor in zip(orjson.loads(b"".join(head))["outputs"], (logits, features), strict=True):
         assert output["shape"] == list(tensor.shape)
         assert np.array(output["data"], np.float32).tolist() == tensor.ravel().tolist()
+    head, tail = encode_infer({}, tensors, {"logits": True, "features": False})
+    first, second = orjson.loads(b"".join(head))["outputs"]
+    assert first["parameters"] == {"binary_data_size": 16}
+    assert np.array(second["data"], np.float32).tolist() == features.ravel().tolist()
+    assert b"".join(tail) == logits.tobytes()

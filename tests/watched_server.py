@@ -1,6 +1,7 @@
 """A server in a process of its own that measures how long its event loop is held: python -m tests.watched_server
 
-Writes its port; then, for every line that comes on standard input, the longest pause since the last line, in seconds.
+Writes its port; then, for every empty line that comes on standard input, the longest pause since the last one, in
+seconds. After a line `hold` it holds the loop itself, for `HELD_S`.
 A pause is the time from one iteration of the event loop to the next: meanwhile nobody else is served. The time that the
 loop's thread was ready to run, but the machine ran others, is subtracted; waiting for another thread to release the
 interpreter is not. CPU time of the whole process is a second bound, where the machine is so busy that this thread, too,
@@ -12,9 +13,26 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from service import log
+from service.transfer import Finished
+from service.types import Pixels, RunnerOutput, Running, Wish
 from tests.servers import FakeRunner, ServerThread
+
+HELD_S = 0.02
+CLASSES, FEATURES, GRID = 1000, 2048, 56  # of an ImageNet network: answers of 256 images have megabytes
+
+
+class WideRunner(FakeRunner):
+    """Its answers are as large as those of the largest networks."""
+
+    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+        random = np.random.default_rng(0)
+        logits, features = (random.random((len(pixels), width), np.float32) for width in (CLASSES, FEATURES))
+        return Finished(RunnerOutput(logits, features, dict.fromkeys(wishes, random.random((GRID, GRID), np.float32))))
 
 
 class PauseWatch:
@@ -45,14 +63,25 @@ class PauseWatch:
         return longest_s
 
 
+def hold() -> None:
+    """Hold the event loop, to see that it is noticed."""
+    until_s = time.thread_time() + HELD_S
+    while time.thread_time() < until_s:
+        pass
+
+
 def main() -> None:
     log.configure("error", "text")
     watch = PauseWatch()
-    with ServerThread(FakeRunner(), request_timeout_s=60, log_level="error") as running:
+    classes = [str(index) for index in range(CLASSES)]
+    with ServerThread(WideRunner(), classes=classes, request_timeout_s=60) as running:
         running.call_soon(watch.start)
         print(running.url.rpartition(":")[2], flush=True)
-        for _ in sys.stdin:
-            print(watch.reset(), flush=True)
+        for line in sys.stdin:
+            if line == "hold\n":
+                running.call_soon(hold)
+            else:
+                print(watch.reset(), flush=True)
 
 
 if __name__ == "__main__":

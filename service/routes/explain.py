@@ -88,10 +88,10 @@ async def explain(
     answers = answered((await server.journey.answers(request, body_format(request), asked.wish, not as_json)).images)
     started = time.monotonic()
     if drawn := answers[0].drawn:
-        return respond(drawn.png, PNG, answers, server, started)
-    explanations = [_explanation(answer, asked.wish, server.model) for answer in answers]
-    content = {"layer": asked.layer, "group": asked.group, "explanations": explanations}
-    return json_response(server, content, answers, started)
+        return await respond([drawn.png], PNG, answers, server, started)
+    explanations = (_explanation(answer, asked.wish, server.model) for answer in answers)
+    fields = {"layer": asked.layer, "group": asked.group}
+    return await json_response(server, fields, "explanations", explanations, answers, started)
 
 
 def _class_index(text: str, model: ModelBody) -> int:

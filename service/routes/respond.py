@@ -1,18 +1,19 @@
 """The last step of every answer about images."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fastapi import Response
 
 from service import log
 from service.journey import Answer
 from service.routes.context import Context
+from service.routes.pieces import PiecesResponse, in_turns
 from service.types import Inference
 
 
-def respond(
-    body: bytes,
+async def respond(
+    body: Iterable[bytes],
     media_type: str,
     answers: Sequence[Answer],
     server: Context,
@@ -22,10 +23,12 @@ def respond(
     """The response around a body, with where the time went, and in which precision.
 
     Args:
-        body: encoded since `started`, by `time.monotonic()`.
+        body: its pieces, each of which takes no more than a millisecond to make, or is made already.
         answers: at least one of them an inference.
+        started: when the answers were there, by `time.monotonic()`.
         headers: more of them.
     """
+    pieces = [piece async for piece in in_turns(body)]
     server.metrics.stage("respond", time.monotonic() - started)
     inferences = [answer.outcome for answer in answers if isinstance(answer.outcome, Inference)]
     times = {  # the slowest image's
@@ -39,7 +42,7 @@ def respond(
     log.note_ms(**times)
     log.note(batch_size=batch)
     timing = _timing(times, batch, server.model.precision)
-    return Response(body, media_type=media_type, headers={"Server-Timing": timing, **(headers or {})})
+    return PiecesResponse(pieces, media_type, {"Server-Timing": timing, **(headers or {})}, server.budget)
 
 
 def _timing(times: Mapping[str, float], batch: int, precision: str) -> str:

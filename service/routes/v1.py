@@ -2,7 +2,8 @@
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from service.bodies import BodyFormat
-from service.errors import ServiceError
+from service.errors import MalformedRequest, ServiceError
 from service.journey import Answer
 from service.routes.accept import prefers
 from service.routes.context import Context, context
 from service.routes.direct import DirectRoute
+from service.routes.pieces import comma_separated
 from service.routes.respond import respond
 from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_errors, described_images
 from service.scores import top_classes
@@ -22,6 +24,7 @@ from service.types import Floats, Inference
 
 ERRORS = described_errors(ErrorBody)
 NPY = "application/x-npy"
+MAX_CONTENT_TYPE = 1_000  # characters; a boundary has up to 70
 
 direct = APIRouter(prefix="/v1", tags=["v1"], route_class=DirectRoute)
 router = APIRouter(prefix="/v1", tags=["v1"])
@@ -41,13 +44,13 @@ async def predict(
     answers = await _answers(request, server)
     started = time.monotonic()
     names = [label.label for label in server.model.labels]
-    predictions = [
+    predictions = (
         {"classes": top_classes(answer.outcome.logits, names, top_k)}
         if isinstance(answer.outcome, Inference)
         else error_body(answer.outcome)
         for answer in answers
-    ]
-    return json_response(server, {"predictions": predictions}, answers, started)
+    )
+    return await json_response(server, {}, "predictions", predictions, answers, started)
 
 
 @router.post(
@@ -72,12 +75,10 @@ async def features(
     if prefers(accept, NPY, "application/json"):
         if failed := next((row for row in rows if isinstance(row, ServiceError)), None):
             raise failed
-        content = io.BytesIO()
-        np.save(content, np.stack([row for row in rows if isinstance(row, np.ndarray)]))
-        return respond(content.getvalue(), NPY, answers, server, started)
-    vectors = [error_body(row) if isinstance(row, ServiceError) else row for row in rows]
+        return await respond(_npy([row for row in rows if isinstance(row, np.ndarray)]), NPY, answers, server, started)
+    vectors = (error_body(row) if isinstance(row, ServiceError) else row for row in rows)
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
-    return json_response(server, {"dimension": dimension, "features": vectors}, answers, started)
+    return await json_response(server, {"dimension": dimension}, "features", vectors, answers, started)
 
 
 @router.get("/model")
@@ -98,8 +99,15 @@ async def _answers(request: Request, server: Context) -> Sequence[Answer]:
 
 
 def body_format(request: Request) -> BodyFormat:
-    """How the body of a request to a `/v1` endpoint is to be parsed."""
-    return BodyFormat("v1", request.headers.get("content-type", ""))
+    """How the body of a request to a `/v1` endpoint is to be parsed.
+
+    Raises:
+        MalformedRequest: the Content-Type is so long that it takes a while to read.
+    """
+    content_type = request.headers.get("content-type", "")
+    if len(content_type) > MAX_CONTENT_TYPE:
+        raise MalformedRequest(f"the Content-Type is longer than {MAX_CONTENT_TYPE} characters")
+    return BodyFormat("v1", content_type)
 
 
 def answered(answers: Sequence[Answer]) -> Sequence[Answer]:
@@ -120,7 +128,33 @@ def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
     return (vector.astype(np.float64) / max(length, 1e-12)).astype(np.float32)
 
 
-def json_response(server: Context, content: dict[str, Any], answers: Sequence[Answer], started: float) -> Response:
-    """The response around JSON that may hold arrays; arguments as for `respond`."""
-    body = orjson.dumps({"model": server.model.name, **content}, option=orjson.OPT_SERIALIZE_NUMPY)
-    return respond(body, "application/json", answers, server, started)
+async def json_response(
+    server: Context,
+    fields: dict[str, Any],
+    name: str,
+    entries: Iterable[Any],
+    answers: Sequence[Answer],
+    started: float,
+) -> Response:
+    """A response in JSON.
+
+    Args:
+        fields: that come first.
+        name: of the list that holds an entry for every image.
+        entries: may hold arrays.
+        server, answers, started: as for `respond`.
+    """
+    head = orjson.dumps({"model": server.model.name, **fields})
+    encoded = (orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY) for entry in entries)
+    body = chain([head[:-1] + f',"{name}":['.encode()], comma_separated(encoded), [b"]}"])
+    return await respond(body, "application/json", answers, server, started)
+
+
+def _npy(rows: Sequence[Floats]) -> Iterator[bytes]:
+    """The pieces of a `.npy` file of the rows."""
+    head = io.BytesIO()
+    shape = (len(rows), len(rows[0]))
+    np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    yield head.getvalue()
+    for row in rows:
+        yield row.astype("<f4").tobytes()

@@ -7,6 +7,7 @@ one version.
 import importlib.metadata
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +17,7 @@ from service.bodies import BodyFormat
 from service.errors import NotFound, ServiceError
 from service.journey import Answer
 from service.routes.context import context
+from service.routes.pieces import in_turns
 from service.routes.respond import respond
 from service.schemas import (
     Described,
@@ -97,27 +99,30 @@ async def infer(request: Request) -> Response:
     answers, asked = await server.journey.answers(request, BodyFormat("v2", header_length=header_length))
     assert asked, "this is a bug: an infer request was parsed as something else"
     started = time.monotonic()
-    available = _tensors(answers)
+    available = await _tensors(answers)
     fields = {"model_name": server.model.name, "model_version": VERSION}
     if asked.id is not None:
         fields["id"] = asked.id
-    body, json_bytes = encode_infer(fields, {name: available[name] for name in asked.outputs}, asked.outputs)
-    if json_bytes is None:
-        return respond(body, "application/json", answers, server, started)
-    headers = {HEADER_LENGTH: str(json_bytes)}
-    return respond(body, "application/octet-stream", answers, server, started, headers)
+    as_json, tail = encode_infer(fields, {name: available[name] for name in asked.outputs}, asked.outputs)
+    if not any(asked.outputs.values()):
+        return await respond(as_json, "application/json", answers, server, started)
+    head = [piece async for piece in in_turns(as_json)]
+    headers = {HEADER_LENGTH: str(sum(map(len, head)))}
+    return await respond(chain(head, tail), "application/octet-stream", answers, server, started, headers)
 
 
-def _tensors(answers: Sequence[Answer]) -> dict[str, Floats]:
-    """Every output of the network, each [N, ...]; raises the first error among the answers."""
+async def _tensors(answers: Sequence[Answer]) -> dict[str, Sequence[Floats]]:
+    """Every output of the network, a row for each image; raises the first error among the answers."""
     inferences: list[Inference] = []
     for index, answer in enumerate(answers):
         if isinstance(answer.outcome, ServiceError):
             raise answer.outcome.with_message(f"image {index}: {answer.outcome.message}")
         inferences.append(answer.outcome)
-    logits = np.stack([inference.logits for inference in inferences])
-    features = np.stack([inference.features for inference in inferences])
-    return {"logits": logits, "probabilities": probabilities(logits).astype(np.float32), "features": features}
+    return {
+        "logits": [each.logits for each in inferences],
+        "probabilities": [probabilities(each.logits).astype(np.float32) async for each in in_turns(inferences)],
+        "features": [each.features for each in inferences],
+    }
 
 
 for path, checks in (

@@ -1,0 +1,153 @@
+"""No request holds the event loop for long: the loop's own longest pause, for every shape of request."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.body_corpus import FORM, JSON, KINDS, PART, PREDICT, Sent, corpus
+from tests.servers import PATIENCE_S, wait_until
+from tests.shared import SHARED, needs_shared
+from tests.watched_server import HELD_S
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="/proc/self/schedstat is absent: pauses cannot be measured"
+)
+
+LONGEST_S = 0.005
+ATTEMPTS = 4  # a request that holds the loop does so every time; whatever else happens on a machine does not
+SIZE = 32_000_000
+GROWTH_MB = 40
+STATUS = re.compile(rb"HTTP/1\.1 (\d+) ")
+LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
+
+
+class WatchedServer:
+    """`tests.watched_server` in a process of its own."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.watched_server"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._port = int(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline()
+
+    def longest_pause_s(self) -> float:
+        """Since the last call."""
+        self.say("")
+        return float(self._line())
+
+    def say(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def answer(self, sent: Sent) -> int:
+        """Send a request, read all of the answer, and return its status."""
+        with socket.create_connection(("127.0.0.1", self._port), timeout=PATIENCE_S) as connection:
+            try:
+                for piece in sent.raw():
+                    connection.sendall(piece)
+            except ConnectionError:
+                pass  # refused before all of it was sent
+            received = bytearray()
+            while not (found := LENGTH.search(received)) or b"\r\n\r\n" not in received:
+                received += self._received(connection)
+            left = int(found[1]) - len(received.partition(b"\r\n\r\n")[2])
+            while left > 0:
+                left -= len(self._received(connection))
+            status = STATUS.match(received)
+            assert status
+            return int(status[1])
+
+    def _received(self, connection: socket.socket) -> bytes:
+        data = connection.recv(262_144)
+        assert data, "the server closed the connection"
+        return data
+
+    def resident_mb(self) -> float:
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", text)
+        assert found
+        return int(found[1]) / 1000
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(PATIENCE_S)
+        assert self.process.stdout
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[WatchedServer]:
+    running = WatchedServer()
+    for sent in corpus(1_000_000, 1000)["json"]:
+        running.answer(sent)
+    yield running
+    running.close()
+
+
+def check(server: WatchedServer, requests: Iterator[Sent]) -> None:
+    """No answer is a defect, and no request holds the loop, in at least one of several attempts."""
+    slow: list[str] = []
+    for sent in requests:
+        pauses_s: list[float] = []
+        while len(pauses_s) < ATTEMPTS and (not pauses_s or min(pauses_s) > LONGEST_S):
+            server.longest_pause_s()
+            status = server.answer(sent)
+            assert status < 500 or status == 504, (sent.name, status)
+            time.sleep(0.02)  # what the request leaves behind is part of it
+            pauses_s.append(server.longest_pause_s())
+        print(f"{sent.name}: {status}, {1000 * min(pauses_s):.1f} ms")
+        if min(pauses_s) > LONGEST_S:
+            slow.append(f"{sent.name}: {', '.join(f'{1000 * pause_s:.1f}' for pause_s in pauses_s)} ms")
+    assert not slow, "\n".join(slow)
+
+
+def test_pause_watch_sees_a_held_loop(server: WatchedServer) -> None:
+    """The measure itself."""
+    server.longest_pause_s()
+    server.say("hold")
+    wait_until(lambda: server.longest_pause_s() > HELD_S / 2, "the pause")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "head"])
+def test_no_request_holds_the_event_loop(server: WatchedServer, kind: str) -> None:
+    """Bodies of 32 MB and heads of 60 kB, of every shape that the parsers know, right and wrong."""
+    check(server, corpus(SIZE)[kind])
+
+
+@needs_shared
+def test_no_known_case_holds_the_event_loop(server: WatchedServer) -> None:
+    """Every file that once was answered wrongly or cost much, as an image, as JSON and in a form."""
+
+    def requests() -> Iterator[Sent]:
+        for path in sorted((SHARED / "cases").glob("*/*")):
+            if path.suffix in (".py", ".md", ".http", ".tar"):
+                continue
+            body, fields = path.read_bytes(), {"X-Request-Timeout-Ms": "5000"}
+            yield Sent(path.name, PREDICT, fields, body)
+            if path.suffix == ".json":
+                yield Sent(f"{path.name} as JSON", PREDICT, fields | {"Content-Type": JSON}, body)
+            form = PART + body + b"\r\n--frontier--\r\n"
+            yield Sent(f"{path.name} in a form", PREDICT, fields | {"Content-Type": FORM}, form)
+
+    check(server, requests())
+
+
+def test_memory_is_given_back_after_large_bodies(server: WatchedServer) -> None:
+    """After a burst of them the server's resident memory returns near to where it was."""
+    before_mb = server.resident_mb()
+    with ThreadPoolExecutor(8) as pool:
+        for kind in ("raw", "form", "binary"):
+            assert all(status < 500 for status in pool.map(server.answer, corpus(SIZE)[kind]))
+    wait_until(lambda: server.resident_mb() < before_mb + GROWTH_MB, "the memory")
