@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from model.preprocess import Pixels
+from model.preprocess import FORMATS, Pixels
 from model.progress import progress
 
 Item = TypeVar("Item")
@@ -55,14 +55,16 @@ def batches(
 
 
 def read_photo(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
-    """The photo's pixels, made by `convert` from the lazily opened file.
+    """Return the photo's pixels, made by `convert` from the lazily opened file.
 
     Raises:
-        PhotoError: it is missing, damaged or no photo.
+        PhotoError: the file is missing, damaged, or not in one of `FORMATS`.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return convert(image)
+    except UnidentifiedImageError:
+        raise PhotoError(f"{path} is not a readable photo: not a {', '.join(FORMATS)} file, or damaged") from None
     except Exception as error:  # Pillow raises nearly anything for a damaged file
         raise PhotoError(f"{path} is not a readable photo: {error}") from error
 

@@ -17,6 +17,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels o
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# The only formats that are ever opened, whatever a file is called. Pillow knows many more, and for some of them starts
+# other programs: for an EPS file, Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LARGEST = 4096  # pixels of a photo's short side after scaling
 LARGEST_CROP = 1024  # pixels of what the network sees; RedNet-26 is prepared for it in 1.1 GB, for 4096 in 12
 SMALLEST_STD = 1e-6  # quotients are still ordinary float32 numbers

@@ -11,12 +11,11 @@ from itertools import islice
 
 from PIL import Image, UnidentifiedImageError
 
-from model.preprocess import Preprocess
+from model.preprocess import FORMATS, Preprocess
 from service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
 from service.overlay import draw_overlay
 from service.types import Floats, Pixels
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # What a file may make a decoder do. Of 32 MB, a JPEG can make eight million segments, which Pillow reads one after the

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from service.decode import FORMATS
+from model.preprocess import FORMATS
 from tests.asking import PREDICT, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, ServerProcess, wait_until

@@ -19,7 +19,8 @@ import atheris
 
 with atheris.instrument_imports(include=["PIL", "service"]):
     from model import Preprocess
-    from service.decode import FORMATS, decode_image
+    from model.preprocess import FORMATS
+    from service.decode import decode_image
     from service.errors import ServiceError
     from service.tensors import parse_infer
     from service.uploads import parse_uploads
