@@ -5,7 +5,6 @@ with architecture, labels, preprocessing, provenance and, if it was quantised, t
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from model.inference.activation_ranges import validate_ranges
 from model.labels import Label, imagenet_labels, numbered_labels, unique_labels
+from model.outputs import write_atomically
 from model.paddle import PaddleError, read_pdparams
 from model.preprocess import Preprocess
 from model.rednet import RedNet, RedNetConfig
@@ -83,13 +83,14 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
 
 
-def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = False) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = False, replace: bool = True) -> None:
     """Write our format; the file appears whole or not at all.
 
     Args:
         path: the file to write.
         checkpoint: what to write.
         half: store weight matrices as float16, half the size. What is added or divided by (biases, batch norms) stays.
+        replace: replace a file that is there, as `torch.save` does; false: raise `OutputError` instead.
     """
     tensors = {}
     for key, value in checkpoint.net.state_dict().items():
@@ -105,22 +106,12 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
     }
     if checkpoint.calibration is not None:
         description["calibration"] = dict(checkpoint.calibration)
-    write_atomically(Path(path), save(tensors, {METADATA_KEY: json.dumps(description)}))
+    write_atomically(Path(path), save(tensors, {METADATA_KEY: json.dumps(description)}), replace=replace)
 
 
 def fits_half(net: RedNet) -> bool:
     """Whether `save_checkpoint` at half size would lose nothing: so with weights that were loaded from such a file."""
     return all(torch.equal(weight, weight.half().float()) for weight in net.parameters() if weight.dim() > 1)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written, not even after a kill."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _load_own(path: Path) -> Checkpoint:

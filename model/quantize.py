@@ -16,6 +16,7 @@ from model.inference.preparation import SelfCheckError, prepare
 from model.photos import PhotoError, read_photo
 from model.preprocess import Preprocess
 from model.progress import progress
+from model.text import clean_text
 
 MOST_PHOTOS = 256
 FEW_PHOTOS = 32
@@ -98,4 +99,4 @@ def _agreement(quantised: Checkpoint, photos: Tensor) -> dict[str, int | float |
 
 
 def _tell(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {clean_text(text)}", file=sys.stderr)

@@ -1,14 +1,30 @@
 """What a training run follows, and nothing that changes while it runs."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.preprocess import Preprocess
+from model.rednet import BLOCKS
 
 FINE_TUNING_RATE = 3e-4  # a learning rate that keeps what a network has learned
 PRECISIONS = ("auto", "fp32", "bf16")
 GROWING = 0.8  # of the epochs; the rest is trained at full size
 SIZE_UNIT = 16  # crops grow in steps of so many pixels
+# What may be asked for: beyond it a run could not be meant, or would take all memory before it fails. A size of 896
+# is served at 1024, the largest crop of `Preprocess`; batch norm needs two photos.
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "base_channels": (1, 512),
+    "epochs": (1, 100_000),
+    "size": (1, 896),
+    "batch_size": (2, 8192),
+    "learning_rate": (1e-9, 10),
+    "warmup_epochs": (0, 100_000),
+    "weight_decay": (0, 10),
+    "label_smoothing": (0, 0.99),
+    "mixup": (0, 100),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +56,14 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.size) < 1 or self.batch_size < 2:  # batch norm needs two
-            raise ValueError(f"epochs and size must be at least 1 and batch_size 2, got {self}")
-        if not 0 < self.learning_rate < math.inf or self.seed < 0:
-            raise ValueError(f"learning_rate must be above 0 and seed not below, got {self}")
-        if not 0 <= self.mixup < math.inf:
-            raise ValueError(f"mixup must not be below 0, got {self}")
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # not so for NaN
+                raise ValueError(f"{name} must be from {least} to {most}, got {value}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.depth not in BLOCKS:
+            raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {self.depth}")
 
     @property
     def preprocess(self) -> Preprocess:

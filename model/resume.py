@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import Checkpoint, write_atomically
+from model.checkpoint import Checkpoint
+from model.outputs import write_atomically
 from model.photos import Photo
 from model.recipe import Recipe
 from model.rednet import RedNet
@@ -39,10 +40,9 @@ class ResumeFile:
 
     def __init__(self, path: Path, recipe: Recipe, photos: Sequence[Photo], start: Checkpoint | None) -> None:
         self.path = path
-        data = "\n".join(f"{photo.target} {photo.path.parent.name}/{photo.path.name}" for photo in photos)
-        self._follows = {
+        self.follows = {
             "recipe": asdict(recipe),
-            "set of photos": hashlib.sha256(os.fsencode(data)).hexdigest(),
+            "set of photos": set_of(photos),
             "starting point": start and fingerprint(start.net),
         }
 
@@ -50,7 +50,7 @@ class ResumeFile:
         content = io.BytesIO()
         torch.save(
             {
-                **self._follows,
+                **self.follows,
                 "net": state.net.state_dict(),
                 "averaged": state.averaged.state_dict(),
                 "optimizer": state.optimizer.state_dict(),
@@ -73,8 +73,8 @@ class ResumeFile:
             return
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            follows = {key: saved[key] for key in self._follows}
-            if follows == self._follows:
+            follows = {key: saved[key] for key in self.follows}
+            if follows == self.follows:
                 state.net.load_state_dict(saved["net"])
                 state.averaged.load_state_dict(saved["averaged"])
                 state.optimizer.load_state_dict(saved["optimizer"])
@@ -82,10 +82,16 @@ class ResumeFile:
                 state.loss_sum, state.history = saved["loss_sum"], saved["history"]
         except Exception as error:  # a damaged zip archive or pickle raises nearly anything
             raise ValueError(f"{self.path} is damaged; remove it to start anew") from error
-        if follows != self._follows:
-            what = next(name for name in follows if follows[name] != self._follows[name])
+        if follows != self.follows:
+            what = next(name for name in follows if follows[name] != self.follows[name])
             raise ValueError(f"{self.path} is an unfinished run of another {what}; finish that one or remove it")
         print(f"resuming in epoch {state.epoch + 1}, after {state.step} batches", file=sys.stderr)
+
+
+def set_of(photos: Sequence[Photo]) -> str:
+    """Changes with the names and classes of photos, not with what is in them."""
+    data = "\n".join(f"{photo.target} {photo.path.parent.name}/{photo.path.name}" for photo in photos)
+    return hashlib.sha256(os.fsencode(data)).hexdigest()
 
 
 def fingerprint(net: RedNet) -> str:

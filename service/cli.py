@@ -1,6 +1,7 @@
 """The command line: what may be written on it."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from service.init_process import fork_if_init
+from service.terminal import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # the process is ours
         open_standard_streams()
         fork_if_init()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding that lacks a letter is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -25,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:  # what users can mend; anything else is a defect and shows its trace
-        print(f"rednet: {error}", file=sys.stderr)
+        print(f"rednet: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -63,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     predict = _command(subparsers, commands.predict, "classify photos, without a server")
     predict.add_argument("photos", nargs="+", metavar="PHOTO", type=Path)
     _add_checkpoint(predict)
-    predict.add_argument("--top-k", type=_at_least_one, default=5, metavar="K", help="classes per photo (default: 5)")
+    predict.add_argument("--top-k", type=_top_k, default=5, metavar="K", help="classes per photo (default: 5)")
     _add_json(predict)
 
     info = _command(subparsers, commands.info, "what a checkpoint is and what would run it here")
@@ -74,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("input", metavar="IN", type=Path)
     convert.add_argument("output", metavar="OUT.safetensors", type=Path)
     convert.add_argument("--depth", type=int, metavar="N", help="refuse anything but RedNet-N")
-    convert.add_argument("--labels", type=Path, metavar="F", help="names of the classes: JSON, or text with one a line")
+    convert.add_argument(
+        "--labels", type=Path, metavar="F", help="names of the classes: JSON, CSV, or text, one a line"
+    )
+    _add_force(convert)
 
     quantize = _command(subparsers, commands.quantize, "int8 scales from a folder of photos, stored with the weights")
     quantize.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
@@ -92,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", metavar="DATA_DIR", type=Path)
     _add_checkpoint(evaluate)
     evaluate.add_argument("--confusion", type=Path, metavar="F.png", help="draw which classes are taken for which")
+    _add_force(evaluate)
     evaluate.add_argument(
         "--precision", default="auto", metavar="P", help="auto, fp32, bf16, fp16, int8 (default: auto)"
     )
@@ -114,6 +122,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="F", help="the checkpoint to write (.safetensors)"
     )
+    _add_force(parser)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace a file that exists; without it that is an error")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +136,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
+
+MAX_CLASSES = 1 << 16  # `model.rednet.LARGEST`
+
+MAX_CLASSES = 1 << 16  # `model.rednet.LARGEST`
 
 RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     # The fields of `model.recipe.Recipe`, not imported because torch comes with it: two seconds for a `--help`.
@@ -147,9 +164,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=type(default), default=argparse.SUPPRESS, metavar="N", help=shown)
 
 
-def _at_least_one(text: str) -> int:
+def _top_k(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text!r}")
+    if int(text) > MAX_CLASSES:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_CLASSES}, the most classes a network can have")
     return int(text)
 
 

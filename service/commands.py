@@ -2,6 +2,7 @@
 `rednet --help` is instant."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 
 from service.cores import usable_cores
 from service.settings import read_settings
+from service.terminal import printable
+
+MAX_FILE_BYTES = 1 << 28  # of a photo; 50 million pixels of 32 bits, uncompressed, are less
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -29,7 +33,7 @@ def serve(options: argparse.Namespace) -> int:
 def predict(options: argparse.Namespace) -> int:
     from model import load_checkpoint, prepare
     from service.decode import decode_image
-    from service.errors import MalformedRequest, ServiceError
+    from service.errors import MalformedRequest, PayloadTooLarge, ServiceError
     from service.routes.v1 import error_body
     from service.runner import PreparedRunner, set_threads
     from service.scores import top_classes
@@ -44,7 +48,11 @@ def predict(options: argparse.Namespace) -> int:
     failed = False
     for photo in options.photos:
         try:
-            pixels = decode_image(photo.read_bytes(), checkpoint.preprocess, Settings().max_pixels)
+            with photo.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+            if len(content) > MAX_FILE_BYTES:
+                raise PayloadTooLarge(f"the file has more than {MAX_FILE_BYTES} bytes")
+            pixels = decode_image(content, checkpoint.preprocess, Settings().max_pixels)
             logits = runner.launch([pixels]).wait().logits[0]
             predictions.append({"classes": top_classes(logits, names, options.top_k)})
         except OSError as error:
@@ -61,9 +69,9 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def _print_prediction(photo: Path, prediction: Any) -> None:
-    print(photo)
+    print(printable(photo))
     if "error" in prediction:
-        print(f"  {prediction['error']['message']}")
+        print(f"  {printable(prediction['error']['message'])}")
     for score in prediction.get("classes", []):
         print(f"  {score['probability']:6.1%}  {score['label']}")
 
@@ -104,7 +112,9 @@ def convert(options: argparse.Namespace) -> int:
     from model import load_checkpoint, save_checkpoint
     from model.checkpoint import ASSUMED_LABELS
     from model.label_files import read_labels
+    from model.outputs import check_output
 
+    check_output(options.output, replace=options.force, inputs=[options.input, options.labels])
     checkpoint = load_checkpoint(options.input)
     config = checkpoint.net.config
     if options.depth is not None and options.depth != config.depth:
@@ -113,24 +123,24 @@ def convert(options: argparse.Namespace) -> int:
         labels = read_labels(options.labels, checkpoint.labels, keep_ids=ASSUMED_LABELS not in checkpoint.provenance)
         provenance = {key: value for key, value in checkpoint.provenance.items() if key != ASSUMED_LABELS}
         checkpoint = replace(checkpoint, labels=labels, provenance=provenance)
-    save_checkpoint(options.output, checkpoint)
-    print(f"{options.output}: {config.name}, {config.num_classes} classes")
+    save_checkpoint(options.output, checkpoint, replace=options.force)
+    print(f"{printable(options.output)}: {config.name}, {config.num_classes} classes")
     return 0
 
 
 def quantize(options: argparse.Namespace) -> int:
     from model import load_checkpoint, save_checkpoint
     from model.checkpoint import fits_half
+    from model.outputs import check_output
     from model.quantize import quantize as with_scales
     from service.runner import set_threads
 
     set_threads(usable_cores())
-    if not options.output.parent.is_dir():  # told before the work, not after it
-        raise ValueError(f"{options.output} cannot be written: {options.output.parent} is not a folder")
+    check_output(options.output, replace=options.force, inputs=[options.checkpoint])
     checkpoint = with_scales(load_checkpoint(options.checkpoint), options.photos, usable_cores())
-    save_checkpoint(options.output, checkpoint, half=fits_half(checkpoint.net))
+    save_checkpoint(options.output, checkpoint, half=fits_half(checkpoint.net), replace=options.force)
     report = checkpoint.provenance["int8"]
-    print(f"{options.output}: {checkpoint.net.config.name} with int8 scales from {report['photos']} photos")
+    print(f"{printable(options.output)}: {checkpoint.net.config.name} with int8 scales from {report['photos']} photos")
     if "not_compared" in report:
         print(f"int8 was not compared with float32: {report['not_compared']}")
     else:
@@ -144,6 +154,7 @@ def quantize(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     from model import load_checkpoint
     from model.inference.preparation import resolve_device
+    from model.outputs import check_output
     from model.recipe import FINE_TUNING_RATE, Recipe
     from model.train import train as run_training
     from service.runner import set_threads
@@ -153,6 +164,7 @@ def train(options: argparse.Namespace) -> int:
         name: value for name, value in vars(options).items() if name in Recipe.__dataclass_fields__
     }
     start = None
+    check_output(options.output, replace=True, inputs=[options.start])
     if options.start is not None:
         if fields.keys() & {"depth", "base_channels"}:
             raise ValueError("--depth and --base-channels are those of the checkpoint that --from names")
@@ -167,8 +179,9 @@ def train(options: argparse.Namespace) -> int:
         device=resolve_device(options.device),
         start=start,
         workers=usable_cores(),
+        replace=options.force,
     )
-    print(f"{options.output}: done")
+    print(f"{printable(options.output)}: done")
     return 0
 
 
@@ -177,9 +190,12 @@ def evaluate(options: argparse.Namespace) -> int:
     from model.confusion import draw_confusion
     from model.evaluate import evaluate as ask_about
     from model.folders import read_folder
+    from model.outputs import check_output, write_atomically
     from service.runner import set_threads
 
     set_threads(usable_cores())
+    if options.confusion is not None:
+        check_output(options.confusion, replace=options.force, inputs=[options.checkpoint])
     checkpoint = load_checkpoint(options.checkpoint)
     run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision, checkpoint.calibration)
     _, photos, left_out = read_folder(options.data / "val", [label.id for label in checkpoint.labels])
@@ -190,7 +206,9 @@ def evaluate(options: argparse.Namespace) -> int:
     names = [label.name for label in checkpoint.labels]
     by_class = answers.by_class(names)
     if options.confusion is not None:
-        draw_confusion(answers.confusion().numpy(), names).save(options.confusion, "png")
+        picture = io.BytesIO()
+        draw_confusion(answers.confusion().numpy(), names).save(picture, "png")
+        write_atomically(options.confusion, picture.getvalue(), replace=options.force)
     if options.json:
         print(json.dumps(result | {"classes": by_class}))
         return 0

@@ -114,8 +114,9 @@ def test_convert_makes_an_official_checkpoint_ours(tmp_path: Path, capsys: pytes
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(converted.net(x), original.net(x))
-    assert main(["convert", source, str(output), "--depth", "50"]) == 2
-    assert main(["convert", source, str(output), "--labels", str(tmp_path / "few")]) == 2
+    other = str(tmp_path / "other.safetensors")
+    assert main(["convert", source, other, "--depth", "50"]) == 2
+    assert main(["convert", source, other, "--labels", str(tmp_path / "few")]) == 2
     assert "names 2 classes; the network has 12" in capsys.readouterr().err
 
 

@@ -1,0 +1,297 @@
+"""Nothing is written over by accident, half-written, or by two at once."""
+
+import os
+import resource
+import signal
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model import load_checkpoint
+from model.outputs import OutputError, check_output, locked, write_atomically
+from model.recipe import Recipe
+from service.cli import main
+from tests.conftest import encoded, photo
+from tests.servers import REDNET, wait_until
+
+FLAGS = ["--base-channels", "16", "--epochs", "1", "--size", "32", "--batch-size", "4"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two classes of three training photos and one for validation."""
+    for split, count in (("train", 3), ("val", 1)):
+        for name in ("church", "tench"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                (folder / f"{index}.png").write_bytes(encoded(photo(index, 40, 36)))
+    return tmp_path / "data"
+
+
+def commands(data: Path, checkpoint: Path, output: Path) -> list[list[str]]:
+    """Every command that writes a file."""
+    return [
+        ["convert", str(checkpoint), str(output)],
+        ["quantize", str(checkpoint), str(data / "val"), "--output", str(output)],
+        ["train", str(data), "--output", str(output), *FLAGS],
+        ["evaluate", str(data), "--checkpoint", str(checkpoint), "--confusion", str(output)],
+    ]
+
+
+@pytest.fixture
+def trained(data: Path, tmp_path: Path) -> Path:
+    assert main(["train", str(data), "--output", str(tmp_path / "trained.safetensors"), *FLAGS]) == 0
+    return tmp_path / "trained.safetensors"
+
+
+def test_existing_file_is_replaced_only_by_force(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By no command that writes one, and the message says how; with --force by every one."""
+    for command in commands(data, trained, tmp_path / "there"):
+        (tmp_path / "there").write_text("precious")
+        assert main(command) == 2
+        assert f"{tmp_path / 'there'} exists; --force replaces it" in capsys.readouterr().err
+        assert (tmp_path / "there").read_text() == "precious"
+        assert main([*command, "--force"]) == 0
+        assert (tmp_path / "there").read_bytes() != b"precious"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "there", "trained.safetensors"]
+
+
+def test_output_that_is_an_input_is_refused_even_by_force(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under its own name, by a link or by a second name of the same file."""
+    (tmp_path / "link").symlink_to(trained)
+    (tmp_path / "second").hardlink_to(trained)
+    before = trained.read_bytes()
+    for output in (trained, tmp_path / "link", tmp_path / "second"):
+        for command in commands(data, trained, output):
+            if command[0] == "train":
+                command[4:] = ["--from", str(trained), "--epochs", "2"]
+            assert main([*command, "--force"]) == 2
+            assert "is an input of this command" in capsys.readouterr().err
+    assert trained.read_bytes() == before
+
+
+def test_directory_device_and_pipe_are_never_replaced(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rename would put a file in the place of /dev/null, for the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    device = Path("/dev/null").stat()
+    for output in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        for command in commands(data, trained, output):
+            assert main([*command, "--force"]) == 2
+            assert "cannot be written" in (said := capsys.readouterr().err) or "not a regular file" in said
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert Path("/dev/null").stat() == device
+
+
+def test_link_stands_for_what_it_points_to(trained: Path, tmp_path: Path) -> None:
+    """The link stays, the file behind it is replaced by force only; a link to nothing makes a new file."""
+    (tmp_path / "real").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "new").symlink_to(tmp_path / "made")
+    assert main(["convert", str(trained), str(tmp_path / "link")]) == 2
+    assert (tmp_path / "real").read_text() == "precious"
+    assert main(["convert", str(trained), str(tmp_path / "link"), "--force"]) == 0
+    assert main(["convert", str(trained), str(tmp_path / "new")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    for written in ("real", "made"):
+        assert load_checkpoint(tmp_path / written).net.config.base_channels == 16
+
+
+def test_finished_training_is_not_done_again(data: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same recipe and photos: at once, and the file stays. Another recipe or other photos: an error, by --force a
+    new run."""
+    before, command = trained.stat().st_mtime_ns, ["train", str(data), "--output", str(trained), *FLAGS]
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "already finished, with this recipe and these photos" in said
+    assert "epoch 1" not in said
+    assert main([*command, "--seed", "1"]) == 2
+    (data / "val" / "church" / "new.png").write_bytes(encoded(photo(9)))
+    assert main(command) == 2
+    assert "exists; --force replaces it" in capsys.readouterr().err
+    assert trained.stat().st_mtime_ns == before
+    assert main([*command, "--force"]) == 0
+    assert trained.stat().st_mtime_ns > before
+
+
+def test_two_trainings_into_one_file_are_one(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second is refused while the first goes on, not when it was killed: then it resumes."""
+    output = tmp_path / "x.safetensors"
+    command = [
+        "train",
+        str(data),
+        "--output",
+        str(output),
+        "--base-channels",
+        "16",
+        "--size",
+        "32",
+        "--batch-size",
+        "4",
+    ]
+    process = subprocess.Popen([str(REDNET), *command, "--epochs", "1000"], stderr=subprocess.DEVNULL)
+    try:
+        wait_until((tmp_path / "x.safetensors.training").exists, "the first epoch")
+        assert main([*command, "--epochs", "1000"]) == 2
+        assert "another process is writing there" in capsys.readouterr().err
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with locked(tmp_path / "x.safetensors.lock"):
+        pass
+    assert main([*command, "--epochs", "1"]) == 2
+    assert "unfinished run of another recipe" in capsys.readouterr().err
+
+
+def test_file_that_comes_up_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """Between the check before the work and the end of it."""
+    path = tmp_path / "x"
+    check_output(path, replace=False)
+    path.write_text("precious")
+    with pytest.raises(OutputError, match="exists"):
+        write_atomically(path, b"new", replace=False)
+    assert path.read_text() == "precious"
+    assert os.listdir(tmp_path) == ["x"]
+    (tmp_path / "y.unfinished").write_text("of a killed process, longer than what is written now")
+    write_atomically(tmp_path / "y", b"new", replace=False)
+    assert (tmp_path / "y").read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
+
+
+def limited(command: list[str], size: int) -> subprocess.CompletedProcess[str]:
+    """Run a command that can write files of so many bytes at most, as on a full disk."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
+
+
+def test_full_disk_loses_nothing(data: Path, trained: Path, tmp_path: Path) -> None:
+    """The old file stays whole, no half of the new one is left, and the message names the file."""
+    before = trained.read_bytes()
+    output = tmp_path / "there"
+    for arguments in commands(data, trained, output):
+        output.write_bytes(before)
+        result = limited([str(REDNET), *arguments, "--force"], 1000)
+        assert (result.returncode, output.read_bytes()) == (2, before), arguments
+        assert "File too large" in result.stderr
+        assert "there" in result.stderr
+        assert not list(tmp_path.glob("*.unfinished"))
+
+
+ABSURD: list[tuple[str, Any]] = [
+    ("--epochs", 0),
+    ("--epochs", 10**9),
+    ("--size", 100_000),
+    ("--size", 0),
+    ("--batch-size", 10**9),
+    ("--batch-size", 1),
+    ("--learning-rate", "nan"),
+    ("--learning-rate", "inf"),
+    ("--learning-rate", "1e308"),
+    ("--warmup-epochs", "nan"),
+    ("--warmup-epochs", -1),
+    ("--weight-decay", "nan"),
+    ("--weight-decay", "-0.1"),
+    ("--label-smoothing", 2),
+    ("--label-smoothing", "nan"),
+    ("--mixup", "1e308"),
+    ("--mixup", "nan"),
+    ("--base-channels", 10**6),
+    ("--base-channels", 24),
+    ("--depth", 27),
+    ("--seed", -1),
+    ("--seed", 10**30),
+    ("--precision", "fp8"),
+    ("--device", "tpu"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value"), ABSURD)
+def test_absurd_value_of_a_training_option_is_refused_before_any_work(
+    flag: str, value: object, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2 and a line that names the option or its field, before a photo is looked for."""
+    assert main(["train", str(data), "--output", str(tmp_path / "x"), f"{flag}={value}"]) == 2
+    said = capsys.readouterr().err
+    assert flag.strip("-").replace("-", "_") in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_every_number_of_the_recipe_is_bounded() -> None:
+    """So that no new field is forgotten."""
+    for name, value in vars(Recipe()).items():
+        if isinstance(value, int | float) and name != "depth":
+            fields: dict[str, Any] = {name: float("nan")}
+            with pytest.raises(ValueError, match=name):
+                Recipe(**fields)
+
+
+def test_absurd_top_k_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the photo is read; up to the most classes a network can have, all of them are printed."""
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "x.jpg", "--top-k", str(10**9)])
+    assert caught.value.code == 2
+    assert "must be at most 65536" in capsys.readouterr().err
+
+
+def test_accuracy_says_what_it_is_of(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    """With few photos none is held out: the number is of photos that were watched, and no temperature was fitted."""
+    provenance = load_checkpoint(trained).provenance
+    assert provenance["held out"] == 0
+    assert provenance["temperature"] == 1.0
+    assert provenance["accuracy of"] == (
+        "validation photos, the same that were watched after every epoch; no temperature is fitted"
+    )
+    said = capsys.readouterr().err
+    assert "of fewer than 2000 photos none are held out" in said
+    assert f"of 2 {provenance['accuracy of']}" in said
+
+
+def test_names_of_any_bytes_do_not_stop_a_command(
+    tiny_path: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """Photos whose names are not UTF-8, or would command the terminal: all are answered, as text and as JSON."""
+    paths = [os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/a\xff.png", b"/b\x1b[2J\n.png", b"/c.png")]
+    for path in paths:
+        Path(path).write_bytes(encoded(photo()))
+    missing = os.fsdecode(os.fsencode(tmp_path) + b"/d\xfe.png")
+    command = ["predict", *paths, missing, "--checkpoint", str(tiny_path)]
+    assert main(command) == 1
+    lines = capsysbinary.readouterr().out.decode().splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [
+        rf"{tmp_path}/a\xff.png",
+        rf"{tmp_path}/b\x1b[2J\x0a.png",
+        rf"{tmp_path}/c.png",
+        rf"{tmp_path}/d\xfe.png",
+    ]
+    assert main([*command, "--json"]) == 1
+    assert capsysbinary.readouterr().out.count(b'"classes"') == 3
+    assert main(["info", "--checkpoint", paths[1]]) == 2
+    said = capsysbinary.readouterr().err
+    assert rb"b\x1b[2J\x0a.png is neither" in said
+    assert b"\x1b" not in said
+
+
+def test_terminal_without_the_letters_of_a_label_is_no_error(tiny_path: Path, tmp_path: Path) -> None:
+    """An ASCII terminal gets escapes."""
+    (tmp_path / "names.txt").write_text("caf\u00e9\nb\nc\nd\ne\n")
+    (tmp_path / "a.png").write_bytes(encoded(photo()))
+    output = str(tmp_path / "x.safetensors")
+    assert main(["convert", str(tiny_path), output, "--labels", str(tmp_path / "names.txt")]) == 0
+    command = [str(REDNET), "predict", str(tmp_path / "a.png"), "--checkpoint", output]
+    result = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert rb"caf\xe9" in result.stdout
