@@ -8,10 +8,11 @@ from service.errors import MalformedRequest
 from service.tensors import parse_infer
 from service.types import Floats
 
-# So many take the parsers about a millisecond: numbers, lists and strings of JSON, and parts of a form.
-TOKENS = (b",", b"[", b"{", b'"')
-MAX_TOKENS = 5_000
-MAX_PARTS = 32
+# A body of fewer bytes is quick to parse, whatever it is; in others so many values of JSON, or parts of a form, take
+# about a millisecond. Parts are counted at the beginning only: the check itself must be quick.
+ALWAYS_QUICK = 8_000
+MAX_COMMAS = 5_000
+MAX_PARTS, COUNTED_BYTES = 32, 32_768
 
 
 def is_image(body_format: BodyFormat) -> bool:
@@ -21,9 +22,10 @@ def is_image(body_format: BodyFormat) -> bool:
 
 def is_quick(body_format: BodyFormat, body: bytes) -> bool:
     """Whether a body of up to 200 kB is parsed within a millisecond or two."""
-    if is_image(body_format):
+    if len(body) < ALWAYS_QUICK or is_image(body_format):
         return True
-    return body.count(b"\r\n--") <= MAX_PARTS and sum(map(body.count, TOKENS)) <= MAX_TOKENS
+    commas = int(np.count_nonzero(np.frombuffer(body, np.uint8) == ord(",")))  # in a fifth of the time of bytes.count
+    return commas <= MAX_COMMAS and body.count(b"\r\n--", 0, COUNTED_BYTES) <= MAX_PARTS
 
 
 def parse_body(body_format: BodyFormat, body: bytes, limits: BodyLimits) -> ParsedBody:

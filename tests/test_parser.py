@@ -22,7 +22,7 @@ from service.body_file import BodyFile
 from service.errors import MalformedRequest, NotReady, PayloadTooLarge, ServiceError
 from service.parser import Parser
 from service.parsing import parse_body
-from tests.body_corpus import FORM, JSON, corpus
+from tests.body_corpus import FORM, JSON, PART, corpus
 from tests.servers import PATIENCE_S
 
 Result = TypeVar("Result")
@@ -114,9 +114,9 @@ def test_image_is_a_view_of_the_file_and_not_parsed() -> None:
 @pytest.mark.parametrize(
     ("body_format", "body"),
     [
-        (JSON_FORMAT, b'{"images": [' + b'"",' * 5000 + b'""]}'),
-        (BodyFormat("v1", FORM), b"--frontier\r\n\r\n\r\n" * 256),
-        (BodyFormat("v2"), b'{"x": [' + b"[1]," * 5000 + b"1]}"),
+        (JSON_FORMAT, b'{"images": [' + b'"",' * 6000 + b'""]}'),
+        (BodyFormat("v1", FORM), (PART + b"\r\n") * 256),
+        (BodyFormat("v2"), b'{"x": [' + b"[1]," * 6000 + b"1]}"),
     ],
 )
 def test_small_body_that_is_costly_to_parse_goes_to_the_process(body_format: BodyFormat, body: bytes) -> None:
