@@ -68,6 +68,8 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
             return load_checkpoint(embedded)
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is not a regular file")  # a pipe would keep its reader waiting
         with path.open("rb") as file:
             start = file.read(9)
         if start[8:] == b"{":  # eight bytes of length, which may be any, then JSON: safetensors

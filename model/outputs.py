@@ -11,6 +11,9 @@ if sys.platform != "win32":
     import fcntl
 
 
+LONGEST_SUFFIX = ".training.unfinished"  # of the files that are made beside an output
+
+
 class OutputError(ValueError):
     """A file cannot be written without harm; the message says which and why."""
 
@@ -32,6 +35,8 @@ def check_output(path: Path, *, replace: bool, inputs: Iterable[Path | None] = (
         raise NotADirectoryError(f"{path} cannot be written: it must be a file in a folder that exists")
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written: its folder is read-only")
+    with suppress(FileNotFoundError):
+        target.with_name(target.name + LONGEST_SUFFIX).stat()  # fails where the name is too long for the file system
     for source in inputs:
         if source is not None and source.exists() and target.exists() and source.samefile(target):
             raise OutputError(f"{path} is an input of this command; name another file")

@@ -92,6 +92,16 @@ def test_directory_device_and_pipe_are_never_replaced(
     assert Path("/dev/null").stat() == device
 
 
+def test_name_that_is_too_long_is_refused_first(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that just fits leaves no room for the files beside it; said before the work, not after it."""
+    for command in commands(data, trained, tmp_path / ("x" * 250)):
+        assert main(command) == 2
+        assert "File name too long" in (said := capsys.readouterr().err)
+        assert "epoch" not in said
+
+
 def test_link_stands_for_what_it_points_to(trained: Path, tmp_path: Path) -> None:
     """The link stays, the file behind it is replaced by force only; a link to nothing makes a new file."""
     (tmp_path / "real").write_text("precious")

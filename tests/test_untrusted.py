@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -315,6 +316,34 @@ def test_file_name_that_is_not_utf8_names_the_checkpoint(tiny_path: Path, tmp_pa
     read = load_checkpoint(path)
     assert read.name == r"net\xff\x0a"
     assert read.provenance["converted from"] == r"net\xff\x0a.pth"
+
+
+def test_pipe_in_place_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Opening it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_any_damaged_byte_loads_or_is_one_clear_error(zipped: bool, tiny_path: Path, tmp_path: Path) -> None:
+    """Where the structure is: in pickles, headers and the directory."""
+    path, generator = tmp_path / "x.pth", random.Random(7)
+    torch.save(state(tiny_path), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[generator.choice([generator.randrange(20_000), -generator.randrange(1, 5_000)])] = (
+                generator.randrange(256)
+            )
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 10
 
 
 def test_checks_cost_little_for_a_sound_file(tmp_path: Path, tiny_path: Path) -> None:
