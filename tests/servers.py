@@ -168,8 +168,8 @@ class ServerThread:
         )
         decoder = Decoder(preprocess, settings.max_pixels, 2)
         keys = read_keys(settings.api_key_file) if settings.api_key_file else None
-        app = create_app(settings, self.engine_client, decoder, metrics, model, keys)
-        config = uvicorn_config(app, settings)
+        self.app = create_app(settings, self.engine_client, decoder, metrics, model, keys)
+        config = uvicorn_config(self.app, settings)
         self._server = Server(config, self.engine_client, settings.drain_timeout_s)
         self._thread = threading.Thread(target=self._server.run)
 
