@@ -93,7 +93,7 @@ def create_app(
     parser = Parser(BodyLimits.of(client.max_images, model.preprocess))
     budget = MemoryBudget(LARGEST_BODIES * settings.max_body_bytes)
     journey = Journey(settings, client, decoder, parser, budget, metrics)
-    app.state.context = Context(journey, client, metrics, budget, model, keys)
+    app.state.context = server = Context(journey, client, decoder, metrics, budget, model, keys)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.direct, dependencies=guard)
     app.include_router(v1.router, dependencies=guard)
@@ -107,7 +107,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Surroundings, metrics=metrics)
-    metrics.watch(client)
+    metrics.watch(client, lambda: server.state)
     return app
 
 

@@ -1,4 +1,4 @@
-"""The server's end of one of the decoder's processes: starts it, hands it photos, notices when it hangs or ends."""
+"""The server's end of one decoder process: starts it, hands it photos, notices when it hangs or ends."""
 
 import asyncio
 import contextvars
@@ -8,40 +8,50 @@ import json
 import logging
 import mmap
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from service.decoder_process import ANSWER, PLACES, REQUEST
+from service.child import Child
+from service.decode_limits import Cost
+from service.decoder_failures import History
+from service.decoder_process import ANSWER, COST, FAILED, REQUEST, SLOTS, TOO_COSTLY
 from service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from service.fair_queue import Flow
 from service.types import Floats, Pixels
 
 log = logging.getLogger(__name__)
 
-LONGEST_S = 10.0  # for one photo; what takes longer is made to
-PIECE = (
-    262_144  # bytes sent in one iteration of the event loop: a process that reads fast enough takes any size at once
-)
+PIECE_BYTES = 262_144  # sent in one iteration of the event loop; a fast process would take any size at once
+TYPICAL_S = 0.002  # for one photo, as long as nothing is known of it
+STALLED_CHECKS = 4  # in a row, without a hundredth of a second of processor time, before a process counts as hung
+MAX_CHECKS = 600  # for one photo, whatever it uses
+END_S = 5.0  # for a killed process to end
 ERRORS = {error.code: error for error in (PayloadTooLarge, UnreadableImage, UnsupportedMediaType)}
 
 
 @dataclass(slots=True, eq=False)
 class Photo:
-    """One that is being decoded, or drawn on, or waits for it."""
+    """A photo that is decoded, or drawn on, or waits for it."""
 
     data: bytes | memoryview
     grid: Floats | None  # [h, w], to be drawn over it; None: it is to be decoded
     done: asyncio.Future[tuple[Pixels | bytes, float]]  # pixels or PNG, and seconds
-    tries: int = 0  # processes that have ended over it, by themselves
+    flow: Flow
+    cost_s: float = TYPICAL_S  # expected
+    memory_bytes: int = 0  # expected, where it matters
+    ticket: int = 0
+    aside: bool = False  # it waits for slow decoding
+    pool: "Owner | None" = None  # where it is
+    history: History = field(default_factory=History)
 
 
 class Owner(Protocol):
@@ -50,11 +60,20 @@ class Owner(Protocol):
     def fill(self, link: "Link") -> None:
         """It has room for a photo."""
 
-    def again(self, photo: Photo) -> None:
-        """It will not finish this photo, and that may have been no fault of the photo's."""
+    def decoded(self, photo: Photo, took_s: float) -> None:
+        """It has finished a photo, with or without success."""
 
-    def lost(self, link: "Link") -> None:
-        """Its process has ended."""
+    def too_costly(self, photo: Photo, cost: Cost) -> None:
+        """It does not decode this photo, which is for another kind of process."""
+
+    def leave(self, photo: Photo, kill_over: float) -> None:
+        """A photo is not wanted any more. A process that was to work on it for longer than that is ended."""
+
+    def unusable(self, link: "Link") -> None:
+        """It takes no more photos; its process will end."""
+
+    def ended(self, link: "Link", status: int | OSError) -> None:
+        """Its process has ended, or could not be started. The photos that it had are still in it."""
 
 
 class Link(asyncio.Protocol):
@@ -63,28 +82,85 @@ class Link(asyncio.Protocol):
     It works on one photo, and has room for the next, so that it need not wait for the event loop in between.
 
     Args:
-        owner: told what happens.
+        owner: what it reports to.
         command: starts `service.decoder_process`; the descriptor of the shared memory is appended.
         side: of the pixels that it makes, [3, side, side].
     """
 
-    connecting: "asyncio.Task[object]"  # kept, because the event loop would not
-
     def __init__(self, owner: Owner, command: Sequence[str], side: int) -> None:
-        loop = asyncio.get_running_loop()
-        self._owner = owner
-        self._photos: deque[Photo] = deque()  # the first one is being decoded
-        self.next: Photo | None = None  # the one behind it, as long as nobody else has taken it
+        self._owner, self._command, self._side = owner, command, side
+        self.photos: deque[Photo] = deque()  # the first one is being decoded
+        self.next: Photo | None = None  # the one behind it, as long as no other process has taken it
         self.since = 0.0  # when it came to its photo
-        self._timer: asyncio.TimerHandle | None = None
+        self.reserved_bytes = 0  # for its photo
+        self.ready = self.was_ready = False
+        self.useful = False  # it has answered a photo
+        self._closing = False
+        self._connecting: asyncio.Task[object] | None = None
+        self._socket: socket.socket | None = None
         self._transport: asyncio.Transport | None = None
+        self._disconnected = True
+        self._status: int | OSError | None = None
         self._received = bytearray()
         self._unsent: deque[memoryview] = deque()
         self._paused = False
-        self._ended = False
-        self.was_up = False
-        self.known: asyncio.Future[None] = loop.create_future()  # whether it is up
-        self._places_in, self._places_out = itertools.cycle(range(PLACES)), itertools.cycle(range(PLACES))
+        self._slots_in, self._slots_out = itertools.cycle(range(SLOTS)), itertools.cycle(range(SLOTS))
+        self._checked: Photo | None = None
+        self._checks, self._stalled, self._cpu_s = 0, 0, 0.0
+        self._child = Child(self._launch, self._started, self._exited)
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid
+
+    def begin(self, photo: Photo) -> None:
+        """Give it a photo; it has room for `SLOTS`."""
+        assert self._transport is not None, "this is a bug: it has not shown any sign of life"
+        height, width = (0, 0) if photo.grid is None else photo.grid.shape
+        grid = b"" if photo.grid is None else photo.grid.astype(np.float32).tobytes()
+        request = REQUEST.pack(next(self._slots_in), len(photo.data), height, width)
+        sending = bool(self._unsent)
+        self._unsent.extend(map(memoryview, (request, photo.data, grid)))
+        if not sending:
+            self._send()
+        self.photos.append(photo)
+        if len(self.photos) == 1:
+            self.since = asyncio.get_running_loop().time()
+        else:
+            self.next = photo
+
+    def kill(self) -> list[Photo]:
+        """End the process; returns the photos that it had."""
+        photos = [*self.photos]
+        self.photos.clear()
+        self.next = None
+        self._close()
+        return photos
+
+    def join(self) -> None:
+        """Wait until the process has ended, which blocks."""
+        self._child.join(END_S)
+        if self._socket and not self._connecting:
+            self._socket.close()
+
+    def is_stalled(self) -> bool:
+        """Whether it hangs over its photo, or its start, asked once a second. If the server itself was stopped for a
+        while, it was not asked meanwhile."""
+        photo = self.photos[0] if self.photos else None
+        if self._closing or (photo is None and self.ready):
+            self._checks = 0
+            return False
+        cpu_s = _cpu_s(self.pid)
+        if photo is not self._checked or not self._checks:
+            self._checked, self._checks, self._stalled = photo, 1, 0
+        else:
+            self._checks += 1
+            self._stalled = 0 if cpu_s is None or cpu_s > self._cpu_s else self._stalled + 1
+        self._cpu_s = cpu_s or 0.0
+        return self._stalled >= STALLED_CHECKS or self._checks > MAX_CHECKS
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        """On the child's thread."""
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # where this process has found what it runs
             "OPENBLAS_NUM_THREADS": "1",  # of which it would keep one ready for each core
@@ -92,58 +168,37 @@ class Link(asyncio.Protocol):
         }
         ours, theirs = socket.socketpair()
         try:
-            with (
-                theirs,
-                _shared_memory(PLACES * 3 * side**2) as file,
-                _for_us_alone(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-            ):
-                self._process = subprocess.Popen(  # noqa: S603
-                    [*command, str(file.fileno())],
+            with theirs, _shared_memory(SLOTS * 3 * self._side**2) as file:
+                slots = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+                process = subprocess.Popen(  # noqa: S603
+                    [*self._command, str(file.fileno())],
                     stdin=theirs.fileno(),
                     env=environment,
                     pass_fds=[file.fileno()],
                 )
-                self._pixels = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8).reshape(PLACES, 3, side, side)
         except OSError:
             ours.close()
             raise
-        connecting = loop.create_unix_connection(lambda: self, sock=ours)
-        # In a context of its own: what the process's log lines say is nothing of the request that happened to start it.
-        self.connecting = loop.create_task(connecting, context=contextvars.Context())
+        self._socket, self._pixels = ours, slots.reshape(SLOTS, 3, self._side, self._side)
+        return process
 
-    @property
-    def photos(self) -> int:
-        """How many it has."""
-        return len(self._photos)
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
+    def _started(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._disconnected = False
+        # In a context of its own: the process's log lines have nothing to do with the request that started it.
+        connecting = loop.create_unix_connection(lambda: self, sock=self._socket)
+        self._connecting = loop.create_task(connecting, context=contextvars.Context())
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
-
-    def begin(self, photo: Photo) -> None:
-        """Give it a photo; it has room for `PLACES`."""
-        assert self._transport is not None, "this is a bug: it has not shown any sign of life"
-        height, width = (0, 0) if photo.grid is None else photo.grid.shape
-        grid = b"" if photo.grid is None else photo.grid.astype(np.float32).tobytes()
-        request = REQUEST.pack(next(self._places_in), len(photo.data), height, width)
-        sending = bool(self._unsent)
-        self._unsent.extend(map(memoryview, (request, photo.data, grid)))
-        if not sending:
-            self._send()
-        self._photos.append(photo)
-        if len(self._photos) == 1:
-            self._watch()
-        else:
-            self.next = photo
+        if self._closing:
+            transport.abort()
 
     def _send(self) -> None:
         """Send a piece, and the next one in the loop's next iteration, or as soon as the process has read enough."""
         if not self._transport or self._transport.is_closing() or self._paused:
             return
-        pieces, room = [], PIECE
+        pieces, room = [], PIECE_BYTES
         while self._unsent and room:
             part = self._unsent.popleft()
             if len(part) > room:
@@ -165,77 +220,73 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
         while len(self._received) >= ANSWER.size:
-            failed, took_s, length = ANSWER.unpack_from(self._received)
+            kind, took_s, length = ANSWER.unpack_from(self._received)
             if len(self._received) < ANSWER.size + length:
                 return
             content = bytes(self._received[ANSWER.size : ANSWER.size + length])
             del self._received[: ANSWER.size + length]
-            if self.was_up:
-                self._settle(self._photos.popleft(), failed, took_s, content)
-            else:  # the first answer is to nobody, but a sign of life
-                self.was_up = True
-                self.known.set_result(None)
-            self._watch()
+            if self._closing:  # what it had has been handed to others
+                return
+            if self.ready:
+                self._settle(kind, took_s, content)
+            else:  # the first answer belongs to no photo: it is a sign of life
+                self.ready = self.was_ready = True
             self._owner.fill(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._ended:
-            self._process.kill()
-            status = self._process.wait()
-            log.error("a decoder has ended by itself, with status %d", status)
-            error: ServiceError | None = UnreadableImage("the image is damaged: it broke the decoder")
-            if self._photos and not self._photos[0].tries:
-                self._photos[0].tries += 1
-                error = None
-            self.end(error)
+        self._disconnected = True
+        self._close()
+        self._conclude()
 
-    def end(self, error: ServiceError | None) -> None:
-        """End the process, and tell whoever waits for its photo why; None: try that again, as what is behind it."""
-        self._ended = True
-        if not self.known.done():
-            self.known.set_result(None)
-        self._process.kill()
-        self._process.wait()
-        photos, self._photos = self._photos, deque()
-        self._watch()
-        if photos and error:
-            fail(photos.popleft(), error)
-        for photo in reversed(photos):
-            self._owner.again(photo)
-        self._owner.lost(self)
+    def _exited(self, status: int | OSError) -> None:
+        self._status = status
+        if self._disconnected:  # else what it has sent is read first
+            self._close()
+        self._conclude()
+
+    def _close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
         self._unsent.clear()
+        self._child.kill()
         if self._transport:
             self._transport.abort()
+        self._owner.unusable(self)
 
-    def _settle(self, photo: Photo, failed: bool, took_s: float, content: bytes) -> None:
-        place = next(self._places_out)
+    def _conclude(self) -> None:
+        if self._disconnected and self._status is not None:
+            self._owner.ended(self, self._status)
+
+    def _settle(self, kind: int, took_s: float, content: bytes) -> None:
+        photo, slot = self.photos.popleft(), next(self._slots_out)
+        self.since = asyncio.get_running_loop().time()
+        self.next = None
+        self.useful = True
+        self._owner.decoded(photo, took_s)
         if photo.done.done():  # the caller has left, or another process was sooner
             return
-        if failed:
+        if kind == TOO_COSTLY:
+            self._owner.too_costly(photo, Cost(*COST.unpack(content)))
+        elif kind == FAILED:
             error = json.loads(content)
             photo.done.set_exception(ERRORS[error["code"]](error["message"]))
         else:
-            photo.done.set_result((self._pixels[place].copy() if photo.grid is None else content, took_s))
-
-    def _watch(self) -> None:
-        """See to it that what it comes to now does not take too long."""
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        self.next = None
-        if self._photos:
-            loop = asyncio.get_running_loop()
-            self.since = loop.time()
-            self._timer = loop.call_later(LONGEST_S, self._too_slow, context=contextvars.Context())
-
-    def _too_slow(self) -> None:
-        log.error("a decoder was ended: one image took longer than %.0f s", LONGEST_S)
-        self.end(UnreadableImage("decoding the image takes too long"))
+            photo.done.set_result((self._pixels[slot].copy() if photo.grid is None else content, took_s))
 
 
 def fail(photo: Photo, error: ServiceError) -> None:
     if not photo.done.done():
         photo.done.set_exception(error)
+
+
+def _cpu_s(pid: int | None) -> float | None:
+    """Processor time that a process has used; None where that cannot be read."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _shared_memory(size: int) -> BinaryIO:
@@ -249,14 +300,3 @@ def _shared_memory(size: int) -> BinaryIO:
     # If the process could make it smaller, reading what is gone would end the server.
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return file
-
-
-@contextmanager
-def _for_us_alone(*signals: signal.Signals) -> Iterator[None]:
-    """Processes that are started meanwhile never get these signals, not even in their first moments. A supervisor or a
-    terminal sends them to all processes, but a server that drains still wants photos decoded."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

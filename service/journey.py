@@ -15,12 +15,13 @@ from service.bodies import BodyFormat, InferOptions, ParsedBody, Upload
 from service.body_file import BodyFile
 from service.decoder import Decoded, Decoder, Drawn
 from service.errors import DeadlineExceeded, MalformedRequest, ServiceError
+from service.fair_queue import Flow
 from service.intake import Intake
 from service.memory import MemoryBudget
 from service.metrics import Metrics
 from service.parser import Parser, in_heap
 from service.settings import Settings
-from service.types import EngineClient, Inference, Wish
+from service.types import EngineClient, Inference, Place, Wish
 
 TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
@@ -43,6 +44,17 @@ class Answers(NamedTuple):
 
     images: Sequence[Answer]  # in order
     infer: InferOptions | None  # what else the body asked for, where it was an infer request
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is the same for all images of a request."""
+
+    ends: float  # by the event loop's clock
+    deadline: float  # by `time.monotonic()`
+    wish: Wish | None
+    draw: bool
+    flow: Flow
 
 
 class Journey:
@@ -95,7 +107,7 @@ class Journey:
         place = self._client.admit(deadline, callers_id(headers))
         arrival_s = min(timeout_s, max(ARRIVAL_S, self._settings.request_timeout_s))
         arriving = self._intake.body(request.stream(), headers, in_heap(body_format), arrival_s)
-        with place as hold:  # refuse before the body is read
+        with place as held:  # refuse before the body is read
             async with arriving as body, _WhileConnected(request):
                 parsed = await self._parsed(body_format, body, ends)
                 uploads = parsed.images
@@ -104,8 +116,9 @@ class Journey:
                     raise MalformedRequest(
                         f"a picture explains one image, not {len(uploads)}; for several, Accept: application/json"
                     )
-                hold(len(uploads))
-                answers = await self._answer_all(uploads, ends, deadline, wish, draw)
+                held(len(uploads))
+                job = _Job(ends, deadline, wish, draw, Flow(ends, held.aside))
+                answers = await self._answer_all(uploads, job, held)
         endpoint: str = request.scope["route"].path
         for answer in answers:
             outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
@@ -121,32 +134,36 @@ class Journey:
         except TimeoutError:
             raise DeadlineExceeded("no answer before the deadline") from None
 
-    async def _answer_all(
-        self, uploads: Sequence[Upload], ends: float, deadline: float, wish: Wish | None, draw: bool
-    ) -> Sequence[Answer]:
-        answers = (self._answer(upload, ends, deadline, wish, draw) for upload in uploads)
+    async def _answer_all(self, uploads: Sequence[Upload], job: "_Job", held: Place) -> Sequence[Answer]:
         if len(uploads) == 1:
-            return [await next(answers)]
+            return [await self._answer(uploads[0], job)]
+
+        async def answer_one(upload: Upload) -> Answer:
+            try:
+                return await self._answer(upload, job)
+            finally:
+                held.add(-1)  # the others may take minutes
+
         tasks: list[asyncio.Task[Answer]] = []
         async with asyncio.TaskGroup() as group:  # a defect over one image ends the work on the others, too
-            for answer in answers:
-                tasks.append(group.create_task(answer))
+            for upload in uploads:
+                tasks.append(group.create_task(answer_one(upload)))
                 if len(tasks) % STARTED_AT_ONCE == 0:
                     await asyncio.sleep(0)
         return [task.result() for task in tasks]
 
-    async def _answer(self, upload: Upload, ends: float, deadline: float, wish: Wish | None, draw: bool) -> Answer:
+    async def _answer(self, upload: Upload, job: "_Job") -> Answer:
         decode_s = 0.0
         try:
             if isinstance(upload, ServiceError):
                 raise upload
-            async with asyncio.timeout_at(ends):
+            async with asyncio.timeout_at(job.ends):
                 if isinstance(upload, np.ndarray):  # normalised and checked: there is nothing to decode or draw on
-                    return Answer(await self._client.infer(upload, deadline, wish), decode_s)
-                pixels, decode_s = await self._decode(upload)
-                inference = await self._client.infer(pixels, deadline, wish)
-                if draw and inference.grid is not None:
-                    drawn = await self._decoder.draw(upload, inference.grid)
+                    return Answer(await self._client.infer(upload, job.deadline, job.wish), decode_s)
+                pixels, decode_s = await self._decode(upload, job.flow)
+                inference = await self._client.infer(pixels, job.deadline, job.wish)
+                if job.draw and inference.grid is not None:
+                    drawn = await self._decoder.draw(upload, inference.grid, job.flow)
                     self._metrics.stage("draw", drawn.draw_s)
                     return Answer(inference, decode_s, drawn)
                 return Answer(inference, decode_s)
@@ -155,9 +172,9 @@ class Journey:
         except ServiceError as error:
             return Answer(error, decode_s)
 
-    async def _decode(self, data: bytes | memoryview) -> Decoded:
+    async def _decode(self, data: bytes | memoryview, flow: Flow) -> Decoded:
         try:
-            decoded = await self._decoder.decode(data)
+            decoded = await self._decoder.decode(data, flow)
         except asyncio.CancelledError:
             self._metrics.dropped("decode", 1)
             raise

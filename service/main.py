@@ -24,6 +24,7 @@ from service.batcher import Batcher
 from service.client import LocalClient
 from service.connections import Connection
 from service.cores import usable_cores
+from service.decode_limits import DecodeLimits, memory_for_decoders
 from service.decoder import Decoder
 from service.engine import Engine
 from service.gpus import watch_gpus
@@ -123,10 +124,11 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | Non
         keys: of which requests must carry one; None: no key is needed.
 
     Raises:
-        CheckpointError, ValueError: the checkpoint or the device cannot be used.
+        CheckpointError, ValueError: the checkpoint, the device or --max-pixels cannot be used.
     """
     writer = log.configure(settings.log_level, settings.log_format)
     _allow_connections()
+    limits = _decode_limits(settings)
     set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
     checkpoint = load_checkpoint(settings.checkpoint)
     prepared = prepare_each(checkpoint, settings)
@@ -139,13 +141,28 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | Non
     if gpus := [each.device for each in prepared if each.device.type == "cuda"]:
         watch_gpus(metrics.registry, {str(device): driver_name(device) for device in gpus})
     client = LocalClient([_engine(each, settings, metrics) for each in prepared], settings.max_queue)
-    decoder = Decoder(checkpoint.preprocess, settings.max_pixels, usable_cores())
+    decoder = Decoder(checkpoint.preprocess, limits, usable_cores())
     del checkpoint  # the plain network's weights are not needed any more
     app = create_app(settings, client, decoder, metrics, model, keys)
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
     server.run(list(sockets))
     return server.exit_code
+
+
+def _decode_limits(settings: Settings) -> DecodeLimits:
+    """What decoding may cost here.
+
+    Raises:
+        ValueError: the memory does not suffice for an image of --max-pixels, which was asked for.
+    """
+    limits = DecodeLimits.derive(settings.max_pixels, memory_for_decoders(), usable_cores())
+    if limits.largest_pixels < limits.max_pixels:
+        found = f"there is memory to decode {limits.largest_pixels} pixels in every format, not {limits.max_pixels}"
+        if "max_pixels" in settings.model_fields_set:
+            raise ValueError(f"--max-pixels {limits.max_pixels} is too large: {found}")
+        logger.warning("%s: larger images are refused where their format needs more memory", found)
+    return limits
 
 
 def prepare_each(checkpoint: Checkpoint, settings: Settings) -> list[Prepared]:

@@ -84,11 +84,11 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, client: EngineClient) -> None:
+    def watch(self, client: EngineClient, state: Callable[[], State]) -> None:
         """Read the gauges from the client whenever they are scraped."""
         self._queue_depth.set_function(lambda: client.queue_depth)
         self._backlog.set_function(lambda: client.backlog_s)
-        self._ready.set_function(lambda: client.state is State.READY)
+        self._ready.set_function(lambda: state() is State.READY)
 
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Read how many log lines were dropped whenever that is scraped."""

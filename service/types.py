@@ -79,6 +79,7 @@ class State(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    NO_DECODER = "decoder_unavailable"
     DRAINING = "draining"
     FAILED = "failed"
 

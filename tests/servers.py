@@ -22,6 +22,7 @@ from service.app import create_app
 from service.batcher import Batcher
 from service.client import LocalClient
 from service.cost import CostTable
+from service.decode_limits import DecodeLimits
 from service.decoder import Decoder
 from service.engine import Engine
 from service.keys import read_keys
@@ -34,6 +35,7 @@ from service.types import ModelRunner, Pixels, RunnerOutput, Running, Wish
 
 REDNET = Path(sys.executable).with_name("rednet")
 PATIENCE_S = 60.0
+DECODER_BYTES = 4_000_000_000  # of memory for decoders
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -166,7 +168,7 @@ class ServerThread:
             passed_over=[],
             deviation=0.0,
         )
-        decoder = Decoder(preprocess, settings.max_pixels, 2)
+        decoder = Decoder(preprocess, DecodeLimits.derive(settings.max_pixels, DECODER_BYTES, 2), 2)
         keys = read_keys(settings.api_key_file) if settings.api_key_file else None
         self.app = create_app(settings, self.engine_client, decoder, metrics, model, keys)
         config = uvicorn_config(self.app, settings)

@@ -2,23 +2,25 @@
 
 import asyncio
 import errno
+import json
 import os
 import signal
 import subprocess
-import sys
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
 
 from model import Preprocess
-from service import decoder_link as module
+from service import decoder_pool
 from service.cores import usable_cores
-from service.decoder import Decoder
-from service.errors import Draining, Internal, UnreadableImage, UnsupportedMediaType
-from tests.asking import CUT, TEXT, assert_error, predict
+from service.decode_limits import DecodeLimits
+from service.decoder import Decoded, Decoder
+from service.errors import DecoderUnavailable, Draining, UnreadableImage, UnsupportedMediaType
+from tests.asking import CUT, TEXT, assert_error, predict, sample
 from tests.conftest import encoded, photo
-from tests.servers import ServerProcess, wait_until
+from tests.servers import DECODER_BYTES, PATIENCE_S, FakeRunner, ServerProcess, ServerThread, wait_until
 
 PROC = Path("/proc")
 pytestmark = pytest.mark.skipif(not (PROC / "self").exists(), reason="processes are found in /proc, which is not here")
@@ -44,7 +46,7 @@ def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1)
     """Run a test around a decoder, and look that nothing is left of it."""
 
     async def run() -> None:
-        decoder = Decoder(PREPROCESS, 1_000_000, count)
+        decoder = Decoder(PREPROCESS, DecodeLimits.derive(1_000_000, DECODER_BYTES, count), count)
         try:
             await use(decoder)
         finally:
@@ -59,12 +61,19 @@ def replace_decoding(decoder: Decoder, expression: str) -> None:
     script = (
         "import os, time, service.decoder_process as process; process.without_pytorch(); from service import decode;"
         "process.without_pytorch = lambda: None;"
-        "right = decode.decode_image;"
+        "right = decode.decode_image; endless = lambda: all(True for _ in iter(int, 1));"
         f"decode.decode_image = lambda data, *rest: {expression};"
         "process.main()"
     )
-    command = decoder._command
-    command[command.index("-m") : command.index("-m") + 2] = ["-c", script]
+    for pool in decoder._pools:
+        command = pool.command
+        command[command.index("-m") : command.index("-m") + 2] = ["-c", script]
+
+
+async def until_available(decoder: Decoder) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not decoder.available:  # noqa: ASYNC110  (nothing is signalled)
+            await asyncio.sleep(0.01)
 
 
 def test_photos_come_back_as_pixels_or_errors() -> None:
@@ -105,9 +114,10 @@ def test_no_photo_is_blamed_for_what_befell_all_processes() -> None:
 
     async def use(decoder: Decoder) -> None:
         await decoder.start()
-        for link in reversed(decoder._idle):  # the last one gets the next photo
-            os.kill(link._process.pid, signal.SIGKILL)
-            os.waitid(os.P_PID, link._process.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222  (nobody is to hear of it)
+        for pid in children(os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+            while _is_decoder(pid):  # it ends, and the event loop does not hear of it yet
+                time.sleep(0.001)  # noqa: ASYNC251
         assert (await decoder.decode(PHOTO)).decode_s > 0
 
     using(use, count=3)
@@ -124,17 +134,43 @@ def test_a_photo_that_breaks_two_processes_is_broken() -> None:
     using(use)
 
 
-def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After ten seconds; here after a third of one."""
-    monkeypatch.setattr(module, "LONGEST_S", 0.3)
+def test_sound_photo_survives_a_stopped_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stopped process uses no processor time; another one decodes the photo."""
+    monkeypatch.setattr(decoder_pool, "CHECK_S", 0.1)
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
         (pid,) = children(os.getpid())
         os.kill(pid, signal.SIGSTOP)
+        assert (await decoder.decode(PHOTO)).pixels.shape == (3, 32, 32)
+        assert pid not in children(os.getpid())
+
+    using(use)
+
+
+def test_photo_whose_decoders_are_always_killed_is_not_damaged() -> None:
+    """Signals from outside say nothing about the photo: it is tried again, and in the end answered with 503."""
+
+    async def use(decoder: Decoder) -> None:
+        replace_decoding(decoder, "os.kill(os.getpid(), 9) if data == b'victim' else right(data, *rest)")
+        outcomes = await asyncio.gather(*map(decoder.decode, (PHOTO, b"victim", PHOTO, PHOTO)), return_exceptions=True)
+        assert [type(each) for each in outcomes] == [Decoded, DecoderUnavailable, Decoded, Decoded]
+
+    using(use)
+
+
+def test_photo_that_uses_too_much_processor_time_is_refused() -> None:
+    """First it is moved to the pool of large photos, where it may take longer; there it is 422."""
+
+    async def use(decoder: Decoder) -> None:
+        replace_decoding(decoder, "endless() if data == b'endless' else right(data, *rest)")
+        for pool in decoder._pools:
+            options = json.loads(pool.command[-1])
+            options["limits"]["cpu_s"] = 1.0
+            pool.command[-1] = json.dumps(options)
         with pytest.raises(UnreadableImage, match="too long"):
-            await decoder.decode(PHOTO)
-        await decoder.decode(PHOTO)
+            await decoder.decode(b"endless")
+        assert (await decoder.decode(PHOTO)).pixels.shape == (3, 32, 32)
 
     using(use)
 
@@ -174,20 +210,27 @@ def test_a_caller_who_leaves_takes_nothing_along() -> None:
     using(use)
 
 
-def test_processes_that_do_not_start_are_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, instead of one attempt after the other."""
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+def test_decoders_that_cannot_start_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a few attempts, photos are refused at once with 503; as soon as processes start, all is well."""
 
     async def use(decoder: Decoder) -> None:
+        python = decoder._first.command[0]
+        for pool in decoder._pools:
+            pool.command[0] = "/bin/false"
         for _ in range(2):
-            with pytest.raises(Internal):
+            with pytest.raises(DecoderUnavailable):
                 await decoder.decode(PHOTO)
+            assert not decoder.available
+        for pool in decoder._pools:
+            pool.command[0] = python
+        await until_available(decoder)
+        assert (await decoder.decode(PHOTO)).pixels.shape == (3, 32, 32)
 
-    using(use)
+    using(use, count=2)
 
 
-def test_where_the_system_starts_none_it_is_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for those who waited for one that has ended; as soon as it starts some again, all is well."""
+def test_system_that_starts_no_process_makes_decoders_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for photos that waited for a process that has ended; as soon as it starts some again, all is well."""
 
     def none(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "too many open files")
@@ -202,12 +245,35 @@ def test_where_the_system_starts_none_it_is_an_internal_error(monkeypatch: pytes
             await asyncio.sleep(0)
             os.kill(process, signal.SIGKILL)
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-            assert all(isinstance(each, Internal) for each in outcomes)
-            with pytest.raises(Internal):
+            assert all(isinstance(each, DecoderUnavailable) for each in outcomes)
+            assert len({id(each) for each in outcomes}) == 3  # each photo has an error of its own
+            with pytest.raises(DecoderUnavailable):
                 await decoder.decode(PHOTO)
+        await until_available(decoder)
         assert (await decoder.decode(PHOTO)).pixels.shape == (3, 32, 32)
 
     using(use)
+
+
+def test_restarts_of_useless_decoders_are_paced() -> None:
+    """Processes that end at once are started less and less often."""
+
+    async def use(decoder: Decoder) -> None:
+        starts = 0
+
+        def launch(*_: object, **__: object) -> None:
+            nonlocal starts
+            starts += 1
+            raise OSError(errno.ENOMEM, "no memory")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "Popen", launch)
+            with pytest.raises(DecoderUnavailable):
+                await decoder.decode(PHOTO)
+            await asyncio.sleep(1.0)
+        assert 3 <= starts <= 16
+
+    using(use, count=2)
 
 
 def test_one_that_does_not_start_harms_nobody_while_others_work() -> None:
@@ -215,7 +281,8 @@ def test_one_that_does_not_start_harms_nobody_while_others_work() -> None:
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
-        decoder._command[0] = "/bin/false"
+        for pool in decoder._pools:
+            pool.command[0] = "/bin/false"
         assert len(await asyncio.gather(*(decoder.decode(PHOTO) for _ in range(5)))) == 5
 
     using(use, count=2)
@@ -255,3 +322,27 @@ def test_a_server_lives_on_without_its_decoders_and_they_not_without_it(tiny_pat
         running.process.kill()
         running.process.wait()
         wait_until(lambda: not any(map(_is_decoder, last)), "the decoders' end")
+
+
+def test_server_without_decoders_is_not_ready_and_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 with Retry-After, `/readyz` too; `/livez` stays 200. When processes start again, photos are answered."""
+
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with ServerThread(FakeRunner()) as running:
+        wait_until(lambda: running.client.get("/readyz").status_code == 200, "readiness")
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", none)
+            for pid in children(os.getpid()):
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: running.client.get("/readyz").status_code == 503, "the loss to be noticed")
+            refused = predict(running.client, PHOTO)
+            assert_error(refused, 503, "decoder_unavailable")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert running.client.get("/readyz").json() == {"status": "decoder_unavailable"}
+            assert running.client.get("/v2/health/ready").status_code == 503
+            assert running.client.get("/livez").status_code == 200
+            assert sample(running.client, "rednet_ready") == 0
+        wait_until(lambda: running.client.get("/readyz").status_code == 200, "new decoders")
+        assert predict(running.client, PHOTO).status_code == 200

@@ -10,6 +10,7 @@ import pytest
 
 from service.cost import CostTable
 from service.decoder import Decoded, Decoder
+from service.fair_queue import Flow
 from service.types import State
 from tests.asking import CUT, PREDICT, TEXT, assert_error, connected, occupy, predict, sample
 from tests.conftest import encoded, photo
@@ -174,10 +175,10 @@ def test_a_defect_over_one_image_ends_the_work_on_the_others(monkeypatch: pytest
     """Nobody will get their answers."""
     runner, right, bad = FakeRunner(), Decoder.decode, encoded(photo(1))
 
-    async def decode(decoder: Decoder, data: bytes) -> Decoded:
+    async def decode(decoder: Decoder, data: bytes, flow: Flow) -> Decoded:
         if data == bad:
             raise RuntimeError("a defect")
-        return await right(decoder, data)
+        return await right(decoder, data, flow)
 
     monkeypatch.setattr(Decoder, "decode", decode)
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:

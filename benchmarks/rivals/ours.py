@@ -10,6 +10,7 @@ from service.app import create_app
 from service.batcher import Batcher
 from service.client import LocalClient
 from service.cost import CostTable
+from service.decode_limits import DecodeLimits, memory_for_decoders
 from service.decoder import Decoder
 from service.engine import Engine
 from service.main import Server, describe, uvicorn_config
@@ -35,7 +36,7 @@ def serve_null(port: int, workers: int) -> int:
     engine = Engine(NullRunner, Batcher(LARGEST_BATCH), DeviceEvents(metrics, "null"))
     client = LocalClient([engine], settings.max_queue)
     described = describe(checkpoint(), [prepare(checkpoint().net, checkpoint().preprocess)])
-    decoder = Decoder(checkpoint().preprocess, MAX_PIXELS, workers)
+    decoder = Decoder(checkpoint().preprocess, DecodeLimits.derive(MAX_PIXELS, memory_for_decoders(), workers), workers)
     app = create_app(settings, client, decoder, metrics, described)
     server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
     server.run()

@@ -10,13 +10,14 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from service.decoder import Decoder
 from service.errors import Unauthorized
 from service.journey import Journey
 from service.keys import Keys
 from service.memory import MemoryBudget
 from service.metrics import Metrics
 from service.schemas import ModelBody
-from service.types import EngineClient
+from service.types import EngineClient, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,17 @@ class Context:
 
     journey: Journey
     client: EngineClient
+    decoder: Decoder
     metrics: Metrics
     budget: MemoryBudget
     model: ModelBody
     keys: Keys | None  # None: anyone may ask
+
+    @property
+    def state(self) -> State:
+        """The engine's, but not ready while no photo can be decoded."""
+        state = self.client.state
+        return State.NO_DECODER if state is State.READY and not self.decoder.available else state
 
 
 def context(request: Request) -> Context:

@@ -82,7 +82,7 @@ async def metadata(request: Request) -> ModelMetadataBody:
 async def ready(request: Request, response: Response) -> ModelReadyBody:
     """200 while requests are taken."""
     server = context(request)
-    takes_work = server.client.state is State.READY
+    takes_work = server.state is State.READY
     response.status_code = 200 if takes_work else 503
     return ModelReadyBody(name=server.model.name, ready=takes_work)
 
