@@ -133,10 +133,12 @@ class Admission:
             reason, wait_s = "the answer would come after the deadline", late_s
         else:
             return
-        if now + CAUTION * self.predicted_s(images) > deadline:
+        hopeless = now + CAUTION * self.predicted_s(images) > deadline
+        if hopeless:
             name = None  # they would be late if nobody were ahead: no place is kept for them
         work_s = images * self.predicted_s(self.most) / self.most
-        raise Overloaded(f"{reason}; try again later", self._promises.give(name, now, wait_s, work_s))
+        error = Overloaded(f"{reason}; try again later", self._promises.give(name, now, wait_s, work_s))
+        raise error.for_short_deadline() if hopeless else error
 
     def _learn(self, took_s: float, work_s: float) -> None:
         """Compare an answer's time with the device's work that was ahead when its images were counted."""

@@ -1,4 +1,4 @@
-"""The web application: routes, the one table from errors to HTTP statuses, and what surrounds every request."""
+"""The web application: routes, error responses, and the middleware around every request."""
 
 import asyncio
 import logging
@@ -12,7 +12,6 @@ import orjson
 import structlog
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,31 +24,18 @@ from service.keys import Keys
 from service.memory import MemoryBudget
 from service.metrics import Metrics
 from service.parser import Parser
-from service.routes import explain, health, page, v1, v2
+from service.routes import docs, explain, health, page, v1, v2
 from service.routes.context import Context, context, require_key
 from service.schemas import ModelBody
 from service.settings import Settings
+from service.statuses import STATUS
 from service.types import EngineClient
 
 logger = logging.getLogger(__name__)
 requests = structlog.get_logger()
 
-STATUS: Mapping[type[errors.ServiceError], int] = {
-    errors.MalformedRequest: 400,
-    errors.Unauthorized: 401,
-    errors.NotFound: 404,
-    errors.PayloadTooLarge: 413,
-    errors.UnsupportedMediaType: 415,
-    errors.UnreadableImage: 422,
-    errors.NumericalOverflow: 422,
-    errors.Overloaded: 429,
-    errors.Internal: 500,
-    errors.NotReady: 503,
-    errors.DecoderUnavailable: 503,
-    errors.Draining: 503,
-    errors.DeadlineExceeded: 504,
-}
 LARGEST_BODIES = 16  # of the largest size, that may be held at a time; of photos of an everyday size that is thousands
+WITH_FINAL_SLASH = ("/v1/", "/v2/", "/livez/", "/readyz/")  # not /metrics/: proxies may hide /metrics only
 PROBES = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}  # asked every few seconds
 CLIENT_LEFT = 499  # for metrics and the log; nobody is there to receive it
 
@@ -85,9 +71,13 @@ def create_app(
         parser.close()
 
     app = FastAPI(
-        title="RedNet Serve",
+        title=docs.TITLE,
         description="A RedNet involution classifier.",
         lifespan=lifespan,
+        servers=[{"url": "."}],  # relative to the document: a proxy may add a path prefix
+        docs_url=None,  # `routes.docs` has them, with relative links
+        redoc_url=None,
+        redirect_slashes=False,  # to what this server takes for its own address; the middleware serves such paths
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log say it
     )
     parser = Parser(BodyLimits.of(client.max_images, model.preprocess))
@@ -101,6 +91,7 @@ def create_app(
     app.include_router(v2.router, dependencies=guard)
     app.include_router(health.router)
     app.include_router(health.scraped, dependencies=guard if settings.metrics_access == "key" else [])
+    app.include_router(docs.router)
     if settings.page == "on":
         app.include_router(page.router)  # open: it holds nothing, and asks with the key that its user types
     app.add_exception_handler(errors.ServiceError, _service_error)
@@ -120,6 +111,8 @@ def _error_response(scope: Scope, error: errors.ServiceError) -> Response:
         headers["WWW-Authenticate"] = 'Bearer realm="rednet"'
     if isinstance(error, errors.Draining):
         headers["Connection"] = "close"  # so that the next request finds another server
+    if isinstance(error, errors.RequestTimeout):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
     return _json(_error_content(scope, error.code, error.message), STATUS[type(error)], headers)
 
 
@@ -136,8 +129,12 @@ def _error_content(scope: Scope, code: str, message: str) -> dict[str, Any]:
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ServiceError)
+    server = context(request)
+    short = server.journey.has_short_deadline(request)
     if isinstance(error, errors.Refused):
-        context(request).metrics.refused(error.code)
+        server.metrics.refused(error.reason if short else error.code)
+    if isinstance(error, errors.DeadlineExceeded) and short:
+        server.metrics.short_deadline_exceeded()
     return _error_response(request.scope, error)
 
 
@@ -153,11 +150,29 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """No such path or method: the framework's own statuses, in the shape of our errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "malformed_request")
-    return _json(_error_content(request.scope, code, str(error.detail)), error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
+    return _json(_error_content(request.scope, code, str(error.detail)), error.status_code, headers)
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """The request as the routes know it.
+
+    HEAD is routed as GET: uvicorn, which has the scope as it came, leaves out the body. A final slash in the path of
+    an API endpoint is ignored: a redirect would make clients send the photo again, and need the public address.
+    """
+    path: str = scope["path"]
+    if scope["method"] == "HEAD":
+        scope = {**scope, "method": "GET"}
+    if path.endswith("/") and path.startswith(WITH_FINAL_SLASH):
+        scope = {**scope, "path": path[:-1]}
+    return scope
 
 
 class Surroundings:
-    """Around every request: its id, its line in the log, its place in the metrics, and an answer to any defect."""
+    """ASGI middleware: assigns the request id, records metrics, writes the access log, turns unhandled exceptions into
+    500s."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -168,6 +183,7 @@ class Surroundings:
             await self._app(scope, receive, send)
             return
         given = callers_id(dict(scope["headers"]))
+        routed = _as_routed(scope)
         request_id = given.decode() if given else log.new_id()
         log.begin_request(request_id)
         started = time.monotonic()
@@ -177,14 +193,16 @@ class Surroundings:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers.append("Server-Timing", f"total;dur={1000 * (time.monotonic() - started):.1f}")
+                headers = message["headers"] = list(message["headers"])
+                headers.append((b"x-request-id", request_id.encode()))
+                headers.append((b"server-timing", b"total;dur=%.1f" % (1000 * (time.monotonic() - started))))
+                if not any(name == b"cache-control" for name, _ in headers):
+                    headers.append((b"cache-control", b"no-store"))
             await send(message)
 
         self._metrics.request_started()
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(routed, receive, send_with_id)
         except ClientDisconnect:
             status = CLIENT_LEFT
         except asyncio.CancelledError:  # uvicorn ends what is left when the drain is over: an upload, most likely
@@ -196,7 +214,7 @@ class Surroundings:
                 await _error_response(scope, errors.Internal())(scope, receive, send_with_id)
         finally:
             duration_s = time.monotonic() - started
-            endpoint = getattr(scope.get("route"), "path", "unmatched")
+            endpoint = getattr(routed.get("route"), "path", "unmatched")
             self._metrics.request_done(endpoint, status, duration_s)
             log.note(method=scope["method"], endpoint=endpoint, status=status)
             log.note_ms(duration=duration_s)

@@ -1,134 +1,212 @@
-"""Connections that hold nobody up: uvicorn's, with the limits that it leaves to a proxy."""
+"""uvicorn's HTTP protocol with the timeouts and size limits that are usually left to a reverse proxy."""
 
 import asyncio
-import socket
-import struct
-import sys
 
 import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.errors import MalformedRequest
+from service.answer_transport import AnswerTransport
+from service.errors import HeadersTooLarge, MalformedRequest, ServiceError
+from service.heads import MAX_HEAD_BYTES, check_headers, check_size, check_target, origin_form
+from service.incoming import Incoming
 from service.log import new_id
+from service.slow_readers import ReaderWatch
+from service.statuses import STATUS
 
-if sys.platform == "linux":
-    import fcntl
-    import termios
-
-LONGEST_HEAD = 65_536  # bytes of a request line and its headers, and of whatever else is neither that nor a body
 HEAD_S = 10.0  # for a request's head to arrive, from its first byte, and for the first byte of all
-MAX_PIECES = 2_500  # of a body, in what is read from a connection at once (256 kB): each chunk costs a microsecond
+# A chunk costs a microsecond, however small. Many are fine if they are MIN_CHUNK_BYTES long on average.
+FREE_CHUNKS, MIN_CHUNK_BYTES = 2_500, 32
+MAX_CHUNKS_AT_ONCE = 1_000  # parsed before the event loop sees to other connections
+MAX_CHUNKED_BYTES = 8_192  # of a chunked body that the parser gets at once: it cannot be stopped within them
 LINGER_S = 10.0  # for the rest of a body whose request has its answer already, an error most likely
-UNREAD_S = 30.0  # in which a caller must read something of an answer
-UNREAD_BYTES = 100_000  # so much: less is no line that anyone has, but would hold an answer in memory for long
+
+
+class _Flow(FlowControl):
+    """Flow control that does not read on while something that was read waits to be parsed."""
+
+    held = False
+
+    def resume_reading(self) -> None:
+        if not self.held:
+            super().resume_reading()
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. What is too slow is closed; a head that is too long is an error first.
+    """One connection. What is too slow is closed; a head that is too large is answered with an error first.
 
-    The time for a body is no matter of connections: requests have deadlines. Who sends another request before
-    the last one's answer is not read any further meanwhile, and so not seen to leave.
+    Bodies have no timeout here: requests have deadlines. Pipelined requests are answered one by one: what follows a
+    request stays unparsed, and the connection unread, until the answer is complete. Meanwhile the server does not
+    notice when the client leaves.
     """
 
+    flow: _Flow
     _timer: asyncio.TimerHandle | None = None  # closes the connection
-    _unread: asyncio.TimerHandle | None = None  # likewise, while the caller does not read
+    _resuming: asyncio.Handle | None = None  # parses the rest of what has come
     _since_progress = 0  # bytes since the last head or piece of a body
-    _pieces = 0  # of a body, in what is being parsed
+    _chunked = False
+    _chunks = 0  # pieces of this chunked body
+    _chunk_bytes = 0
+    _chunks_at_once = 0
     _in_head = False
     _in_body = False
     _closing = False  # as soon as the body that is coming has come
-    _held = b""  # a head whose body is a moment away
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(transport)
+        self._incoming = Incoming()
+        self._reader = ReaderWatch(self.loop, transport)
         self._close_in(HEAD_S)
 
     def data_received(self, data: bytes) -> None:
-        self._since_progress += len(data)
-        self._pieces = 0
+        waits = bool(self._incoming)  # the transport had read this before it paused
+        self._incoming.add(data)
+        if not waits:
+            self._parse()
+
+    def _parse(self) -> None:
+        """Parse what has come, up to the end of a request that must be answered first."""
         self._unset_keepalive_if_required()
+        self._chunks_at_once = 0
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._decline(data[offer.args[0] :])
-        except httptools.HttpParserError:
-            tiny = self._pieces > MAX_PIECES
-            self.send_400_response("the chunks of the body are too small" if tiny else "Invalid HTTP request received.")
-        if self.transport.is_closing():
+            while self._incoming and self._may_parse():
+                piece = self._incoming.next(MAX_CHUNKED_BYTES if self._in_body else None)
+                self._since_progress += len(piece)
+                self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade:
+            self._decline()
             return
-        if self._since_progress > LONGEST_HEAD:
-            self.send_400_response(f"the head of the request is larger than {LONGEST_HEAD} bytes")
+        except httptools.HttpParserError as error:
+            reason = error.__context__
+            self._refuse(reason if isinstance(reason, ServiceError) else MalformedRequest(f"invalid HTTP: {error}"))
+        if self.transport.is_closing():
+            self._incoming.clear()
+        elif self._since_progress > MAX_HEAD_BYTES:
+            self._refuse(
+                HeadersTooLarge(f"the headers or trailers of the request are larger than {MAX_HEAD_BYTES} bytes")
+            )
+        else:
+            self._wait_or_read_on()
+
+    def _may_parse(self) -> bool:
+        answering = self.cycle and not self._in_body and not self.cycle.response_complete
+        return not (answering or self._chunks_at_once > MAX_CHUNKS_AT_ONCE or self.transport.is_closing())
+
+    def _wait_or_read_on(self) -> None:
+        """Stop reading while something waits to be parsed."""
+        waits = bool(self._incoming)
+        if waits:
+            self.flow.pause_reading()
+            if self._chunks_at_once > MAX_CHUNKS_AT_ONCE:
+                self._resume_soon()
         elif not (self._timer or self.timeout_keep_alive_task) and self.cycle and self.cycle.response_complete:
-            self._close_in(self.timeout_keep_alive)  # what has come is no request: an empty line, or the end of a body
+            self._close_in(self.timeout_keep_alive)  # this was not a request: an empty line, or the end of a body
+        if self.flow.held != waits:
+            self.flow.held = waits
+            self.flow.resume_reading()
+
+    def _resume_soon(self) -> None:
+        if self._incoming and not self._resuming:
+            self._resuming = self.loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._resuming = None
+        if not self.transport.is_closing():
+            self._parse()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
-        if not self.cycle or self.cycle.response_complete:  # otherwise it would cost the request before its answer
-            self._close_in(HEAD_S)
+        self._close_in(HEAD_S)
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+        check_target(self.url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer, which must not pass for a header (RFC 9110, section 6.5.1)
+        name, value = name.lower(), value.strip(b" \t")
+        check_size(name, value, len(self.headers))
+        if name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+        if name != b"cookie":  # unused here, but FastAPI would parse them for every request
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade():  # to which `data_received` says no
+        if self.parser.should_upgrade():  # to which `_parse` says no
             return
+        if self._since_progress > MAX_HEAD_BYTES:
+            raise HeadersTooLarge(f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
+        version = self.parser.get_http_version()
+        headers = check_headers(version, self.headers)
+        self.url = origin_form(self.url)
+        self.expect_100_continue &= version != "1.0"
+        self._chunked = b"transfer-encoding" in headers
+        self._incoming.length_left = 0 if self._chunked else int(headers.get(b"content-length", b"0"))
+        self._chunks = self._chunk_bytes = 0
         self._in_head, self._in_body, self._since_progress = False, True, 0
         self._go_on()
         super().on_headers_complete()
-        self.cycle.transport = _Lingering(self, self.cycle)  # type: ignore[assignment]
+        self.cycle.transport = AnswerTransport(self.transport, self.close_after_body)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         self._since_progress = 0
-        self._pieces += 1
-        if self._pieces > MAX_PIECES:
-            raise httptools.HttpParserError  # the parser stops here
+        if self._chunked:
+            self._chunks += 1
+            self._chunks_at_once += 1
+            self._chunk_bytes += len(body)
+            if self._chunks > FREE_CHUNKS + self._chunk_bytes // MIN_CHUNK_BYTES:
+                raise MalformedRequest("the chunks of the body are too small")  # the parser stops here
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
-        self._in_body = False
+        self._in_body, self._since_progress = False, 0
         self._go_on()
         super().on_message_complete()
         if self._closing:
             self.transport.close()
 
     def on_response_complete(self) -> None:
-        self.write(b"")
+        self.cycle.transport.flush()  # type: ignore[attr-defined]
         super().on_response_complete()
-        if (self._in_head or self._in_body) and self.cycle.response_complete and not self.transport.is_closing():
-            self._close_in(HEAD_S if self._in_head else LINGER_S)
+        if self.transport.is_closing():
+            return
+        self._resume_soon()
+        if self._in_body:
+            self._close_in(LINGER_S)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._reader.start()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._is_read()
+        self._reader.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
-        self._is_read()
+        self._reader.stop()
         super().connection_lost(exc)
+        self._incoming.clear()
+        self.cycle = None  # type: ignore[assignment]  # each refers to the other: memory would wait for the collector
 
-    def send_400_response(self, msg: str) -> None:
-        """What is no HTTP, answered in the shape of our errors, and with an id like every answer."""
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer what is not a request in the shape of our errors, with an id like every answer, and close."""
         request_id = new_id()
-        self.logger.warning("no HTTP, request_id=%s: %s", request_id, msg)
-        body = orjson.dumps({"error": {"code": MalformedRequest.code, "message": msg}})
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(f"{head}x-request-id: {request_id}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.logger.warning("refused a connection, request_id=%s: %s", request_id, error.message)
+        if not self.cycle or self.cycle.response_complete or not self.cycle.response_started:
+            body = orjson.dumps({"error": {"code": error.code, "message": error.message}})
+            headers = (
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\nx-request-id: {request_id}\r\n"
+                "cache-control: no-store\r\nx-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(STATUS_LINE[STATUS[type(error)]] + headers.encode() + body)
         self.transport.close()
-
-    def write(self, data: bytes, more: bool = False) -> None:
-        """Write now, or with what comes next: a head and its body are sent as one, which takes half as long."""
-        data, self._held = self._held + data, b""
-        if self.transport.is_closing():
-            return  # of several requests at once, uvicorn tells only the last one of the end
-        if more:
-            self._held = data
-        elif data:
-            self.transport.write(data)
 
     def close_after_body(self) -> None:
         """Close, but not under a body that is still coming: the system would take back the answer to it."""
@@ -140,45 +218,20 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _decline(self, rest: bytes) -> None:
-        """Go on in HTTP/1.1 where a caller offers another protocol. The parser has taken the head for the last of it.
-
-        Args:
-            rest: what came behind the head.
-        """
+    def _decline(self) -> None:
+        """Go on in HTTP/1.1 where a client offers another protocol. The parser took this head for the last."""
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.send_400_response("CONNECT is not served")
+            self._refuse(MalformedRequest("CONNECT is not served"))
             return
         lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
-
-    def _watch_reader(self) -> None:
-        self._unread = self.loop.call_later(UNREAD_S, self._check_reader, self._left_to_send())
-
-    def _check_reader(self, left_before: int) -> None:
-        if left_before - self._left_to_send() < UNREAD_BYTES:
-            self._cut_off()
-        else:
-            self._watch_reader()
-
-    def _left_to_send(self) -> int:
-        """Bytes, also those that the system holds: it takes new ones only when a large part of those has gone."""
-        held = bytes(4)
-        if sys.platform == "linux":
-            held = fcntl.ioctl(self._socket().fileno(), termios.TIOCOUTQ, held)
-        return self.transport.get_write_buffer_size() + int.from_bytes(held, sys.byteorder)
-
-    def _socket(self) -> socket.socket:
-        connection: socket.socket = self.transport.get_extra_info("socket")
-        return connection
-
-    def _cut_off(self) -> None:
-        """Close at once: the system, too, drops what it still holds for the caller."""
-        self._socket().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
+        self._since_progress = 0
+        rest = self._incoming.rest()
+        self._incoming.clear()
+        self._incoming.add(b"\r\n".join([*lines, b"", b""]) + rest)
+        self._parse()
 
     def _close_in(self, seconds: float) -> None:
         self._go_on()
@@ -188,26 +241,3 @@ class Connection(HttpToolsProtocol):
         if self._timer:
             self._timer.cancel()
             self._timer = None
-
-    def _is_read(self) -> None:
-        if self._unread:
-            self._unread.cancel()
-            self._unread = None
-
-
-class _Lingering:
-    """A connection's transport as one request sees it."""
-
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
-        self._connection = connection
-        self._cycle = cycle
-        self._in_head = True
-        self.is_closing = connection.transport.is_closing
-
-    def write(self, data: bytes) -> None:
-        head = self._in_head and self._cycle.response_started  # before that, it is leave to send a body
-        self._in_head &= not head
-        self._connection.write(data, more=head)
-
-    def close(self) -> None:
-        self._connection.close_after_body()

@@ -26,6 +26,24 @@ class MalformedRequest(ServiceError):
     code = "malformed_request"
 
 
+class UriTooLong(ServiceError):
+    """The request target is longer than any that the server has an answer for."""
+
+    code = "uri_too_long"
+
+
+class HeadersTooLarge(ServiceError):
+    """One header, or the request's head as a whole, is too large."""
+
+    code = "headers_too_large"
+
+
+class RequestTimeout(ServiceError):
+    """The request's body did not arrive in time."""
+
+    code = "request_timeout"
+
+
 class Unauthorized(ServiceError):
     """The caller has shown no key of the server's."""
 
@@ -88,17 +106,24 @@ class Refused(ServiceError):
 
     Attributes:
         retry_after_s: when it is worth trying again.
+        reason: why, as a label of `rednet_refused_total`.
     """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = self.code
 
 
 class Overloaded(Refused):
     """The queue is full."""
 
     code = "overloaded"
+
+    def for_short_deadline(self) -> Self:
+        """This error, counted as the fault of a deadline that even an idle server would miss."""
+        self.reason = "short_deadline"
+        return self
 
 
 class NotReady(Refused):

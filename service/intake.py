@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from service.body_file import BodyFile
-from service.errors import DeadlineExceeded, Overloaded, PayloadTooLarge, UnsupportedMediaType
+from service.errors import Overloaded, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from service.memory import RETRY_S, Claim, MemoryBudget
 
 
@@ -37,7 +37,7 @@ class Intake:
             PayloadTooLarge: it has, or claims, more than max_bytes.
             UnsupportedMediaType: it is compressed, beyond what image formats do themselves.
             Overloaded: there is no room for it, or not any more.
-            DeadlineExceeded: it did not arrive in time.
+            RequestTimeout: it did not arrive in time.
         """
         if headers.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
             raise UnsupportedMediaType("a Content-Encoding is not read; send the body as it is")
@@ -68,7 +68,7 @@ class Intake:
         except TimeoutError:
             if claim.lost:
                 raise Overloaded("others needed the room of this slow upload; try again later", RETRY_S) from None
-            raise DeadlineExceeded("the request did not arrive in time") from None
+            raise RequestTimeout("the body did not arrive in time") from None
         finally:
             claim.on_loss = None
 

@@ -25,6 +25,7 @@ from service.types import EngineClient, Inference, Place, Wish
 
 TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
+MAX_DIGITS = 10  # of a timeout: longer numbers are not even looked at
 ARRIVAL_S = 60.0  # for a body to arrive, where its caller would wait for longer: meanwhile it takes room from others
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # fit for a header, and for a line of the log
 STARTED_AT_ONCE = 16  # images of one request; the event loop sees to others before the next ones
@@ -181,10 +182,15 @@ class Journey:
         self._metrics.stage("decode", decoded.decode_s)
         return decoded
 
+    def has_short_deadline(self, request: Request) -> bool:
+        """Whether the client gave a request less time than the server would have."""
+        asked = request.headers.get("x-request-timeout-ms", "")
+        return asked.isdigit() and len(asked) < MAX_DIGITS and int(asked) < 1000 * self._settings.request_timeout_s
+
     def _timeout_s(self, asked: bytes | None) -> float:
         if asked is None:
             return self._settings.request_timeout_s
-        if not (asked.isdigit() and len(asked) < 10 and 1 <= int(asked) <= LONGEST_TIMEOUT_MS):
+        if not (asked.isdigit() and len(asked) < MAX_DIGITS and 1 <= int(asked) <= LONGEST_TIMEOUT_MS):
             raise MalformedRequest(f"X-Request-Timeout-Ms must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}")
         return int(asked) / 1000
 

@@ -230,5 +230,6 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        headers=[("X-Content-Type-Options", "nosniff")],  # of every answer
         proxy_headers=False,  # nobody here asks for a caller's address
     )

@@ -58,6 +58,11 @@ class Metrics:
             "rednet_images", "Images answered, by what came of them.", ("endpoint", "outcome"), registry=registry
         )
         self._refused = Counter("rednet_refused", "Requests refused before any work.", ("reason",), registry=registry)
+        self._short_deadlines = Counter(
+            "rednet_short_deadline_exceeded",
+            "Requests answered 504 whose own deadline, by X-Request-Timeout-Ms, was shorter than the server's.",
+            registry=registry,
+        )
         self._cancelled = Counter(
             "rednet_cancelled",
             "Images not decoded, or not run, because their caller had left or their deadline had passed, by stage.",
@@ -113,6 +118,9 @@ class Metrics:
 
     def refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()
+
+    def short_deadline_exceeded(self) -> None:
+        self._short_deadlines.inc()
 
     def dropped(self, stage: Literal["decode", "queue"], count: int) -> None:
         self._cancelled.labels(stage).inc(count)

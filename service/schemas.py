@@ -96,6 +96,7 @@ def described_errors(body: type[BaseModel]) -> Described:
     codes = {
         400: "malformed_request",
         401: "unauthorized, where keys are set",
+        408: "request_timeout",
         413: "payload_too_large",
         415: "unsupported_media_type",
         422: "unreadable_image",

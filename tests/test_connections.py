@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pytest
 
-from service import connections
+from service import connections, slow_readers
+from service.heads import MAX_HEAD_BYTES
 from service.transfer import Finished
 from service.types import Pixels, Running, Wish
 from tests.asking import connected, predict
@@ -25,7 +26,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
     """A server that waits half a second instead of ten."""
     monkeypatch.setattr(connections, "HEAD_S", LIMIT_S)
     monkeypatch.setattr(connections, "LINGER_S", LIMIT_S)
-    monkeypatch.setattr(connections, "UNREAD_S", LIMIT_S)
+    monkeypatch.setattr(slow_readers, "UNREAD_S", LIMIT_S)
     monkeypatch.setattr("service.main.KEEP_ALIVE_S", 2 * LIMIT_S)
     with ServerThread(FakeRunner(), max_body_mb=0.1) as server:
         yield server
@@ -57,11 +58,11 @@ def test_the_second_head_of_a_connection_has_its_time_too(running: ServerThread)
 
 def test_an_endless_head_is_an_error(running: ServerThread) -> None:
     """As soon as it is too long, in the shape of all errors."""
-    with connected(running.url, b"GET /livez HTTP/1.1\r\nX-Long: " + b"x" * connections.LONGEST_HEAD) as connection:
+    with connected(running.url, b"GET /livez HTTP/1.1\r\nX-Long: " + b"x" * MAX_HEAD_BYTES) as connection:
         head, _, body = rest(connection).partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400 ")
+    assert head.startswith(b"HTTP/1.1 431 ")
     assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head)
-    assert json.loads(body)["error"]["code"] == "malformed_request"
+    assert json.loads(body)["error"]["code"] == "headers_too_large"
 
 
 @pytest.mark.parametrize("trailers", [b"X-Many: x\r\n" * 10_000, b"X-Long: " + b"x" * 100_000])
@@ -71,7 +72,7 @@ def test_endless_trailers_are_an_error(running: ServerThread, trailers: bytes) -
     with connected(running.url, request) as connection:
         time.sleep(LIMIT_S / 5)
         connection.sendall(trailers)
-        assert b"HTTP/1.1 400 " in rest(connection)
+        assert b"HTTP/1.1 431 " in rest(connection)
 
 
 def test_an_empty_line_does_not_keep_a_connection(running: ServerThread) -> None:
@@ -99,7 +100,7 @@ class WideRunner(FakeRunner):
 
 def test_who_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as there is some progress, an answer may take longer than the limit."""
-    monkeypatch.setattr(connections, "UNREAD_S", 2 * LIMIT_S)
+    monkeypatch.setattr(slow_readers, "UNREAD_S", 2 * LIMIT_S)
     body = encoded(photo())
     head = f"POST /v1/features HTTP/1.1\r\nHost: x\r\nAccept: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n"
     with ServerThread(WideRunner()) as running, connected(running.url, head.encode() + body, 65536) as connection:

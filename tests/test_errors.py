@@ -113,7 +113,7 @@ def test_uploads_that_do_not_come_keep_nobody_out() -> None:
         wait_until(lambda: running.engine_client.requests == 0, "their end")
 
 
-def test_a_body_that_takes_too_long_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_takes_too_long_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its caller would wait for an hour: its bytes take room from others."""
     monkeypatch.setattr("service.journey.ARRIVAL_S", 0.3)
     with ServerThread(FakeRunner(), request_timeout_s=0.3) as running:
@@ -124,7 +124,7 @@ def test_a_body_that_takes_too_long_is_504(monkeypatch: pytest.MonkeyPatch) -> N
             yield b"more"
 
         headers = {"Content-Length": "8", "X-Request-Timeout-Ms": "3600000"}
-        assert_error(running.client.post(PREDICT, content=body(), headers=headers), 504, "deadline_exceeded")
+        assert_error(running.client.post(PREDICT, content=body(), headers=headers), 408, "request_timeout")
 
 
 def test_before_warm_up_ends_it_is_503_not_ready() -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 
 from service.body_file import BodyFile
-from service.errors import DeadlineExceeded, Overloaded, PayloadTooLarge, UnsupportedMediaType
+from service.errors import Overloaded, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from service.intake import Intake
 from service.memory import MemoryBudget
 from tests.servers import PATIENCE_S
@@ -89,7 +89,7 @@ def test_all_bodies_together_are_bounded() -> None:
     assert budget.used == 0
 
 
-def test_slow_body_is_a_deadline_error() -> None:
+def test_slow_body_is_a_request_timeout() -> None:
     """And its memory is given back."""
     budget = MemoryBudget(100)
 
@@ -97,7 +97,7 @@ def test_slow_body_is_a_deadline_error() -> None:
         yield b"some"
         await asyncio.sleep(PATIENCE_S)
 
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(RequestTimeout):
         asyncio.run(read(intake(budget=budget), stalls(), timeout_s=0.05))
     assert budget.used == 0
 

@@ -44,11 +44,16 @@ def context(request: Request) -> Context:
     return found
 
 
-async def require_key(
-    request: Request,
-    shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-) -> None:
+BEARER = HTTPBearer(auto_error=False)
+
+
+async def require_key(request: Request, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
     """Raises `Unauthorized` before anything else is done for a request, its body not yet read."""
     keys = context(request).keys
     if keys and (shown is None or not keys.accept(shown.credentials)):
         raise Unauthorized
+
+
+async def check_key(request: Request) -> None:
+    """The same outside FastAPI's dependencies."""
+    await require_key(request, await BEARER(request))

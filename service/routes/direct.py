@@ -4,12 +4,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
 
 from service.routes.context import context
+from service.routes.parameters import StrictRoute
 
 
-class DirectRoute(APIRoute):
+class DirectRoute(StrictRoute):
     """For handlers that take the request and options from its query, and make their response themselves.
 
     Where there is no query the handler is called as it is, with its defaults; FastAPI takes as long to find that out as

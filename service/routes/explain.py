@@ -9,6 +9,7 @@ from service.errors import MalformedRequest, ServiceError
 from service.journey import Answer
 from service.routes.accept import prefers
 from service.routes.context import context
+from service.routes.parameters import StrictRoute
 from service.routes.respond import respond
 from service.routes.v1 import ERRORS, answered, body_format, error_body, json_response
 from service.schemas import ExplainBody, ModelBody, described_images
@@ -55,7 +56,7 @@ async def _asked(
     return Asked(layer, group, KernelSums(stage, group))
 
 
-router = APIRouter(prefix="/v1", tags=["v1"])
+router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
 
 
 @router.post(

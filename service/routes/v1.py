@@ -16,6 +16,7 @@ from service.journey import Answer
 from service.routes.accept import prefers
 from service.routes.context import Context, context
 from service.routes.direct import DirectRoute
+from service.routes.parameters import StrictRoute
 from service.routes.pieces import comma_separated
 from service.routes.respond import respond
 from service.schemas import ErrorBody, FeaturesBody, ModelBody, PredictBody, described_errors, described_images
@@ -27,7 +28,7 @@ NPY = "application/x-npy"
 MAX_CONTENT_TYPE = 1_000  # characters; a boundary has up to 70
 
 direct = APIRouter(prefix="/v1", tags=["v1"], route_class=DirectRoute)
-router = APIRouter(prefix="/v1", tags=["v1"])
+router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
 
 
 @direct.post("/predict", response_model=PredictBody, responses=ERRORS, openapi_extra=described_images())

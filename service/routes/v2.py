@@ -12,11 +12,13 @@ from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi.routing import APIRoute
 
 from service.bodies import BodyFormat
 from service.errors import NotFound, ServiceError
 from service.journey import Answer
 from service.routes.context import context
+from service.routes.parameters import StrictRoute
 from service.routes.pieces import in_turns
 from service.routes.respond import respond
 from service.schemas import (
@@ -49,7 +51,7 @@ async def _versioned(version: Annotated[str, Path(description=f"{VERSION!r}")]) 
         raise NotFound(f"there is no such version of the model; this server has {VERSION!r}")
 
 
-router = APIRouter(tags=["v2"])
+router = APIRouter(tags=["v2"], route_class=StrictRoute)
 
 
 @router.get("/v2")
@@ -130,9 +132,10 @@ for path, checks in (
     ("/v2/models/{name}/versions/{version}", [Depends(_named), Depends(_versioned)]),
 ):
     # a prefix of the router's own: metrics are labelled with the paths of routes, which know nothing of a later prefix
-    models = APIRouter(prefix=path, dependencies=checks, responses=NO_MODEL)
+    models = APIRouter(prefix=path, dependencies=checks, responses=NO_MODEL, route_class=StrictRoute)
     models.add_api_route("", metadata)
-    models.add_api_route("/ready", ready, responses={503: {"model": ModelReadyBody}})
+    # a probe, which may carry a parameter against caches
+    models.add_api_route("/ready", ready, responses={503: {"model": ModelReadyBody}}, route_class_override=APIRoute)
     models.add_api_route(
         "/infer",
         infer,
