@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class Parser:
         if isinstance(body, bytes):
             with _in_file(body) as file:
                 parsed = await self.parse(body_format, file)
-                return ParsedBody([_copied(image) for image in parsed.images], parsed.infer)
+                return replace(parsed, images=[_copied(image) for image in parsed.images])
         size = body.size
         body.append(header := orjson.dumps(asdict(body_format)))
         async with self._turn(size):
@@ -205,8 +205,8 @@ def _parsed(body: BodyFile, reply: dict[str, Any]) -> ParsedBody:
     if error := reply.get("error"):
         code, message = error
         raise ERRORS[code](message)
-    infer = reply["infer"]
-    return ParsedBody([_upload(body, image) for image in reply["images"]], infer and InferOptions(**infer))
+    infer = reply["infer"] and InferOptions(**reply["infer"])
+    return ParsedBody(**reply | {"images": [_upload(body, image) for image in reply["images"]], "infer": infer})
 
 
 def _upload(body: BodyFile, image: str | tuple[int, int, list[int] | None]) -> Upload:

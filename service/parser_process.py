@@ -22,7 +22,7 @@ import struct
 import sys
 import traceback
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from math import ceil
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,8 +47,8 @@ def reply_to(fd: int, size: int, format_size: int, limits: BodyLimits) -> dict[s
     """Parse the body in a file.
 
     Returns:
-        `{"images": [[start, length, shape] or an error's message, ...], "infer": {...} or null}`, a shape of null being
-        that of a photo, or `{"error": [code, message]}`, or `{"defect": trace}`.
+        The fields of `ParsedBody`, with `[start, length, shape]` in the file or an error's message for each image, a
+        shape of null being that of a photo; or `{"error": [code, message]}`, or `{"defect": trace}`.
     """
     try:
         body_format = BodyFormat(**json.loads(os.pread(fd, format_size, size)))
@@ -75,7 +75,8 @@ def _stored(fd: int, behind: int, parsed: ParsedBody) -> dict[str, Any]:
         start = -(-end // ALIGNMENT) * ALIGNMENT
         end = start + _write(fd, image, start)
         images.append([start, end - start, image.shape if isinstance(image, np.ndarray) else None])
-    return {"images": images, "infer": parsed.infer and asdict(parsed.infer)}
+    others = {each.name: getattr(parsed, each.name) for each in fields(parsed)}
+    return others | {"images": images, "infer": parsed.infer and asdict(parsed.infer)}
 
 
 def _write(fd: int, image: Upload, start: int) -> int:

@@ -1,5 +1,7 @@
 """The one way from a body's bytes to what it holds, for small bodies on the event loop and large ones in a process."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from service import uploads
@@ -43,7 +45,7 @@ def parse_body(body_format: BodyFormat, body: bytes, limits: BodyLimits) -> Pars
     if body_format.protocol == "v1":
         return ParsedBody(uploads.parse_uploads(body_format.content_type, body, limits.max_images))
     parsed = parse_infer(body_format.header_length, body, limits.max_images)
-    return ParsedBody([_checked(image, limits) for image in parsed.images], parsed.infer)
+    return replace(parsed, images=[_checked(image, limits) for image in parsed.images])
 
 
 def _checked(image: Upload, limits: BodyLimits) -> Upload:

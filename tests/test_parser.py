@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -51,7 +52,7 @@ async def in_file(body: bytes) -> AsyncIterator[BodyFile]:
     file.close()
 
 
-def plain(parsed: ParsedBody) -> list[object]:
+def plain(parsed: ParsedBody) -> dict[str, object]:
     """Everything in it, as values that can be compared; a copy."""
     images: list[object] = []
     for image in parsed.images:
@@ -62,7 +63,10 @@ def plain(parsed: ParsedBody) -> list[object]:
                 images.append(image.message)
             case _:
                 images.append(bytes(image))
-    return [images, parsed.infer]
+    return {each.name: getattr(parsed, each.name) for each in fields(parsed)} | {"images": images}
+
+
+PLAIN = plain(ParsedBody([b"photo"]))  # of BODY
 
 
 async def parsed_in_process(parser: Parser, body_format: BodyFormat, body: bytes) -> object:
@@ -106,7 +110,7 @@ def test_image_is_a_view_of_the_file_and_not_parsed() -> None:
             assert image == b"x" * 1_000_000
             image.release()
             assert parser.parse_quickly(JSON_FORMAT, file) is None
-        assert plain(parser.parse_quickly(JSON_FORMAT, BODY) or pytest.fail("it is small")) == [[b"photo"], None]
+        assert plain(parser.parse_quickly(JSON_FORMAT, BODY) or pytest.fail("it is small")) == PLAIN
 
     with_parser(check)
 
@@ -142,7 +146,7 @@ def test_infer_options_cross_the_process_boundary() -> None:
 
     async def check(parser: Parser) -> None:
         found = await parsed_in_process(parser, BodyFormat("v2", "", str(len(header))), header + tail)
-        assert found == [[b"abc"], InferOptions("é7", {"logits": True})]
+        assert found == plain(ParsedBody([b"abc"], InferOptions("é7", {"logits": True})))
 
     with_parser(check)
 
@@ -172,7 +176,7 @@ def test_body_that_takes_too_long_to_parse_is_413(monkeypatch: pytest.MonkeyPatc
         body = b'{"images": ["AAAA"], "x": [' + b"1," * 60_000_000 + b"1]}"
         error = await parsed_in_process(parser, JSON_FORMAT, body)
         assert error == (PayloadTooLarge, "the body takes too long to parse"), time.monotonic() - started
-        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == [[b"photo"], None]
+        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
     with_parser(check)
 
@@ -187,7 +191,7 @@ def test_body_that_takes_too_much_memory_to_parse_is_413(monkeypatch: pytest.Mon
         assert isinstance(error, tuple)
         assert error[0] is PayloadTooLarge
         assert error[1].startswith("the body takes too much memory to parse")  # orjson crashes where memory ends
-        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == [[b"photo"], None]
+        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
     with_parser(check)
 
@@ -231,10 +235,10 @@ def test_parser_killed_from_outside_is_tried_again_once() -> None:
     """As when the system takes its memory: the body may not have been the reason. Twice is 503 with Retry-After."""
 
     async def check(parser: Parser) -> None:
-        assert await killed(parser, 1) == [[bytes(3)], None]
+        assert await killed(parser, 1) == plain(ParsedBody([bytes(3)]))
         error = await killed(parser, 2)
         assert error == (NotReady, "the body's parser was ended; try again")
-        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == [[b"photo"], None]
+        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
     with_parser(check)
 
@@ -249,7 +253,7 @@ def test_body_that_crashes_its_parser_is_an_error_of_its_own(signum: signal.Sign
             PayloadTooLarge,
             "the body takes too much memory to parse, or breaks the parser",
         )
-        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == [[b"photo"], None]
+        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
     with_parser(check)
 
@@ -259,10 +263,10 @@ def test_parser_process_that_has_ended_is_replaced() -> None:
     """Also while it parses: the body is tried again."""
 
     async def check(parser: Parser) -> None:
-        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == [[b"photo"], None]
+        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
         assert parser._process
         parser._process.kill()
-        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == [[b"photo"], None]
+        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
     with_parser(check)
 
@@ -291,7 +295,7 @@ def test_cancelled_parse_ends_its_process() -> None:
             task.cancel()
             await asyncio.wait([task])
             await until(lambda gone=child: parser._process is None or gone not in children(parser._process.pid))  # type: ignore[misc]
-        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == [[b"photo"], None]
+        assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
     with_parser(check)
 
