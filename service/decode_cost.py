@@ -17,6 +17,7 @@ SCANS_S_PER_PIXEL = 2e-8
 COEFFICIENT_BYTES = 8
 
 
+FILE_COPIES = 2  # of the whole file, that decoders make
 MOST_SEGMENTS = 1000  # that are looked at in front of a JPEG's first scan
 
 
@@ -36,13 +37,14 @@ def estimate(image: Image.Image, data: bytes | memoryview, shortest: int) -> Cos
             return Cost(SCANS_S_PER_PIXEL * pixels, COEFFICIENT_BYTES * pixels + JPEG_BYTES_PER_PIXEL * made)
         return Cost(JPEG_S_PER_PIXEL * pixels + JPEG_S_PER_PIXEL_MADE * made, JPEG_BYTES_PER_PIXEL * made)
     per_pixel = WORST_BYTES_PER_PIXEL if image.format == "WEBP" else BYTES_PER_PIXEL
-    return Cost(S_PER_PIXEL * pixels, per_pixel * pixels)
+    return Cost(S_PER_PIXEL * pixels, per_pixel * pixels + FILE_COPIES * len(data))
 
 
 def _has_several_scans(jpeg: bytes | memoryview, components: int) -> bool:
     """Whether a JPEG is progressive, or its first scan holds only some of its components; True if that is not clear."""
     position = 2
-    for _ in range(MOST_SEGMENTS):
+    for _ in range(FILE_COPIES = 2  # of the whole file, that decoders make
+MOST_SEGMENTS):
         marker, length = jpeg[position : position + 2], jpeg[position + 2 : position + 4]
         if len(length) < 2 or marker[0] != 0xFF or marker[1] in {0xC2, 0xC6, 0xCA, 0xCE}:  # progressive
             return True
