@@ -43,8 +43,7 @@ def estimate(image: Image.Image, data: bytes | memoryview, shortest: int) -> Cos
 def _has_several_scans(jpeg: bytes | memoryview, components: int) -> bool:
     """Whether a JPEG is progressive, or its first scan holds only some of its components; True if that is not clear."""
     position = 2
-    for _ in range(FILE_COPIES = 2  # of the whole file, that decoders make
-MOST_SEGMENTS):
+    for _ in range(MOST_SEGMENTS):
         marker, length = jpeg[position : position + 2], jpeg[position + 2 : position + 4]
         if len(length) < 2 or marker[0] != 0xFF or marker[1] in {0xC2, 0xC6, 0xCA, 0xCE}:  # progressive
             return True
