@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.connections import MAX_PIECES
+from service.connections import FREE_CHUNKS
 from service.memory import SMALL_BYTES
 from service.transfer import Finished
 from service.types import Pixels, Running, Wish
@@ -70,7 +70,7 @@ def test_slow_upload_is_answered_where_there_is_room(running: ServerThread) -> N
 def test_body_in_very_small_chunks_is_refused(running: ServerThread) -> None:
     """Each chunk costs a call: by the thousands in one piece they would hold the event loop. A few do not matter."""
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    chunks = b"1\r\nx\r\n" * (4 * MAX_PIECES)
+    chunks = b"1\r\nx\r\n" * (2 * FREE_CHUNKS)
     with connected(running.url, head + chunks + b"0\r\n\r\n") as connection:
         answer = connection.recv(65_536)
     assert answer.startswith(b"HTTP/1.1 400 ")
