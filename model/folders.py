@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model.photos import Photo, PhotoError
+from model.preprocess import has_signature
 from model.text import clean_text
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # believed, so that no file is opened
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # which Windows and macOS put into any folder
 MAX_NAMED = 8  # folders without photos that a message lists
 
@@ -160,9 +160,7 @@ def _is_photo(entry: os.DirEntry[str], path: Path) -> bool:
             start = file.read(16)
     except OSError as error:
         raise PhotoError(f"{path} cannot be read: {error.strerror or error}") from error
-    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
-    is_bmp = start[:2] == b"BM" and start[6:10] == bytes(4)  # reserved, zero
-    return start.startswith(SIGNATURES) or is_webp or is_bmp
+    return has_signature(start)
 
 
 def _kind(path: Path) -> str:

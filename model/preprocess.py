@@ -20,6 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # The only formats that are ever opened, whatever a file is called. Pillow knows many more, and for some of them starts
 # other programs: for an EPS file, Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # WebP and BMP: below
 LARGEST = 4096  # pixels of a photo's short side after scaling
 LARGEST_CROP = 1024  # pixels of what the network sees; RedNet-26 is prepared for it in 1.1 GB, for 4096 in 12
 SMALLEST_STD = 1e-6  # quotients are still ordinary float32 numbers
@@ -133,3 +134,10 @@ def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
         finite = np.nan_to_num(line.astype(np.float32), posinf=largest, neginf=0.0)
         grey[row] = (finite * factor).round().clip(0, 255)
     return Image.fromarray(grey)
+
+
+def has_signature(start: bytes) -> bool:
+    """Whether a file that starts so claims to be of one of `FORMATS`; "BM" and "RIFF" alone are too little."""
+    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    is_bmp = start[:2] == b"BM" and start[6:10] == bytes(4)  # reserved, zero
+    return start.startswith(SIGNATURES) or is_webp or is_bmp

@@ -11,13 +11,11 @@ from itertools import islice
 
 from PIL import Image, UnidentifiedImageError
 
-from model.preprocess import FORMATS, Preprocess
+from model.preprocess import FORMATS, Preprocess, has_signature
 from service.decode_limits import Cost, max_scanned_pixels
 from service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
 from service.overlay import draw_overlay
 from service.types import Floats, Pixels
-
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # What a file may make a decoder do. Of 32 MB, a JPEG can make eight million segments, which Pillow reads one after the
 # other in Python, or 400,000 passes over all of its pixels, which take hours.
@@ -82,7 +80,7 @@ def opened(data: bytes, max_pixels: int, check: Check | None = None) -> Iterator
     except (ServiceError, TooCostly):
         raise
     except UnidentifiedImageError:
-        if _claims_a_format(data):
+        if has_signature(data):
             raise UnreadableImage("the image's header is damaged") from None
         raise UnsupportedMediaType(f"not an image; {', '.join(FORMATS)} are served") from None
     except MemoryError:
@@ -107,10 +105,3 @@ class _CountedReads(io.BytesIO):
         if self._left < 0:
             raise UnreadableImage("the image consists of too many parts")
         return super().read(size)
-
-
-def _claims_a_format(data: bytes) -> bool:
-    """Whether data that no decoder took begins like a served format; two letters and RIFF alone are too little."""
-    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    is_bmp = data[:2] == b"BM" and data[6:10] == bytes(4)  # reserved, zero
-    return data.startswith(SIGNATURES) or is_webp or is_bmp

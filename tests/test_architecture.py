@@ -254,7 +254,7 @@ MODEL = {
         "rednet",
     },
     "photos": {"preprocess", "progress"},
-    "folders": {"photos", "text"},
+    "folders": {"photos", "preprocess", "text"},
     "calibrate": set(),
     "confusion": set(),
     "evaluate": {"calibrate", "photos", "preprocess", "progress"},
