@@ -31,7 +31,7 @@ class History:
         """Take note that a process ended over the image; returns the image's error, or None: try again."""
         if exceeded_cpu_limit(status):
             return UnreadableImage("decoding the image takes too long")
-        if status < 0 and -status not in CRASHES:
+        if came_from_outside(status):
             return self.lost()
         self.crashes += 1
         return UnreadableImage("the image is damaged: it broke the decoder") if self.crashes >= MAX_CRASHES else None
@@ -40,6 +40,10 @@ class History:
         """The process was killed, or made no progress."""
         self.losses += 1
         return DecoderUnavailable() if self.losses >= MAX_LOSSES else None
+
+
+def came_from_outside(status: int) -> bool:
+    return status < 0 and -status not in CRASHES
 
 
 def exceeded_cpu_limit(status: int) -> bool:

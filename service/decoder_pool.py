@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from service.decode_limits import Cost
-from service.decoder_failures import exceeded_cpu_limit
+from service.decoder_failures import came_from_outside, exceeded_cpu_limit
 from service.decoder_link import Link, Photo, fail
 from service.decoder_process import SLOTS
 from service.errors import DecoderUnavailable, ServiceError
@@ -161,7 +161,7 @@ class Pool:
         self._changed.set()
         if self._closed:
             return
-        if not link.was_ready:
+        if not link.was_ready and (isinstance(status, OSError) or not came_from_outside(status)):
             self._failed_starts += 1
         if isinstance(status, OSError):
             log.error("a decoder cannot be started: %s", status)

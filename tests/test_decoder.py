@@ -4,10 +4,14 @@ import asyncio
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,26 +24,13 @@ from service.decoder import Decoded, Decoder
 from service.errors import DecoderUnavailable, Draining, UnreadableImage, UnsupportedMediaType
 from tests.asking import CUT, TEXT, assert_error, predict, sample
 from tests.conftest import encoded, photo
+from tests.processes import PROC, decoder_pids, is_decoder, killing_decoders
 from tests.servers import DECODER_BYTES, PATIENCE_S, FakeRunner, ServerProcess, ServerThread, wait_until
 
-PROC = Path("/proc")
-pytestmark = pytest.mark.skipif(not (PROC / "self").exists(), reason="processes are found in /proc, which is not here")
+pytestmark = pytest.mark.skipif(not PROC.exists(), reason="processes are found in /proc, which is not here")
 
 PREPROCESS = Preprocess(resize=40, crop=32)
 PHOTO = encoded(photo())
-
-
-def children(of: int) -> list[int]:
-    """The decoders that a process has started."""
-    pids = sorted(int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal())
-    return [pid for pid in pids if _is_decoder(pid) and f"PPid:\t{of}\n" in (PROC / str(pid) / "status").read_text()]
-
-
-def _is_decoder(pid: int) -> bool:
-    try:
-        return b"service.decoder_process" in (PROC / str(pid) / "cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1) -> None:
@@ -53,7 +44,7 @@ def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1)
             decoder.close()
 
     asyncio.run(run())
-    assert not children(os.getpid())
+    assert not decoder_pids(os.getpid())
 
 
 def replace_decoding(decoder: Decoder, expression: str) -> None:
@@ -89,7 +80,7 @@ def test_photos_come_back_as_pixels_or_errors() -> None:
             await decoder.decode(CUT)
         with pytest.raises(UnsupportedMediaType):
             await decoder.decode(TEXT)
-        assert len(children(os.getpid())) == 3
+        assert len(decoder_pids(os.getpid())) == 3
 
     using(use, count=3)
 
@@ -99,7 +90,7 @@ def test_a_process_that_ends_costs_nobody_anything() -> None:
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
-        (pid,) = children(os.getpid())
+        (pid,) = decoder_pids(os.getpid())
         os.kill(pid, signal.SIGSTOP)
         tasks = [asyncio.create_task(decoder.decode(PHOTO)) for _ in range(3)]
         await asyncio.sleep(0)
@@ -114,9 +105,9 @@ def test_no_photo_is_blamed_for_what_befell_all_processes() -> None:
 
     async def use(decoder: Decoder) -> None:
         await decoder.start()
-        for pid in children(os.getpid()):
+        for pid in decoder_pids(os.getpid()):
             os.kill(pid, signal.SIGKILL)
-            while _is_decoder(pid):  # it ends, and the event loop does not hear of it yet
+            while is_decoder(pid):  # it ends, and the event loop does not hear of it yet
                 time.sleep(0.001)  # noqa: ASYNC251
         assert (await decoder.decode(PHOTO)).decode_s > 0
 
@@ -140,10 +131,10 @@ def test_sound_photo_survives_a_stopped_decoder(monkeypatch: pytest.MonkeyPatch)
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
-        (pid,) = children(os.getpid())
+        (pid,) = decoder_pids(os.getpid())
         os.kill(pid, signal.SIGSTOP)
         assert (await decoder.decode(PHOTO)).pixels.shape == (3, 32, 32)
-        assert pid not in children(os.getpid())
+        assert pid not in decoder_pids(os.getpid())
 
     using(use)
 
@@ -199,13 +190,13 @@ def test_a_caller_who_leaves_takes_nothing_along() -> None:
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
-        before = children(os.getpid())
+        before = decoder_pids(os.getpid())
         tasks = [asyncio.create_task(decoder.decode(PHOTO)) for _ in range(3)]
         await asyncio.sleep(0)
         tasks[0].cancel()
         tasks[1].cancel()
         assert (await tasks[2]).pixels.shape == (3, 32, 32)
-        assert children(os.getpid()) == before
+        assert decoder_pids(os.getpid()) == before
 
     using(use)
 
@@ -237,7 +228,7 @@ def test_system_that_starts_no_process_makes_decoders_unavailable(monkeypatch: p
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
-        (process,) = children(os.getpid())
+        (process,) = decoder_pids(os.getpid())
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", none)
             os.kill(process, signal.SIGSTOP)
@@ -307,21 +298,21 @@ def test_when_it_is_closed_everyone_is_told() -> None:
 def test_a_server_lives_on_without_its_decoders_and_they_not_without_it(tiny_path: Path) -> None:
     """Killed one and all, they are replaced; when the server itself is killed, none is left behind."""
     with ServerProcess("--checkpoint", tiny_path) as running:
-        wait_until(lambda: len(children(running.process.pid)) == usable_cores(), "a decoder for each core")
-        first = children(running.process.pid)
+        wait_until(lambda: len(decoder_pids(running.process.pid)) == usable_cores(), "a decoder for each core")
+        first = decoder_pids(running.process.pid)
         for pid in first:
             os.kill(pid, signal.SIGTERM)  # meant for the server: they do not take it for themselves
         assert predict(running.client, PHOTO).status_code == 200
-        assert children(running.process.pid) == first
+        assert decoder_pids(running.process.pid) == first
         for pid in first:
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not set(children(running.process.pid)) & set(first), "their end")
+        wait_until(lambda: not set(decoder_pids(running.process.pid)) & set(first), "their end")
         assert predict(running.client, PHOTO).status_code == 200
         assert_error(predict(running.client, CUT), 422, "unreadable_image")
-        last = children(running.process.pid)
+        last = decoder_pids(running.process.pid)
         running.process.kill()
         running.process.wait()
-        wait_until(lambda: not any(map(_is_decoder, last)), "the decoders' end")
+        wait_until(lambda: not any(map(is_decoder, last)), "the decoders' end")
 
 
 def test_server_without_decoders_is_not_ready_and_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +325,7 @@ def test_server_without_decoders_is_not_ready_and_recovers(monkeypatch: pytest.M
         wait_until(lambda: running.client.get("/readyz").status_code == 200, "readiness")
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", none)
-            for pid in children(os.getpid()):
+            for pid in decoder_pids(os.getpid()):
                 os.kill(pid, signal.SIGKILL)
             wait_until(lambda: running.client.get("/readyz").status_code == 503, "the loss to be noticed")
             refused = predict(running.client, PHOTO)
@@ -346,3 +337,51 @@ def test_server_without_decoders_is_not_ready_and_recovers(monkeypatch: pytest.M
             assert sample(running.client, "rednet_ready") == 0
         wait_until(lambda: running.client.get("/readyz").status_code == 200, "new decoders")
         assert predict(running.client, PHOTO).status_code == 200
+
+
+def test_decoders_killed_under_load_cost_no_answer(tiny_path: Path) -> None:
+    """One a second: no 500, and every 200 is right. A photo is tried again elsewhere."""
+    with ServerProcess("--checkpoint", tiny_path) as running, ThreadPoolExecutor(8) as pool:
+        expected = predict(running.client, PHOTO).json()["predictions"]
+        statuses: Counter[int] = Counter()
+
+        def ask(_: int) -> None:
+            response = predict(running.client, PHOTO)
+            statuses[response.status_code] += 1
+            assert response.status_code != 200 or response.json()["predictions"] == expected
+
+        with killing_decoders(running.process.pid, 1.0, random.Random(0)) as killed:
+            while len(killed) < 12:
+                list(pool.map(ask, range(16)))
+        assert statuses.keys() <= {200, 429, 503}
+        assert statuses[200] > 0.9 * statuses.total()
+
+
+def test_sound_photo_survives_a_stopped_server() -> None:
+    """Server and decoders stop for longer than a photo may take, as in a machine that is suspended."""
+    script = f"""
+import asyncio, os
+from model import Preprocess
+from service.decode_limits import DecodeLimits
+from service.decoder import Decoder
+from tests.conftest import encoded, photo
+async def main():
+    decoder = Decoder(Preprocess(resize=40, crop=32), DecodeLimits.derive(1_000_000, {DECODER_BYTES}, 1), 1)
+    await decoder.start()
+    tasks = [asyncio.create_task(decoder.decode(encoded(photo(seed)))) for seed in range(200)]
+    await asyncio.sleep(0)
+    print("decoding", flush=True)
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    print(sum(not isinstance(each, Exception) for each in outcomes), flush=True)
+    decoder.close()
+asyncio.run(main())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "decoding\n"
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(11)
+    os.killpg(process.pid, signal.SIGCONT)
+    assert process.communicate(timeout=PATIENCE_S)[0] == "200\n"
