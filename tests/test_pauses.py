@@ -96,20 +96,30 @@ def server() -> Iterator[WatchedServer]:
     running.close()
 
 
+def pause_s(server: WatchedServer, sent: Sent) -> float:
+    """How long one request holds the loop at most, beyond what the machine does to an idle server meanwhile."""
+    server.longest_pause_s()
+    started = time.monotonic()
+    status = server.answer(sent)
+    assert status < 500 or status == 504, (sent.name, status)
+    time.sleep(0.02)  # what the request leaves behind is part of it
+    pause_s, took_s = server.longest_pause_s(), time.monotonic() - started
+    if pause_s <= LONGEST_S:
+        return pause_s
+    time.sleep(took_s)
+    return pause_s - server.longest_pause_s()
+
+
 def check(server: WatchedServer, requests: Iterator[Sent]) -> None:
-    """No answer is a defect, and no request holds the loop, in at least one of several attempts."""
+    """No answer is a defect, and no request holds the loop in every one of several attempts."""
     slow: list[str] = []
     for sent in requests:
-        pauses_s: list[float] = []
-        while len(pauses_s) < ATTEMPTS and (not pauses_s or min(pauses_s) > LONGEST_S):
-            server.longest_pause_s()
-            status = server.answer(sent)
-            assert status < 500 or status == 504, (sent.name, status)
-            time.sleep(0.02)  # what the request leaves behind is part of it
-            pauses_s.append(server.longest_pause_s())
-        print(f"{sent.name}: {status}, {1000 * min(pauses_s):.1f} ms")
+        pauses_s = [pause_s(server, sent)]
+        while len(pauses_s) < ATTEMPTS and min(pauses_s) > LONGEST_S:
+            pauses_s.append(pause_s(server, sent))
+        print(f"{sent.name}: {1000 * min(pauses_s):.1f} ms")
         if min(pauses_s) > LONGEST_S:
-            slow.append(f"{sent.name}: {', '.join(f'{1000 * pause_s:.1f}' for pause_s in pauses_s)} ms")
+            slow.append(f"{sent.name}: {', '.join(f'{1000 * each:.1f}' for each in pauses_s)} ms")
     assert not slow, "\n".join(slow)
 
 
@@ -120,7 +130,7 @@ def test_pause_watch_sees_a_held_loop(server: WatchedServer) -> None:
     wait_until(lambda: server.longest_pause_s() > HELD_S / 2, "the pause")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "head"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_request_holds_the_event_loop(server: WatchedServer, kind: str) -> None:
     """Bodies of 32 MB and heads of 60 kB, of every shape that the parsers know, right and wrong."""
     check(server, corpus(SIZE)[kind])
