@@ -2,7 +2,7 @@
 
 import re
 
-QUALITY = re.compile(r"q=(\d(?:\.\d{0,3})?)")
+QUALITY = re.compile(r"(?:^|;)\s*q=(\d(?:\.\d{0,3})?)\s*(?:;|$)")
 
 
 def prefers(accept: str, media_type: str, usual: str) -> bool:
@@ -13,11 +13,17 @@ def prefers(accept: str, media_type: str, usual: str) -> bool:
         media_type: for which it is not enough that anything is welcome.
         usual: the other one.
     """
+    ranges = (usual, f"{usual.split('/', maxsplit=1)[0]}/*", "*/*")  # the narrowest that is there counts
+    relevant = {media_type, *ranges}
     qualities: dict[str, float] = {}
     for entry in accept.lower().split(","):
-        name, *parameters = (part.strip() for part in entry.split(";"))
-        given = [float(found[1]) for parameter in parameters if (found := QUALITY.fullmatch(parameter))]
-        qualities[name] = given[0] if given else 1.0
+        name, _, parameters = entry.partition(";")
+        if (name := name.strip()) in relevant:  # a hostile header has thousands of entries
+            qualities[name] = _quality(parameters)
     wanted = qualities.get(media_type, 0.0)
-    ranges = (usual, f"{usual.split('/', maxsplit=1)[0]}/*", "*/*")  # the narrowest that is there counts
     return wanted > 0 and wanted >= next((qualities[each] for each in ranges if each in qualities), 0.0)
+
+
+def _quality(parameters: str) -> float:
+    found = QUALITY.search(parameters)
+    return float(found[1]) if found else 1.0

@@ -1,0 +1,75 @@
+"""Query parameters that an endpoint does not have, on a real server."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.asking import assert_error
+from tests.conftest import encoded, photo
+from tests.servers import FakeRunner, ServerThread
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[ServerThread]:
+    with ServerThread(FakeRunner()) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/v1/predict?topk=1", "did you mean top_k?"),
+        ("/v1/predict?TOP_K=1", "did you mean top_k?"),
+        ("/v1/predict?top_k=1&top_k=2", "query.top_k: given more than once"),
+        ("/v1/predict?top_k=1&verbose=1", "query.verbose: unknown parameter; this endpoint has top_k"),
+        ("/v1/predict?=1", "query.: unknown parameter"),
+        ("/v1/features?normalise=true", "did you mean normalize?"),
+        ("/v1/explain?layers=stage1", "did you mean layer?"),
+        ("/v1/explain?top=1", "this endpoint has class, group, layer"),
+    ],
+)
+def test_unknown_query_parameter_is_400_with_the_nearest_name(running: ServerThread, path: str, message: str) -> None:
+    """Ignoring it would answer another question than the one that was asked."""
+    response = running.client.post(path, content=encoded(photo()))
+    assert_error(response, 400, "malformed_request")
+    assert message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/model?x=1", "/v2?x=1", "/v2/models/fake?x=1"])
+def test_unknown_query_parameter_of_a_get_endpoint_is_400(running: ServerThread, path: str) -> None:
+    """Also where there are none at all."""
+    response = running.client.get(path)
+    assert response.status_code == 400
+    assert "this endpoint has none" in response.text
+
+
+def test_infer_takes_no_query_parameters(running: ServerThread) -> None:
+    """In the protocol's shape of errors."""
+    response = running.client.post("/v2/models/fake/infer?top_k=1", content=b"{}")
+    assert (response.status_code, response.json()["code"]) == (400, "malformed_request")
+
+
+PROBES = ["/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/fake/ready"]
+
+
+@pytest.mark.parametrize("path", [*PROBES, "/", "/page/style.css", "/docs", "/openapi.json"])
+def test_probes_and_pages_ignore_query_parameters(running: ServerThread, path: str) -> None:
+    """Probes and browsers add some against caches."""
+    assert running.client.get(f"{path}?t=1764264000").status_code == 200
+
+
+@pytest.mark.parametrize("query", ["", "?", "?&", "?top_k=1"])
+def test_known_query_parameters_are_served(running: ServerThread, query: str) -> None:
+    """An empty query has none."""
+    assert running.client.post(f"/v1/predict{query}", content=encoded(photo())).status_code == 200
+
+
+def test_unauthorized_comes_before_unknown_parameter(tmp_path: object) -> None:
+    """Who has no key learns nothing else."""
+    path = f"{tmp_path}/keys"
+    with open(path, "w") as file:
+        file.write("0123456789abcdef\n")
+    with ServerThread(FakeRunner(), api_key_file=path) as running:
+        assert_error(running.client.get("/v1/model?x=1"), 401, "unauthorized")
+        key = {"Authorization": "Bearer 0123456789abcdef"}
+        assert_error(running.client.get("/v1/model?x=1", headers=key), 400, "malformed_request")

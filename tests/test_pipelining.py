@@ -1,0 +1,112 @@
+"""Several requests on one connection before the first answer, and bodies in tiny chunks."""
+
+import gc
+import time
+import weakref
+
+import pytest
+
+from service.connections import FREE_CHUNKS, Connection
+from tests.asking import connected, predict
+from tests.conftest import encoded, photo
+from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
+
+GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+LAST = b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+CHUNKED = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def post(body: bytes) -> bytes:
+    return b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+def answers(server: ServerThread, *parts: bytes) -> list[bytes]:
+    """The status lines of all answers to these bytes, which are sent one after the other."""
+    received = b""
+    with connected(server.url, parts[0]) as connection:
+        for part in parts[1:]:
+            time.sleep(0.01)
+            connection.sendall(part)
+        while chunk := connection.recv(65536):
+            received += chunk
+    return [line for line in received.split(b"\r\n") if b"HTTP/1.1 " in line]
+
+
+def test_pipelined_requests_are_all_answered_in_order() -> None:
+    """Heads, bodies with a length and chunked bodies, photos that hold empty lines, and cuts anywhere."""
+    body = encoded(photo()) + b"\r\n\r\n"
+    chunked = CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    sent = GET + post(body) + chunked + post(b"x") + GET + LAST
+    with ServerThread(FakeRunner()) as running:
+        expected = [200, 200, 200, 415, 200, 200]
+        found = [answers(running, sent), answers(running, sent[:40], sent[40:])]
+        found += [answers(running, sent[:cut], sent[cut:]) for cut in range(len(GET) - 4, len(GET) + 5)]
+        ends = sent.index(chunked) + len(chunked)
+        found += [answers(running, sent[:cut], sent[cut:]) for cut in range(ends - 6, ends + 2)]
+    for lines in found:
+        assert [int(line.split(b"HTTP/1.1 ")[1][:3]) for line in lines] == expected
+
+
+def test_pipelined_requests_wait_unparsed() -> None:
+    """While the first is being answered the server neither reads nor starts those behind it."""
+    runner = FakeRunner()
+    runner.go_on.clear()
+    with ServerThread(runner) as running:
+        with connected(running.url, post(encoded(photo()))) as connection:
+            assert runner.running.wait(PATIENCE_S)
+            connection.settimeout(0.5)
+            with pytest.raises(TimeoutError):  # when the buffers of the system are full
+                connection.sendall(GET * 1_000_000)
+            assert running.engine_client.requests == 1
+            assert predict_later(running, runner)
+        wait_until(lambda: running.engine_client.requests == 0, "the end of the request")
+        assert running.client.get("/livez").status_code == 200
+
+
+def predict_later(running: ServerThread, runner: FakeRunner) -> bool:
+    """Whether another client is answered when the device is free again."""
+    runner.go_on.set()
+    return predict(running.client, encoded(photo())).status_code == 200
+
+
+def test_garbage_behind_a_request_does_not_cost_it_its_answer() -> None:
+    """The error comes second."""
+    with ServerThread(FakeRunner()) as running:
+        lines = answers(running, post(encoded(photo())) + b"GARBAGE\r\n\r\n")
+    assert [line.split()[1] for line in (lines[0], lines[1][lines[1].index(b"HTTP/1.1 ") :])] == [b"200", b"400"]
+
+
+def test_one_byte_chunks_are_refused() -> None:
+    """They cost a microsecond each; however slowly they come, not more than a few thousand are taken."""
+    with ServerThread(FakeRunner()) as running, connected(running.url, CHUNKED) as connection:
+        for _ in range(4):
+            connection.sendall(b"1\r\nx\r\n" * (FREE_CHUNKS // 3))
+            time.sleep(0.05)
+        assert b"HTTP/1.1 400 " in connection.recv(65536)
+
+
+def test_small_chunks_of_a_photo_are_served() -> None:
+    """Ten thousand chunks of sixty-four bytes are fine."""
+    body = encoded(photo(0, 600, 600), "BMP")[:640_000]
+    chunks = b"".join(b"40\r\n%b\r\n" % body[at : at + 64] for at in range(0, len(body) // 64 * 64, 64))
+    with ServerThread(FakeRunner()) as running:
+        (line,) = answers(running, CHUNKED.replace(b"Host", b"Connection: close\r\nHost") + chunks + b"0\r\n\r\n")
+    assert b" 422 " in line  # all of it came, of which the end is missing
+
+
+def test_closed_connections_leave_no_reference_cycles() -> None:
+    """Their memory goes at once, without the garbage collector."""
+    with ServerThread(FakeRunner()) as running:
+        running.client.get("/livez")
+        gc.collect()
+        gc.disable()
+        try:
+            known: list[weakref.ref[Connection]] = []
+            for _ in range(5):
+                with connected(running.url, post(encoded(photo())) + GET * 100) as connection:
+                    assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+                    known += [weakref.ref(each) for each in gc.get_objects() if isinstance(each, Connection)]
+            running.client.close()
+            wait_until(lambda: not any(each() for each in known), "the end of the connections")
+        finally:
+            gc.enable()
