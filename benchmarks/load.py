@@ -36,7 +36,7 @@ class Load:
         bodies: sent in turn.
         timeout_ms: deadline of each request; None: the server's.
         content_type: of the bodies.
-        retry: ask once more, after the time that was given and under the same request id, where an answer is 429.
+        retry: ask once more, after the time that was given, where an answer is 429.
     """
 
     def __init__(
@@ -90,8 +90,7 @@ class Load:
         """The answer to a request over an idle connection, or a new one."""
         try:
             streams = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
-            name = f"X-Request-Id: {turn}\r\n" if self._retry else ""
-            streams[1].write(f"{self._head}{name}".encode() + self._requests[turn % len(self._requests)])
+            streams[1].write(self._head.encode() + self._requests[turn % len(self._requests)])
             status, headers = await _read_answer(streams[0])
         except (OSError, EOFError):
             return Answer(0, due, time.monotonic() - due, None)

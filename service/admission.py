@@ -1,21 +1,24 @@
-"""Who is let in: no more than may wait, and nobody who would be answered too late. Pure state; used from one thread.
+"""Which requests are admitted: no more than may wait, and none that would be answered too late. Pure state; used from
+one thread."""
 
-Places that are kept for those who were refused count as images that wait already, but never as more than half of all:
-many of those who were told to come do not.
-"""
-
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from service.errors import Overloaded
-from service.promises import Promises
+from service.retries import RetryScheduler
 
 SMOOTHING = 0.05  # weight of the newest answer in the running estimate
+# Time constants of the running estimate of the load: a flood is seen at once, while a moment without work is no end.
+BUSIER_S, IDLER_S = 0.5, 2.0
+# As long as two of three requests are rejected, one that comes back is, too. So slots are given away more slowly then,
+# so that most callers come back when the flood is over; but not without end.
+MAX_REJECTED_SHARE = 0.75
 # More in one answer is an accident, not a rule; less is an answer that did not need the device, as to a damaged photo.
 LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
-# A prediction is right on average; whoever is let in shall be answered in time nearly always. A queue of half a
-# deadline keeps the device as busy as a longer one.
+# Predictions are unbiased, so half of them are too low. This factor makes nearly all admitted requests meet their
+# deadline. A queue of half a deadline keeps the device as busy as a longer one.
 CAUTION = 2.0
 
 
@@ -64,8 +67,10 @@ class Admission:
         self._work_s = work_s
         self._clock = clock
         self._factor = 1.0
-        self._promises = Promises()
-        self._arriving = 0  # requests that have come for their place, but hold no images yet
+        self._retries = RetryScheduler()
+        self._rejected_share = 0.0  # running estimate, of requests
+        self._load = 0.0  # share of the last seconds in which there were accepted images
+        self._load_known_at = clock()
 
     @property
     def backlog_s(self) -> float:
@@ -77,67 +82,61 @@ class Admission:
         return self._work_s(images) * self._factor
 
     @contextmanager
-    def admit(self, deadline: float, name: bytes | None = None) -> Iterator[Place]:
+    def admit(self, deadline: float) -> Iterator[Place]:
         """Let a request in if there is room for an image; calling the place holds one for each image until the end.
 
         Until they are counted, as long as the body is coming, it holds none: slow uploads would keep all others out.
-        Where nobody is ahead, every deadline is tried. Who was refused, and comes back when told under the same name,
-        is let in before others.
+        Where nobody is ahead, every deadline is tried.
 
         Raises:
-            Overloaded: there is no room, or no answer before the deadline; also from the function.
+            Overloaded: there is no room, or no answer before the deadline; also from the place.
         """
         since, work_s = 0.0, 0.0
-        expected = arriving = self._promises.take(name, self._clock())
 
         def check(images: int) -> None:
             nonlocal since, work_s
             since, work_s = self._clock(), self._work_s(self.accepted + images)
             if self.accepted:
-                self._check(images, since, deadline, name, expected)
-
-        def hold(images: int) -> None:
-            check(images)
-            arrive()
-
-        def count(images: int) -> None:
-            self.accepted += images
-
-        def arrive() -> None:
-            nonlocal arriving
-            self._arriving -= arriving
-            arriving = False
+                self._check(images, since, deadline)
 
         check(1)
+        self._rejected_share -= self._rejected_share * SMOOTHING
         self.requests += 1
-        self._arriving += arriving
-        place = Place(hold, count)
+        place = Place(check, self._count)
         try:
             yield place
             if not place.set_aside:
                 self._learn(self._clock() - since, work_s)
         finally:
-            arrive()
             self.requests -= 1
-            self.accepted -= place.held
+            self._count(-place.held)
 
-    def _check(self, images: int, now: float, deadline: float, name: bytes | None, expected: bool) -> None:
-        """Raises `Overloaded`, which tells when to come back, unless so many images may wait behind those accepted."""
-        kept = 0 if expected else self._promises.kept(now) + self._arriving
-        room = max(self.most // 2, self.most - kept) - images
-        ahead = self.accepted + images
-        if self.accepted > room:
+    def _count(self, images: int) -> None:
+        now = self._clock()
+        self._load = self._load_at(now)
+        self._load_known_at = now
+        self.accepted += images
+
+    def _load_at(self, now: float) -> float:
+        share = math.exp((self._load_known_at - now) / (BUSIER_S if self.accepted else IDLER_S))
+        return self._load * share + (1 - share if self.accepted else 0.0)
+
+    def _check(self, images: int, now: float, deadline: float) -> None:
+        """Raises `Overloaded`, which says when to come back, unless so many images may wait behind those accepted."""
+        if self.accepted > self.most - images:
             reason = f"{self.accepted} images are waiting"
-            wait_s = self.backlog_s - self.predicted_s(max(0, room))
-        elif (late_s := now + CAUTION * self.predicted_s(ahead + min(kept, ahead)) - deadline) > 0:
+            wait_s = self.backlog_s - self.predicted_s(self.most - images)
+        elif (late_s := now + CAUTION * self.predicted_s(self.accepted + images) - deadline) > 0:
             reason, wait_s = "the answer would come after the deadline", late_s
         else:
             return
         hopeless = now + CAUTION * self.predicted_s(images) > deadline
-        if hopeless:
-            name = None  # they would be late if nobody were ahead: no place is kept for them
-        work_s = images * self.predicted_s(self.most) / self.most
-        error = Overloaded(f"{reason}; try again later", self._promises.give(name, now, wait_s, work_s))
+        work_s = 0.0  # a request that would be late if nobody were ahead takes no slot from others
+        if not hopeless:
+            self._rejected_share += (1 - self._rejected_share) * SMOOTHING
+            room = 1 - min(MAX_REJECTED_SHARE, self._rejected_share)
+            work_s = images * self.predicted_s(self.most) / self.most / room
+        error = Overloaded(f"{reason}; try again later", self._retries.schedule(now, wait_s, work_s, self._load_at(now)))
         raise error.for_short_deadline() if hopeless else error
 
     def _learn(self, took_s: float, work_s: float) -> None:

@@ -65,9 +65,9 @@ class LocalClient:
     def costs(self) -> CostTable:
         return self._engines[0].costs
 
-    def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Place]:
+    def admit(self, deadline: float) -> AbstractContextManager[Place]:
         self._refuse_unless_ready()
-        return self._admission.admit(deadline, name)
+        return self._admission.admit(deadline)
 
     async def infer(self, pixels: Pixels, deadline: float, wish: Wish | None = None) -> Inference:
         if self._closed:

@@ -105,7 +105,7 @@ class Journey:
         timeout_s = self._timeout_s(headers.get(TIMEOUT_HEADER))
         ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
-        place = self._client.admit(deadline, callers_id(headers))
+        place = self._client.admit(deadline)
         arrival_s = min(timeout_s, max(ARRIVAL_S, self._settings.request_timeout_s))
         arriving = self._intake.body(request.stream(), headers, in_heap(body_format), arrival_s)
         with place as held:  # refuse before the body is read

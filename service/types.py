@@ -169,7 +169,7 @@ class EngineClient(Protocol):
     def max_images(self) -> int:
         """How many images one request may hold: for more there would never be room."""
 
-    def admit(self, deadline: float, name: bytes | None = None) -> AbstractContextManager[Place]:
+    def admit(self, deadline: float) -> AbstractContextManager[Place]:
         """Let a request in, before anything is done for it.
 
         Calling what comes with it holds places in the queue, once the request's images have been counted. What was
@@ -177,7 +177,6 @@ class EngineClient(Protocol):
 
         Args:
             deadline: by `time.monotonic()`, of the request.
-            name: under which it will be known if it is refused and comes back when told: then it goes before others.
 
         Raises:
             Refused: there is no room (now, or for so many), the answer would come too late, or the server takes no work

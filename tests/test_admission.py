@@ -1,6 +1,7 @@
 """Who is let in, as pure state with a clock of the test's own."""
 
 from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import pairwise
 
 import pytest
 
@@ -85,95 +86,63 @@ def test_who_would_be_late_is_refused(admission: Admission, clock: Clock) -> Non
         accepted(admission.admit(112.0), stack)
 
 
-def refusal(admission: Admission, name: bytes | None = None) -> Overloaded:
-    with pytest.raises(Overloaded) as refused, admission.admit(FAR, name):
+def refusal(admission: Admission) -> Overloaded:
+    with pytest.raises(Overloaded) as refused, admission.admit(FAR):
         pass
     return refused.value
 
 
-def test_who_is_refused_together_comes_back_one_after_the_other(admission: Admission) -> None:
-    """As fast as images are answered, at most."""
+def test_retry_after_is_spread_as_images_are_answered(admission: Admission, clock: Clock) -> None:
+    """Requests that are refused in the same moment come back one after the other."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=10)
+        clock.now = 60.0  # it has been busy for a while
         waits = [refusal(admission).retry_after_s for _ in range(5)]
-    assert waits == [1, 5, 10, 15, 20]
+    assert waits[0] == 1
+    assert all(4 <= later - earlier <= 8 for earlier, later in pairwise(waits))
 
 
-def test_a_place_is_kept_for_who_has_a_name(admission: Admission, clock: Clock) -> None:
-    """Nobody else gets it; who comes when told does; too soon, or again, they get no more than everyone."""
-    with ExitStack() as stack, ExitStack() as first:
-        accepted(admission.admit(FAR), stack, images=9)
-        accepted(admission.admit(FAR), first)
-        assert refusal(admission, b"me").retry_after_s == 1
-        first.close()
-        refusal(admission, b"me too")
-        refusal(admission)
-        clock.now += 2
-        accepted(admission.admit(FAR, b"me"), stack)
-        refusal(admission, b"me")
-        stack.close()
-        clock.now += 100
-        accepted(admission.admit(FAR), stack, images=10)  # nobody has come, and nobody will
-
-
-def test_a_kept_place_is_kept_while_the_body_comes(admission: Admission, clock: Clock) -> None:
-    """Whoever has come for it need not fear others, however slow the line is; whoever leaves again gives it up."""
+def test_retry_after_grows_faster_while_most_requests_are_rejected(admission: Admission, clock: Clock) -> None:
+    """In a flood those who come back compete with newcomers: they are sent to its end."""
     with ExitStack() as stack:
-        accepted(admission.admit(FAR), stack, images=8)
-        with ExitStack() as first:
-            accepted(admission.admit(FAR), first, images=2)
-            for name in (b"me", b"you"):
-                refusal(admission, name)
-        clock.now += 6
-        with suppress(KeyError), admission.admit(FAR, b"you"):
-            hold = stack.enter_context(admission.admit(FAR, b"me"))
+        accepted(admission.admit(FAR), stack, images=10)
+        clock.now = 60.0
+        calm = [refusal(admission).retry_after_s for _ in range(3)]
+        for _ in range(100):
             refusal(admission)
-            raise KeyError
-        accepted(admission.admit(FAR), stack)
-        refusal(admission)
-        hold(1)
-        assert admission.accepted == 10
+        clock.now = 1000.0
+        flooded = [refusal(admission).retry_after_s for _ in range(3)]
+    assert flooded[2] - flooded[1] > 2 * (calm[2] - calm[1])
 
 
-def test_half_of_the_room_is_for_those_without_a_place(admission: Admission) -> None:
-    """However many are kept: most of their owners may never come."""
+def test_a_deadline_that_no_idle_server_meets_takes_no_slot(admission: Admission) -> None:
+    """One caller that polls with a hopeless deadline moves nobody's Retry-After."""
     with ExitStack() as stack:
-        with ExitStack() as first:
-            accepted(admission.admit(FAR), first, images=10)
-            for index in range(20):
-                refusal(admission, b"%d" % index)
-        accepted(admission.admit(FAR), stack, images=4)
-        accepted(admission.admit(FAR), stack)
-        refusal(admission)
-
-
-def test_a_deadline_leaves_more_time_while_places_are_kept(admission: Admission, clock: Clock) -> None:
-    """As if an image for each place were waiting, but no more than there are; not so for who has a place."""
-    with ExitStack() as stack:
-        accepted(admission.admit(FAR), stack, images=3)
-        for index in range(20):
-            with pytest.raises(Overloaded), admission.admit(7.0, b"%d" % index):
+        accepted(admission.admit(FAR), stack, images=10)
+        for _ in range(1000):
+            with pytest.raises(Overloaded) as refused, admission.admit(1.9):
                 pass
-            late_s = 2 * (3 + 1 + min(index + 1, 4))
-            with pytest.raises(Overloaded), admission.admit(late_s - 0.1):
-                pass
-            with suppress(KeyError), admission.admit(late_s):
-                raise KeyError  # from which nothing is learned
-        clock.now += 2
-        accepted(admission.admit(clock.now + 8, b"0"), stack)
+            assert refused.value.retry_after_s <= 21  # when its deadline would be met
+        assert refusal(admission).retry_after_s == 1
 
 
-def test_no_place_is_kept_for_who_would_be_late_anyway(admission: Admission) -> None:
-    """A deadline that cannot be met with nobody ahead must not keep others out, be the queue full or not."""
+def test_retry_after_follows_the_backlog_down(admission: Admission, clock: Clock) -> None:
+    """Hundreds were refused and do not come back: some seconds later a caller of an idle server waits for no slot of
+    theirs. While the server stays busy they are expected."""
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack, images=10)
+        clock.now = 60.0
+        for _ in range(200):
+            refusal(admission)
+        assert refusal(admission).retry_after_s > 55
+        clock.now += 5
+        assert refusal(admission).retry_after_s > 55
+    clock.now += 5
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack)
-        with pytest.raises(Overloaded), admission.admit(1.9, b"hasty"):
+        with pytest.raises(Overloaded) as refused, admission.admit(clock.now + 3.5):
             pass
-        with ExitStack() as others:
-            accepted(admission.admit(FAR), others, images=9)
-            with pytest.raises(Overloaded), admission.admit(1.9, b"hasty too"):
-                pass
-        accepted(admission.admit(FAR), stack, images=9)
+    assert refused.value.retry_after_s <= 3
 
 
 def test_a_free_device_tries_anything(admission: Admission) -> None:
