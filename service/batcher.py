@@ -1,6 +1,12 @@
 """The queue, as pure state: no clock, no thread, no tensor. Time is an argument."""
 
+from collections.abc import Callable  # noqa: TC003  (types are imported plainly throughout)
+
 from service.types import Job
+
+# A window ends this early before a deadline: the predicted time of the batch, with a reserve as predictions are
+# unbiased, and what waking up and sending the answer take.
+CAUTION, ANSWER_S = 2.0, 0.01
 
 
 class Batcher:
@@ -9,7 +15,8 @@ class Batcher:
     Args:
         max_batch_size: no batch is larger. May be set again at any time.
         max_wait_s: how long a batch that is not full may wait for more, counted from its oldest job. 0: not at all; a
-            batch is cut whenever the device can take one, and grows only while the device is busy.
+            batch is cut whenever the device can take one, and grows only while the device is busy. A batch does not
+            wait so long that a job in it would miss its deadline.
     """
 
     def __init__(self, max_batch_size: int, max_wait_s: float = 0.0) -> None:
@@ -18,6 +25,7 @@ class Batcher:
                 f"max_batch_size must be at least 1 and max_wait_s at least 0: {max_batch_size}, {max_wait_s}"
             )
         self.max_batch_size = max_batch_size
+        self.batch_s: Callable[[int], float] = lambda _: 0.0  # predicted time of a batch; may be set at any time
         self._max_wait_s = max_wait_s
         self._jobs: dict[int, Job] = {}  # by id, oldest first
 
@@ -63,4 +71,7 @@ class Batcher:
     def _due(self) -> float:
         """When the next batch may be cut."""
         oldest = next(iter(self._jobs.values())).enqueued
-        return oldest if len(self._jobs) >= self.max_batch_size else oldest + self._max_wait_s
+        if self._max_wait_s == 0 or len(self._jobs) >= self.max_batch_size:
+            return oldest
+        urgent = min(job.deadline for job in self._jobs.values())
+        return min(oldest + self._max_wait_s, urgent - CAUTION * self.batch_s(len(self._jobs)) - ANSWER_S)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, suppress
 from service.admission import Admission
 from service.cost import CostTable
 from service.engine import Engine
-from service.errors import Draining, Internal, NotReady, ServiceError
+from service.errors import DeviceFailed, Draining, NotReady, ServiceError
 from service.types import Inference, Pixels, Place, State, Wish
 
 STARTING_RETRY_S = 2.0
@@ -103,12 +103,18 @@ class LocalClient:
         await asyncio.gather(*(asyncio.to_thread(engine.stop, LAST_BATCH_S) for engine in self._engines))
 
     def _why_closed(self) -> ServiceError:
-        return Internal() if self.state is State.FAILED else Draining()
+        return DeviceFailed() if self.state is State.FAILED else Draining()
 
     def _work_s(self, images: int) -> float:
-        """The time of all devices together for so many images."""
+        """The time of all devices together for so many images, of which a faster device takes more."""
+        if len(self._engines) == 1:
+            return self._engines[0].backlog_s(images)
+        alone_s = [engine.backlog_s(images) for engine in self._engines]
+        if min(alone_s) <= 0:  # nothing to do, or nothing known yet
+            return 0.0
+        # No image is shared out: the last one takes at least as long as on the device that is fastest.
         share = math.ceil(images / len(self._engines))
-        return max(engine.backlog_s(share) for engine in self._engines)
+        return max(1 / sum(1 / each_s for each_s in alone_s), min(engine.backlog_s(share) for engine in self._engines))
 
     def _refuse_unless_ready(self) -> None:
         match self.state:
@@ -117,7 +123,7 @@ class LocalClient:
             case State.DRAINING:
                 raise Draining
             case State.FAILED:
-                raise Internal
+                raise DeviceFailed
 
 
 def _settle(future: "asyncio.Future[Inference]", outcome: Inference | ServiceError) -> None:

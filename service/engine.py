@@ -9,46 +9,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from service.batcher import Batcher
 from service.cost import CostTable
-from service.errors import DeadlineExceeded, Draining, Internal, NumericalOverflow, ServiceError
-from service.types import (
-    DeviceLost,
-    EngineEvents,
-    Inference,
-    Job,
-    ModelRunner,
-    Pixels,
-    RunnerOutput,
-    Running,
-    State,
-    Wish,
-)
+from service.errors import DeadlineExceeded, DeviceFailed, Draining, ServiceError
+from service.executor import Executor
+from service.hang_watch import HangWatch
+from service.types import EngineEvents, Inference, Job, ModelRunner, Pixels, State, Wish
 
 log = logging.getLogger(__name__)
 
-SMOOTHING = 0.2  # weight of the newest batch in running estimates
-
-# How long before a device has finished a batch it gets the next one: for predictions and wake-ups that come late. What
-# arrives after that waits for one batch more; a device that waits for the host loses as much for everybody.
-LEAD_S, LEAD_SHARE = 0.001, 0.1
-LOOK_SHARE = 0.25  # of the time of a batch, after which the engine looks whether it is over already
-LARGEST_SLOWDOWN = 10.0  # more in one batch is an accident, not a rule
-
-
-HUNG_FACTOR = 20  # a batch that takes so many times what it should will not end: the process is better started anew
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A batch on the device."""
-
-    jobs: Sequence[Job]
-    running: Running
-    launched: float
+# A first batch of a new size compiles kernels and grows memory pools: it may take that many times `hung_s` at least.
+WARM_UP_PATIENCE = 10.0
 
 
 class Engine:
@@ -65,7 +38,6 @@ class Engine:
         self, load: Callable[[], ModelRunner], batcher: Batcher, events: EngineEvents, hung_s: float = 30.0
     ) -> None:
         self._load = load
-        self._hung_s = hung_s
         self._batcher = batcher
         self._events = events
         self._inbox: queue.SimpleQueue[Job | int | None] = queue.SimpleQueue()  # a job, an id to cancel, None: stop
@@ -75,22 +47,28 @@ class Engine:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._state = State.STARTING
-        self._at_work_since: float | None = None  # on one batch; None: it waits for work, or warms up
-        self.costs = CostTable()  # filled when warm-up has ended
-        self.slowdown = 1.0  # running estimate of how much longer than that batches take
-        self._launch_s = 0.0  # running estimate of what it takes to launch a batch while another one runs
-        self._flight: Flight | None = None  # what the device works on
+        self._watch = HangWatch(self._thread, hung_s)
+        self._executor = Executor(events, self._answer, self._shrink)
         self._cut: dict[int, Job] = {}  # jobs of batches, until they are answered
-        self._landed = time.monotonic()  # when it had finished the one before
+        batcher.batch_s = self._executor.predicted_s
 
     @property
     def state(self) -> State:
-        """Where it is in its life; failed also when a batch takes so long that the device must hang."""
-        since = self._at_work_since
-        longest_s = max(self._hung_s, HUNG_FACTOR * self.costs.batch_s(self.costs.max_batch_size))
-        if since is not None and time.monotonic() - since > longest_s:
-            return State.FAILED
-        return self._state
+        """Where it is in its life; failed also when a batch takes so long that the device must hang.
+
+        Whether it does is found by those who ask: a server does so ten times a second.
+        """
+        return State.FAILED if self._watch.look() else self._state
+
+    @property
+    def costs(self) -> CostTable:
+        """The measured time of batches; empty before warm-up has ended."""
+        return self._executor.costs
+
+    @property
+    def slowdown(self) -> float:
+        """Running estimate of how much longer than that batches take."""
+        return self._executor.slowdown
 
     def start(self) -> None:
         self._thread.start()
@@ -133,13 +111,14 @@ class Engine:
     def _run(self) -> None:
         try:
             runner = self._load()
-            self.costs = runner.warm_up()
+            self._executor.costs = runner.warm_up(lambda expected_s: self._watch.begin(expected_s, WARM_UP_PATIENCE))
+            self._watch.end()
             self._batcher.max_batch_size = self.costs.max_batch_size
             self._state = State.READY
             log.info("ready")
             while not self._stopping:
                 self._step(runner)
-            self._finish(runner)
+            self._executor.finish(runner)
         except BaseException:
             self._state = State.FAILED
             log.exception("the engine has failed")
@@ -156,40 +135,19 @@ class Engine:
         if late:
             self._events.dropped("queue", len(late))
         now = time.monotonic()
-        if now < self._due():
+        if now < self._executor.due():
             return
-        self._at_work_since = now
+        self._watch.begin(self.costs.batch_s(self.costs.max_batch_size))
         batch = self._batcher.next_batch(now)
         self._cut.update((job.id, job) for job in batch)
-        launched = self._launch(runner, batch) if batch else None
-        self._finish(runner)
-        self._flight = launched
-        self._at_work_since = None
-
-    def _finish(self, runner: ModelRunner) -> None:
-        """Wait for what the device works on, if it does."""
-        flight, self._flight = self._flight, None
-        if flight:
-            self._land(runner, flight)
-
-    def _due(self) -> float:
-        """When the device wants its next batch: until then the one in the queue can grow."""
-        if self._flight is None or self._flight.running.done():
-            return 0.0
-        predicted_s = self.costs.batch_s(len(self._flight.jobs)) * self.slowdown
-        lead_s = self._launch_s + max(LEAD_S, LEAD_SHARE * predicted_s)
-        return self._began(self._flight) + predicted_s - lead_s
-
-    def _began(self, flight: Flight) -> float:
-        """When the device came to a batch: it runs one after the other."""
-        return max(flight.launched, self._landed)
+        self._executor.run(runner, batch)
+        self._watch.end()
 
     def _receive(self) -> None:
         """Take in all messages; where there is nothing to do, wait for one, or until there is."""
         wake_at = self._batcher.wake_at()
-        if self._flight:  # which may be over sooner than predicted
-            look_s = max(LEAD_S, LOOK_SHARE * self.costs.batch_s(len(self._flight.jobs)))
-            wake_at = min(self._due(), time.monotonic() + look_s)
+        if (look_at := self._executor.look_at()) is not None:
+            wake_at = look_at
         try:
             self._handle(self._inbox.get(timeout=None if wake_at is None else max(0.0, wake_at - time.monotonic())))
             while True:
@@ -207,71 +165,12 @@ class Engine:
             case None:
                 self._stopping = True
 
-    def _launch(self, runner: ModelRunner, batch: Sequence[Job]) -> Flight | None:
-        """Give a batch to the device; None if that is over already."""
-        launched = time.monotonic()
-        try:
-            wishes = {index: job.wish for index, job in enumerate(batch) if job.wish is not None}
-            running = runner.launch([job.pixels for job in batch], wishes)
-            over = running.done()
-        except DeviceLost:
-            raise
-        except Exception as error:  # noqa: BLE001  (whatever it is, it is logged, and its neighbours go on)
-            self._finish(runner)  # first come, first answered
-            self._halve(runner, batch, error)
-            return None
-        flight = Flight(batch, running, launched)
-        if over:
-            self._land(runner, flight)
-            return None
-        self._launch_s += (time.monotonic() - launched - self._launch_s) * SMOOTHING
-        return flight
-
-    def _land(self, runner: ModelRunner, flight: Flight) -> None:
-        """Wait for a batch and answer every job in it."""
-        jobs = flight.jobs
-        try:
-            output = flight.running.wait()
-            _check(output, jobs)
-        except DeviceLost:
-            raise
-        except Exception as error:  # noqa: BLE001  (likewise)
-            self._halve(runner, jobs, error)
-            return
-        landed = time.monotonic()
-        began = self._began(flight)
-        inference_s = landed - began
-        queue_s = [began - job.enqueued for job in jobs]
-        for index, job in enumerate(jobs):
-            if not output.finite(index):
-                log.warning("the network's answer for one image is not finite")
-                self._answer(job, NumericalOverflow())
-                continue
-            logits, features, grid = output.logits[index], output.features[index], output.grids.get(index)
-            self._answer(job, Inference(logits, features, queue_s[index], inference_s, len(jobs), grid))
-        ratio = min(LARGEST_SLOWDOWN, inference_s / max(self.costs.batch_s(len(jobs)), 1e-6))
-        self.slowdown += (ratio - self.slowdown) * SMOOTHING
-        starved_s = max(0.0, began - max(self._landed, min(job.enqueued for job in jobs)))
-        self._landed = landed
-        self._events.batch_done(queue_s, inference_s, starved_s)
-
-    def _halve(self, runner: ModelRunner, batch: Sequence[Job], error: Exception) -> None:
-        """Run the halves of a batch that failed, one after the other, until what fails is alone."""
-        if len(batch) == 1:
-            log.error("the network failed on one image", exc_info=error)
-            self._answer(batch[0], Internal())
-            return
-        log.warning("a batch of %d failed; running its halves", len(batch), exc_info=error)
-        half = len(batch) // 2
-        if isinstance(error, MemoryError):  # it would fail every time
-            self._batcher.max_batch_size = min(self._batcher.max_batch_size, half)
-        for part in (batch[:half], batch[half:]):
-            if flight := self._launch(runner, part):
-                self._land(runner, flight)
-
     def _answer(self, job: Job, outcome: Inference | ServiceError) -> None:
         del self._cut[job.id]
         job.reply(outcome)
+
+    def _shrink(self, largest: int) -> None:
+        self._batcher.max_batch_size = min(self._batcher.max_batch_size, largest)
 
     def _close(self) -> None:
         """From here on nothing is accepted; nothing that was accepted stays unanswered."""
@@ -286,11 +185,4 @@ class Engine:
             job.reply(self._why_closed())
 
     def _why_closed(self) -> ServiceError:
-        return Internal() if self.state is State.FAILED else Draining()
-
-
-def _check(output: RunnerOutput, jobs: Sequence[Job]) -> None:
-    if not len(output.logits) == len(output.features) == len(jobs):
-        raise RuntimeError(f"this is a bug: {len(output.logits)} answers for {len(jobs)} images")
-    if output.grids.keys() != {index for index, job in enumerate(jobs) if job.wish is not None}:
-        raise RuntimeError("this is a bug: maps for other images than those that wished for one")
+        return DeviceFailed() if self.state is State.FAILED else Draining()

@@ -141,6 +141,15 @@ class DecoderUnavailable(Refused):
         super().__init__(message, retry_after_s=1.0)
 
 
+class DeviceFailed(Refused):
+    """The device hangs or has failed. This process ends; another server, or its successor, answers."""
+
+    code = "device_failed"
+
+    def __init__(self) -> None:
+        super().__init__("the device has failed; the server is about to restart", retry_after_s=5.0)
+
+
 class Draining(Refused):
     """The server is about to stop."""
 

@@ -1,7 +1,7 @@
 """The device. The only module on a request's way that knows torch."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,17 +35,21 @@ class PreparedRunner:
         self._least = torch.get_num_threads() if prepared.device.type == "cpu" else 1
         self._transfer = Overlapped(prepared.device) if prepared.device.type == "cuda" else Direct()
 
-    def warm_up(self) -> CostTable:
+    def warm_up(self, begin: Callable[[float], None]) -> CostTable:
         """Run batches of rising sizes, which loads kernels and grows memory pools to what will be needed."""
+        image_s = self._prepared.check_s  # an upper bound: the self-check ran several images
         side = self._prepared.preprocess.crop
         noise = np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
 
         def batch_s(size: int) -> float:
+            nonlocal image_s
+            begin(MEASURED_S + 2 * size * image_s)
             if self._prepared.device.type == "cuda":  # what is asked for with a map runs in a way of its own
                 self.launch([noise] * size, {0: ClassActivation()}).wait()
             times = [self._time([noise] * size)]
             while sum(times) < MEASURED_S:
                 times.append(self._time([noise] * size))
+            image_s = times[0] / size  # the first one: a slow machine is not faster next time
             return min(times)
 
         batch_s(1)  # what is slow only once

@@ -101,8 +101,12 @@ class Running(Protocol):
 class ModelRunner(Protocol):
     """The device. Used from one thread only."""
 
-    def warm_up(self) -> CostTable:
-        """Do everything that makes a first call slower than later ones, and measure what batches cost."""
+    def warm_up(self, begin: Callable[[float], None]) -> CostTable:
+        """Do everything that makes a first call slower than later ones, and measure what batches cost.
+
+        Args:
+            begin: called before each step with the seconds that it should take, going by those before it.
+        """
 
     def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
         """Begin one forward pass over images of one size, behind those that were launched before.
@@ -192,7 +196,7 @@ class EngineClient(Protocol):
             wish: what the answer is to hold besides.
 
         Raises:
-            DeadlineExceeded, Draining, Internal: there is no answer.
+            DeadlineExceeded, DeviceFailed, Draining, Internal, NumericalOverflow: there is no answer.
         """
 
     def begin_drain(self) -> None:

@@ -64,9 +64,17 @@ def is_ready(client: httpx.Client) -> bool:
 class ServerProcess:
     """`rednet serve` as users run it."""
 
-    def __init__(self, *options: object, ready: bool = True, before: Sequence[object] = (), **environment: str) -> None:
+    def __init__(
+        self,
+        *options: object,
+        ready: bool = True,
+        before: Sequence[object] = (),
+        script: str = "",
+        **environment: str,
+    ) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  (closed in __exit__)
-        command = [*before, REDNET, "serve", "--port", "0", *options]
+        program = [sys.executable, "-c", script] if script else [REDNET]
+        command = [*before, *program, "serve", "--port", "0", *options]
         variables = os.environ | environment
         self.process = subprocess.Popen([str(part) for part in command], stderr=self._log, env=variables)
         self.client = httpx.Client(timeout=PATIENCE_S)
@@ -121,7 +129,8 @@ class FakeRunner:
         self.warm.set()
         self.go_on.set()
 
-    def warm_up(self) -> CostTable:
+    def warm_up(self, begin: Callable[[float], None]) -> CostTable:
+        begin(0.01)
         assert self.warm.wait(PATIENCE_S)
         return CostTable({1: 0.01, 8: 0.08}, self.max_batch_size)
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.batcher import Batcher
+from service.batcher import ANSWER_S, CAUTION, Batcher
 from service.errors import DeadlineExceeded, Internal, ServiceError
 from service.types import Inference, Job
 
@@ -58,9 +58,23 @@ def test_it_wakes_for_the_first_deadline() -> None:
     assert batcher.wake_at() is None
     batcher.add(job(1, deadline=90.0))
     batcher.add(job(2, deadline=20.0))
-    assert batcher.wake_at() == 20.0
+    assert batcher.wake_at() == 20.0 - ANSWER_S
     assert [job.id for job in batcher.expire(20.0)] == [2]
     assert batcher.wake_at() == 50.0
+
+
+def test_a_window_ends_in_time_for_the_earliest_deadline() -> None:
+    """With twice the predicted time of the batch left, and at once where there is less."""
+    batcher = Batcher(max_batch_size=8, max_wait_s=50.0)
+    batcher.batch_s = lambda images: 2.0 * images
+    batcher.add(job(1, deadline=90.0))
+    batcher.add(job(2, deadline=20.0))
+    due = 20.0 - CAUTION * 4.0 - ANSWER_S
+    assert batcher.wake_at() == due
+    assert batcher.next_batch(due - 0.001) == []
+    assert [job.id for job in batcher.next_batch(due)] == [2, 1]
+    batcher.add(job(3, enqueued=100.0, deadline=103.0))
+    assert [job.id for job in batcher.next_batch(100.0)] == [3]
 
 
 @pytest.mark.parametrize(("size", "wait_s"), [(0, 0.0), (1, -1.0)])
@@ -119,7 +133,9 @@ class Interleavings(RuleBasedStateMachine):
     def run_batch(self, fails: bool) -> None:
         self.expire()
         batch = self.batcher.next_batch(self.now)
-        due = len(self.queued) >= 3 or (bool(self.queued) and self.jobs[self.queued[0]].enqueued + 2.0 <= self.now)
+        urgent_at = min((self.jobs[id_].deadline for id_ in self.queued), default=0.0) - ANSWER_S
+        waited = bool(self.queued) and self.jobs[self.queued[0]].enqueued + 2.0 <= self.now
+        due = len(self.queued) >= 3 or waited or (bool(self.queued) and urgent_at <= self.now)
         urgent = sorted(self.queued, key=lambda id_: self.jobs[id_].deadline)[:3]
         assert [job.id for job in batch] == (urgent if due else [])
         for each in batch:

@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from service.batcher import Batcher
 from service.client import LocalClient
+from service.cost import CostTable
 from service.engine import Engine
 from service.errors import Draining
 from service.metrics import DeviceEvents, Metrics
@@ -16,6 +18,14 @@ from tests.servers import PATIENCE_S, FakeRunner, wait_until
 
 FAR = 1e9
 PIXELS = np.zeros((3, 2, 2), np.uint8)
+
+
+class SlowRunner(FakeRunner):
+    """Its device takes three times as long."""
+
+    def warm_up(self, begin: Callable[[float], None]) -> CostTable:
+        super().warm_up(begin)
+        return CostTable({1: 0.03, 8: 0.24}, self.max_batch_size)
 
 
 def client_of(*runners: FakeRunner) -> LocalClient:
@@ -60,7 +70,7 @@ def test_it_is_ready_when_all_are_and_has_failed_when_one_has() -> None:
     wait_until(lambda: client.state is State.READY, "readiness")
     asyncio.run(client.close())
 
-    def fail() -> None:
+    def fail(begin: Callable[[float], None]) -> None:
         raise RuntimeError("a failure that the test asked for")
 
     broken.warm_up = fail  # type: ignore[method-assign,assignment]
@@ -103,4 +113,19 @@ def test_backlog_is_worked_off_together() -> None:
             assert client.queue_depth == 16
             assert client.backlog_s == pytest.approx(0.16 if client is one else 0.08)
         assert client.backlog_s == 0
+        asyncio.run(client.close())
+
+
+def test_backlog_of_unequal_devices_is_that_of_both_together() -> None:
+    """Of 16 images the fast device takes twelve, the slow one four; a lone image goes to the fast one."""
+    for runners in ((FakeRunner(), SlowRunner()), (SlowRunner(), FakeRunner())):
+        client = client_of(*runners)
+        client.start()
+        wait_until(lambda client=client: client.state is State.READY, "readiness")  # type: ignore[misc]
+        with client.admit(FAR) as hold:
+            hold(16)
+            assert client.backlog_s == pytest.approx(0.12)
+        with client.admit(FAR) as hold:
+            hold(1)
+            assert client.backlog_s == pytest.approx(0.01)
         asyncio.run(client.close())

@@ -10,7 +10,7 @@ import pytest
 
 from service.batcher import Batcher
 from service.engine import Engine
-from service.errors import DeadlineExceeded, Draining, Internal, NumericalOverflow, ServiceError
+from service.errors import DeadlineExceeded, DeviceFailed, Draining, Internal, NumericalOverflow, ServiceError
 from service.transfer import Finished
 from service.types import Inference, KernelSums, Pixels, RunnerOutput, Running, State, Wish
 from tests.servers import FakeRunner, wait_until
@@ -186,6 +186,14 @@ def test_a_lone_image_does_not_wait_for_company() -> None:
         assert at_once_s < 0.3 <= outcome.queue_s
 
 
+def test_a_deadline_before_the_end_of_the_window_is_met() -> None:
+    """`--max-wait-ms` above a caller's deadline: an idle device answers in time instead of never."""
+    with running(FakeRunner(), max_wait_s=30.0) as caller:
+        outcome = caller.outcome(caller.submit(1, time.monotonic() + 1.0))
+        assert isinstance(outcome, Inference)
+        assert 0.3 < outcome.queue_s < 1
+
+
 def test_stopping_answers_everyone() -> None:
     """What runs is finished, what waits is told that the server stops, what comes later as well."""
     runner = FakeRunner()
@@ -211,8 +219,8 @@ def test_a_model_that_cannot_be_loaded_fails_loudly() -> None:
     early = caller.submit(1)
     engine.start()
     wait_until(lambda: engine.state is State.FAILED, "the failure")
-    assert isinstance(caller.outcome(early), Internal)
-    assert isinstance(caller.outcome(caller.submit(2)), Internal)
+    assert isinstance(caller.outcome(early), DeviceFailed)
+    assert isinstance(caller.outcome(caller.submit(2)), DeviceFailed)
 
 
 def test_it_is_ready_only_when_it_is_warm() -> None:

@@ -1,7 +1,7 @@
 """Every row of the contract's error table, provoked on a real server; after each it still answers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -227,24 +227,40 @@ def test_who_would_be_answered_too_late_is_refused_at_once() -> None:
         assert predict(running.client, encoded(photo()), **{"X-Request-Timeout-Ms": "500"}).status_code == 200
 
 
-def test_a_device_that_hangs_is_seen() -> None:
+def test_a_device_that_hangs_is_seen(caplog: pytest.LogCaptureFixture) -> None:
     """Whoever waits gets an error, liveness ends, and the process ends with status 1 to be started anew."""
     runner = FakeRunner()
     with ServerThread(runner, hung_s=0.5) as running, ThreadPoolExecutor(1) as pool:
         held = occupy(running, runner, pool)
-        assert_error(held.result(), 500, "internal")
+        response = held.result()
+        assert_error(response, 503, "device_failed")
+        assert int(response.headers["retry-after"]) >= 1
         assert running.engine_client.state is State.FAILED
         running.wait_for_end()
         assert running.exit_code == 1
         runner.go_on.set()
+    assert "the device hangs" in caplog.text
+    assert "in launch" in caplog.text  # where its thread is
+
+
+def test_a_device_that_hangs_in_warm_up_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """The process does not stay "starting" for ever; ten times the patience is for compilers."""
+    runner = FakeRunner()
+    runner.warm.clear()
+    with ServerThread(runner, hung_s=0.1) as running:
+        running.wait_for_end()
+        assert running.exit_code == 1
+        runner.warm.set()
+    assert "the device hangs" in caplog.text
+    assert "in warm_up" in caplog.text
 
 
 def test_an_engine_that_fails_is_seen() -> None:
     """The process ends with status 1, so that its supervisor can start another, instead of staying up for nothing."""
 
     class Broken(FakeRunner):
-        def warm_up(self) -> CostTable:
-            super().warm_up()
+        def warm_up(self, begin: Callable[[float], None]) -> CostTable:
+            super().warm_up(begin)
             raise RuntimeError("no such device")
 
     runner = Broken()

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,7 +41,7 @@ class Device(FakeRunner):
         self.batch_s, self.room, self.held = batch_s, room, held
         self.tickets: list[Ticket] = []
 
-    def warm_up(self) -> CostTable:
+    def warm_up(self, begin: Callable[[float], None]) -> CostTable:
         return CostTable({1: self.batch_s, 8: self.batch_s}, self.max_batch_size)
 
     def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:

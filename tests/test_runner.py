@@ -20,7 +20,7 @@ def test_batches_launched_behind_one_another_get_their_own_answers(tiny_path: Pa
     """Whatever the order in which they are waited for, and however memory is used again meanwhile."""
     prepared = prepare(load_checkpoint(tiny_path).net, SQUARE, device, "fp32")
     runner = PreparedRunner(prepared, largest=8)
-    assert max(runner.warm_up().seconds) == 8
+    assert max(runner.warm_up(lambda _: None).seconds) == 8
     batches = [photos(size, 64, 64) + size for size in (1, 5, 8, 3, 8, 2)]
     launched = [runner.launch(list(batch.numpy())) for batch in batches]
     for batch, running in reversed(list(zip(batches, launched, strict=True))):

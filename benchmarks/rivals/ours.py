@@ -1,7 +1,7 @@
 """This project's server around the null model; around the network it is `rednet serve` itself."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.rivals.shared import LARGEST_BATCH, MAX_PIXELS, checkpoint, null_network, options
 from model import prepare
@@ -21,7 +21,7 @@ from service.types import Pixels, RunnerOutput, Running, Wish
 
 
 class NullRunner:
-    def warm_up(self) -> CostTable:
+    def warm_up(self, begin: Callable[[float], None]) -> CostTable:
         return CostTable({1: 1e-5, LARGEST_BATCH: 8e-5}, LARGEST_BATCH)
 
     def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:

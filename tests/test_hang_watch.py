@@ -1,0 +1,116 @@
+"""Whether the device hangs: not when it is slow, and not when nothing runs."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from service import hang_watch
+from service.hang_watch import HUNG_FACTOR, MAX_GAP_S, HangWatch
+from tests.asking import PNG
+from tests.conftest import encoded, photo
+from tests.servers import ServerProcess, wait_until
+
+
+class Time:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    clock = Time()
+    monkeypatch.setattr(hang_watch, "time", clock)
+    return clock
+
+
+def look_for(watch: HangWatch, clock: Time, seconds: float, step_s: float = 0.1) -> bool:
+    for _ in range(round(seconds / step_s)):
+        clock.now += step_s
+        watch.look()
+    return watch.hung
+
+
+def test_work_hangs_after_its_longest_time(clock: Time) -> None:
+    """The shortest one where it is expected to be quick, else a multiple of what is expected."""
+    watch = HangWatch(threading.current_thread(), hung_s=30.0)
+    watch.begin(expected_s=0.1)
+    watch.look()
+    assert not look_for(watch, clock, 29)
+    watch.end()
+    watch.look()
+    watch.begin(expected_s=10.0)
+    watch.look()
+    assert not look_for(watch, clock, HUNG_FACTOR * 10 - 1)
+    assert look_for(watch, clock, 2)
+
+
+def test_patience_is_for_what_may_compile(clock: Time) -> None:
+    """Ten times the shortest time, and then it hangs, too."""
+    watch = HangWatch(threading.current_thread(), hung_s=30.0)
+    watch.begin(0.1, patience=10.0)
+    watch.look()
+    assert not look_for(watch, clock, 299)
+    assert look_for(watch, clock, 2)
+
+
+def test_each_piece_of_work_has_its_own_time(clock: Time) -> None:
+    """A busy device never looks like one that hangs, however seldom anybody looks."""
+    watch = HangWatch(threading.current_thread(), hung_s=2.0)
+    for _ in range(100):
+        watch.begin(0.01)
+        assert not look_for(watch, clock, 1.0)
+        watch.end()
+    clock.now += 1000
+    assert not watch.look()
+
+
+def test_time_in_which_the_process_did_not_run_does_not_count(clock: Time) -> None:
+    """Suspended for an hour in the middle of a batch: of that a second counts."""
+    watch = HangWatch(threading.current_thread(), hung_s=30.0)
+    watch.begin(0.1)
+    watch.look()
+    assert not look_for(watch, clock, 10)
+    clock.now += 3600
+    assert not watch.look()
+    assert not look_for(watch, clock, 30 - 10 - MAX_GAP_S - 1)
+    assert look_for(watch, clock, 2)
+
+
+def test_a_suspended_server_goes_on_under_load(tiny_path: Path) -> None:
+    """SIGSTOP in the middle of traffic, for longer than a batch may take; after SIGCONT every request is answered."""
+    script = (
+        "import sys; from service import cli, engine\n"
+        "begin = engine.Engine.__init__\n"
+        "engine.Engine.__init__ = lambda *arguments: begin(*arguments, 1.5)  # hung_s\n"
+        "sys.exit(cli.main())"
+    )
+    with ServerProcess("--checkpoint", tiny_path, script=script) as running:
+        statuses: list[int] = []
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                statuses.append(running.client.post("/v1/predict", content=encoded(photo()), headers=PNG).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(statuses) > 20, "traffic")
+        for _ in range(3):
+            os.kill(running.process.pid, signal.SIGSTOP)
+            time.sleep(2.5)
+            os.kill(running.process.pid, signal.SIGCONT)
+            before = len(statuses)
+            wait_until(lambda before=before: len(statuses) > before + 10, "traffic again")  # type: ignore[misc]
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {200}
+        assert "hangs" not in running.log
+        assert running.terminate() == 0
