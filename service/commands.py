@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from service.cores import usable_cores
-from service.settings import read_settings
+from service.settings import check_files, read_settings
 from service.terminal import printable
 
 MAX_FILE_BYTES = 1 << 28  # of a photo; 50 million pixels of 32 bits, uncompressed, are less
@@ -22,6 +22,7 @@ def serve(options: argparse.Namespace) -> int:
     from service.keys import read_keys
     from service.listen import bind
 
+    check_files(settings)
     # Everything that can fail at once does so before PyTorch is imported.
     keys = read_keys(settings.api_key_file) if settings.api_key_file else None
     sockets = bind(settings.host, settings.port)

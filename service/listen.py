@@ -41,8 +41,9 @@ def _resolve(host: str) -> Sequence[tuple[socket.AddressFamily, str]]:
     """The addresses of a name."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise OSError(f"--host {host}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not the name of a host"
+        raise OSError(f"--host {host}: {reason}") from None
     addresses = [(family, str(address[0])) for family, _, _, _, address in found]
     return [each for each in addresses if len(addresses) == 1 or _is_here(*each)] or addresses
 
@@ -62,7 +63,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int, v6_only: bool) -> 
     try:
         bound = socket.socket(family)
     except OSError as error:  # no IPv6 here
-        raise OSError(error.errno, f"cannot listen on {shown}: {error.strerror}") from None
+        raise OSError(f"cannot listen on {shown}: {error.strerror}") from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -129,7 +130,7 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | Non
     writer = log.configure(settings.log_level, settings.log_format)
     _allow_connections()
     limits = _decode_limits(settings)
-    set_threads(usable_cores() if settings.threads == "auto" else settings.threads)
+    set_threads(_threads(settings))
     checkpoint = load_checkpoint(settings.checkpoint)
     prepared = prepare_each(checkpoint, settings)
     for reason in prepared[0].rejected_backends:
@@ -179,6 +180,16 @@ def prepare_each(checkpoint: Checkpoint, settings: Settings) -> list[Prepared]:
         precision = prepared[0].precision if prepared else settings.precision
         prepared.append(prepare(checkpoint.net, checkpoint.preprocess, device, precision, checkpoint.calibration))
     return prepared
+
+
+def _threads(settings: Settings) -> int:
+    """As many as asked for, but no more than the machine has cores: they would only wait for each other."""
+    cores = os.cpu_count() or 1
+    if settings.threads == "auto":
+        return usable_cores()
+    if settings.threads > cores:
+        logger.warning("--threads %d: using %d, as many as there are cores", settings.threads, cores)
+    return min(settings.threads, cores)
 
 
 def _allow_connections() -> None:

@@ -14,6 +14,10 @@ NO_OPTIONS = {"REDNET_NATIVE"}  # variables with the prefix that are read elsewh
 KUBERNETES = re.compile(r"REDNET_(\w+_)?(SERVICE_HOST=|SERVICE_PORT\w*=|PORT_\d+_\w+=|PORT=\w+://).*")
 
 Count = Annotated[int, Field(ge=1)]
+MAX_THREADS = 1024  # torch ends with a segmentation fault at a hundred times that; those above the cores are not used
+MAX_SHOWN = 60  # characters of a wrong value that the message repeats
+DEVICE = r"\s*(auto|cpu(:\d{1,3})?|cuda(:\d{1,3})?)\s*"
+ADDRESS = r"\s*[^\s,]+\s*"
 
 
 class SettingsError(ValueError):
@@ -29,35 +33,54 @@ class Settings(BaseModel):
         None,
         description="checkpoint: .safetensors, official .pth or PaddleClas .pdparams; default: the embedded one",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; several, separated by commas, share the work")
+    device: str = Field(
+        "auto",
+        pattern=f"^{DEVICE}(,{DEVICE})*$",
+        description="auto, cpu, cuda or cuda:N; several, separated by commas, share the work",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="arithmetic of the network")
     host: str = Field(
         "127.0.0.1",
-        min_length=1,
+        pattern=f"^{ADDRESS}(,{ADDRESS})*$",
         description="addresses to listen on, separated by commas; 0.0.0.0: all of IPv4, ::: of IPv6 and IPv4",
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
-    threads: Literal["auto"] | Count = Field("auto", description="cores that one batch may use on the CPU")
-    max_batch_size: Literal["auto"] | Count = Field(
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_THREADS)] = Field(
+        "auto", description="cores that one batch may use on the CPU; auto: all that this process may use"
+    )
+    max_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description="images in one batch; auto: what warm-up finds best"
     )
     max_wait_ms: float = Field(
         0.0, ge=0, le=10_000, description="how long a batch may wait to fill; 0: no longer than the device is busy"
     )
-    max_queue: Count = Field(256, description="images accepted and not yet answered; more are refused with 429")
+    max_queue: Count = Field(
+        256, le=65_536, description="images accepted and not yet answered; more are refused with 429"
+    )
     api_key_file: Path | None = Field(
         None, description="file of API keys, one a line, of which requests must carry one; default: anyone may ask"
     )
     metrics_access: Literal["open", "key"] = Field("open", description="whether /metrics, too, wants an API key")
     page: Literal["on", "off"] = Field("on", description="whether there is a page for people at /")
-    request_timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none")
+    request_timeout_s: float = Field(30.0, ge=0.001, le=3600, description="deadline of a request that names none")
     drain_timeout_s: float = Field(
         30.0, ge=0, le=3600, description="after SIGTERM, how long accepted requests may still take"
     )
-    max_body_mb: float = Field(32.0, gt=0, le=10_000, description="size of a request body, in MB of 1,000,000 bytes")
-    max_pixels: Count = Field(50_000_000, description="pixels of one image, width times height, known from its header")
+    max_body_mb: float = Field(
+        32.0, ge=0.001, le=10_000, description="size of a request body, in MB of 1,000,000 bytes"
+    )
+    max_pixels: Count = Field(
+        50_000_000, le=2_000_000_000, description="pixels of one image, width times height, known from its header"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the log tells")
     log_format: Literal["text", "json"] = Field("text", description="lines for people, or a JSON object each")
+
+    @field_validator("checkpoint", "api_key_file", mode="before")
+    @classmethod
+    def _names_a_file(cls, path: object) -> object:
+        if path == "":
+            raise ValueError("an empty string names no file")
+        return path
 
     @field_validator("metrics_access")
     @classmethod
@@ -100,7 +123,25 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
         first = error.errors()[0]
         name = str(first["loc"][0])
         source = _flag(name) if name in flags else PREFIX + name.upper()
-        raise SettingsError(f"{source} cannot be {values[name]!r}: {first['msg']}") from None
+        shown = repr(values[name])
+        shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+        raise SettingsError(f"{source} cannot be {shown}: {first['msg']}") from None
+
+
+def check_files(settings: Settings) -> None:
+    """Open the files that options name, which is quick, so that a wrong name is reported before anything slow.
+
+    Raises:
+        SettingsError: a file is missing, a folder, or not readable.
+    """
+    for name in ("checkpoint", "api_key_file"):
+        path: Path | None = getattr(settings, name)
+        if path is not None:
+            try:
+                path.open("rb").close()
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise SettingsError(f"{_flag(name)} {path} cannot be read: {reason}") from None
 
 
 def _flag(name: str) -> str:

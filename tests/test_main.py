@@ -1,5 +1,6 @@
 """A server from its start to its end, as a real process."""
 
+import os
 import signal
 import subprocess
 import threading
@@ -102,6 +103,16 @@ def test_one_device_is_not_served_on_twice(tiny_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "names one device twice" in done.stderr
+
+
+def test_threads_beyond_the_cores_are_not_used(tiny_path: Path) -> None:
+    """A thousand are asked for: it serves, with as many as there are cores, and says so. More are refused."""
+    with ServerProcess("--checkpoint", tiny_path, "--threads", 1000) as running:
+        assert predict(running.client, encoded(photo())).status_code == 200
+        assert f"using {os.cpu_count()}," in running.log
+    refused = subprocess.run([REDNET, "serve", "--threads", "100000"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "--threads cannot be '100000'" in refused.stderr
 
 
 def test_a_second_signal_ends_it_at_once(tiny_path: Path) -> None:

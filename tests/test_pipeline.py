@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from service.cost import CostTable
-from service.errors import Internal
+from service.errors import DeviceFailed, Internal
 from service.types import DeviceLost, Inference, Pixels, RunnerOutput, Running, State, Wish
 from tests.servers import PATIENCE_S, FakeRunner, wait_until
 from tests.test_engine import running
@@ -125,9 +125,9 @@ def test_a_device_that_is_lost_ends_the_engine() -> None:
             return LostTicket()
 
     with running(Lost()) as caller:
-        assert isinstance(caller.outcome(caller.submit(1)), Internal)
+        assert isinstance(caller.outcome(caller.submit(1)), DeviceFailed)
         wait_until(lambda: caller.engine.state is State.FAILED, "the failure")
-        assert isinstance(caller.outcome(caller.submit(2)), Internal)
+        assert isinstance(caller.outcome(caller.submit(2)), DeviceFailed)
 
 
 def test_stopping_waits_for_what_the_device_works_on() -> None:
@@ -149,8 +149,8 @@ def test_whoever_tells_the_engine_nonsense_leaves_nobody_waiting() -> None:
         second = caller.engine.submit(np.zeros((3, 2, 2), np.uint8), None, caller.answers.setdefault(99, []).append)  # type: ignore[arg-type]
         wait_until(lambda: caller.engine.state is State.FAILED, "the failure")
         assert second is not None
-        assert isinstance(caller.outcome(first), Internal)
-        assert isinstance(caller.outcome(99), Internal)
+        assert isinstance(caller.outcome(first), DeviceFailed)
+        assert isinstance(caller.outcome(99), DeviceFailed)
 
 
 @pytest.mark.parametrize("bad", [0, 3])

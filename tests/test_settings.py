@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, SettingsError, add_flags, read_settings
+from service.settings import Settings, SettingsError, add_flags, check_files, read_settings
 
 
 def test_flags_win_over_the_environment_and_that_over_defaults() -> None:
@@ -69,6 +69,33 @@ def test_variables_that_kubernetes_makes_are_no_options() -> None:
         ("max_wait_ms", "-1"),
         ("request_timeout_s", "0"),
         ("request_timeout_s", "nan"),
+        ("request_timeout_s", "1e-300"),
+        ("drain_timeout_s", "nan"),
+        ("drain_timeout_s", "inf"),
+        ("max_wait_ms", "nan"),
+        ("max_wait_ms", "inf"),
+        ("max_body_mb", "nan"),
+        ("max_body_mb", "1e-9"),
+        ("max_batch_size", "1000000000"),
+        ("max_queue", "1000000000000"),
+        ("max_queue", "9" * 5000),
+        ("max_pixels", "1" + "0" * 30),
+        ("threads", "100000"),
+        ("threads", ""),
+        ("port", ""),
+        ("port", "-1"),
+        ("port", "1e99"),
+        ("host", ""),
+        ("host", " "),
+        ("host", "a b"),
+        ("host", "127.0.0.1,"),
+        ("host", ",::1"),
+        ("device", ""),
+        ("device", "gpu"),
+        ("device", "cuda:99999999999999999999"),
+        ("device", "cpu,,cpu"),
+        ("checkpoint", ""),
+        ("api_key_file", ""),
         ("max_body_mb", "inf"),
         ("metrics_access", "key"),  # without a key file
         ("log_level", "loud"),
@@ -81,6 +108,22 @@ def test_a_value_out_of_range_is_named_by_its_source(name: str, value: str) -> N
         read_settings({name: value}, {})
     with pytest.raises(SettingsError, match="REDNET_" + name.upper()):
         read_settings({}, {"REDNET_" + name.upper(): value})
+
+
+def test_a_wrong_value_is_not_repeated_at_length() -> None:
+    """One line of the message, however long the value."""
+    with pytest.raises(SettingsError) as refused:
+        read_settings({"max_queue": "x" * 10_000}, {})
+    assert len(str(refused.value)) < 300
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_option(tmp_path: Path) -> None:
+    """Missing, or a folder; before anything slow."""
+    for name in ("checkpoint", "api_key_file"):
+        flag = "--" + name.replace("_", "-")
+        for path in (tmp_path, tmp_path / "none"):
+            with pytest.raises(SettingsError, match=f"{flag} .*cannot be read"):
+                check_files(read_settings({name: str(path)}, {}))
 
 
 def test_settings_do_not_change() -> None:
