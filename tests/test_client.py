@@ -127,5 +127,5 @@ def test_backlog_of_unequal_devices_is_that_of_both_together() -> None:
             assert client.backlog_s == pytest.approx(0.12)
         with client.admit(FAR) as hold:
             hold(1)
-            assert client.backlog_s == pytest.approx(0.01)
+            assert client.backlog_s == pytest.approx(0.01, rel=0.1)  # it has learned a little
         asyncio.run(client.close())

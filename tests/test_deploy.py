@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 import yaml
 
 from service.settings import Settings, read_settings
-from tests.asking import predict
+from tests.asking import connected, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 
@@ -222,3 +224,56 @@ def test_behind_the_proxy_an_update_loses_no_request(tiny_path: Path, tmp_path: 
             thread.join()
         assert set(statuses) == {200}
         assert client.get("/metrics").status_code == 404
+
+
+LARGE = encoded(photo(width=900, height=700), "BMP")  # 1.9 MB
+
+
+@needs_nginx
+def test_large_bodies_stream_through_the_proxy(tiny_path: Path, tmp_path: Path) -> None:
+    """They reach the server while they are still being sent, and fill no memory of the proxy's."""
+    with ServerProcess("--checkpoint", tiny_path) as server, Proxy(tmp_path, server) as client:
+        seen = threading.Event()
+
+        def slowly() -> Iterator[bytes]:
+            yield LARGE[:1_000_000]
+            wait_until(lambda: sample(server.client, "rednet_inflight_requests") == 2, "the first half at the server")
+            assert not [path for path in (tmp_path / "body").rglob("*") if path.is_file()]
+            seen.set()
+            yield LARGE[1_000_000:]
+
+        for headers in ({"Content-Length": str(len(LARGE))}, {}):  # the other one is chunked
+            seen.clear()
+            response = client.post("/v1/predict", content=slowly(), headers=headers)
+            assert response.status_code == 200, response.text
+            assert seen.is_set()
+
+
+@needs_nginx
+def test_bodies_of_any_size_find_the_replica_that_is_left(tiny_path: Path, tmp_path: Path) -> None:
+    """A replica that is gone refuses the connection, before any of a body is sent."""
+    options = ("--checkpoint", tiny_path)
+    with ServerProcess(*options) as gone, ServerProcess(*options) as left, Proxy(tmp_path, gone, left) as client:
+        assert gone.terminate() == 0
+        for data in (encoded(photo()), LARGE) * 6:
+            assert predict(client, data).status_code == 200
+
+
+@needs_nginx
+def test_a_draining_replica_passes_small_bodies_on_and_refuses_large_ones(tiny_path: Path, tmp_path: Path) -> None:
+    """What the proxy has kept it sends again; for the rest the caller gets the replica's own 503 with Retry-After."""
+    upload = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc"
+    options = ("--checkpoint", tiny_path)
+    with ServerProcess(*options) as draining, ServerProcess(*options) as ready, connected(draining.url, upload):
+        wait_until(lambda: sample(draining.client, "rednet_inflight_requests") == 2, "the upload")
+        draining.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: draining.client.get("/readyz").status_code == 503, "the drain")
+        with Proxy(tmp_path, draining, ready) as client:
+            for _ in range(6):
+                assert predict(client, encoded(photo())).status_code == 200
+            responses = [predict(client, LARGE) for _ in range(6)]
+    assert {response.status_code for response in responses} == {200, 503}
+    for response in responses:
+        if response.status_code == 503:
+            assert response.json()["error"]["code"] == "draining"
+            assert int(response.headers["retry-after"]) >= 1
