@@ -136,7 +136,9 @@ class Admission:
             self._rejected_share += (1 - self._rejected_share) * SMOOTHING
             room = 1 - min(MAX_REJECTED_SHARE, self._rejected_share)
             work_s = images * self.predicted_s(self.most) / self.most / room
-        error = Overloaded(f"{reason}; try again later", self._retries.schedule(now, wait_s, work_s, self._load_at(now)))
+        error = Overloaded(
+            f"{reason}; try again later", self._retries.schedule(now, wait_s, work_s, self._load_at(now))
+        )
         raise error.for_short_deadline() if hopeless else error
 
     def _learn(self, took_s: float, work_s: float) -> None:

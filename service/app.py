@@ -34,22 +34,6 @@ from service.types import EngineClient
 logger = logging.getLogger(__name__)
 requests = structlog.get_logger()
 
-STATUS: Mapping[type[errors.ServiceError], int] = {
-    errors.MalformedRequest: 400,
-    errors.Unauthorized: 401,
-    errors.NotFound: 404,
-    errors.PayloadTooLarge: 413,
-    errors.UnsupportedMediaType: 415,
-    errors.UnreadableImage: 422,
-    errors.NumericalOverflow: 422,
-    errors.Overloaded: 429,
-    errors.Internal: 500,
-    errors.NotReady: 503,
-    errors.DecoderUnavailable: 503,
-    errors.DeviceFailed: 503,
-    errors.Draining: 503,
-    errors.DeadlineExceeded: 504,
-}
 LARGEST_BODIES = 16  # of the largest size, that may be held at a time; of photos of an everyday size that is thousands
 WITH_FINAL_SLASH = ("/v1/", "/v2/", "/livez/", "/readyz/")  # not /metrics/: proxies may hide /metrics only
 PROBES = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}  # asked every few seconds

@@ -19,6 +19,7 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.Internal: 500,
     errors.NotReady: 503,
     errors.DecoderUnavailable: 503,
+    errors.DeviceFailed: 503,
     errors.Draining: 503,
     errors.DeadlineExceeded: 504,
 }
