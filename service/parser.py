@@ -31,6 +31,7 @@ SMALL_BODY = 200_000  # bytes of others
 AT_ONCE = 2  # bodies: while a hostile one takes its seconds, others are parsed
 TRIES = 2
 RETRY_S = 1.0
+MAX_REPLY_S = 120.0  # the system ends what takes too much CPU time long before; this is for a process that is stopped
 END_S = 2.0
 ERRORS = {error.code: error for error in (MalformedRequest, PayloadTooLarge, UnsupportedMediaType)}
 # By which a process ends because of its body: too much time; or too much memory, over which orjson crashes.
@@ -97,14 +98,16 @@ class Parser:
             ours.setblocking(False)
             with theirs:
                 self._send(request, body.fileno(), theirs.fileno())
-            received = bytearray()
-            loop = asyncio.get_running_loop()
-            while not received.endswith(b"\n"):
-                chunk = await loop.sock_recv(ours, 262_144)
-                if not chunk or len(received) > MAX_REPLY_BYTES:
-                    return {"died": 0}
-                received += chunk
-        reply: dict[str, Any] = orjson.loads(received)
+            try:
+                async with asyncio.timeout(MAX_REPLY_S):
+                    line = await _line(ours)
+            except TimeoutError:
+                logger.error("the parser process does not answer; it is ended")
+                if self._process:
+                    self._process.kill()
+                self._end()
+                return {"died": -signal.SIGKILL}
+        reply: dict[str, Any] = orjson.loads(line) if line else {"died": 0}
         return reply
 
     def _send(self, request: bytes, *fds: int) -> None:
@@ -196,6 +199,17 @@ def _copied(image: Upload) -> Upload:
     if isinstance(image, np.ndarray):
         return image.copy()
     return bytes(image) if isinstance(image, memoryview) else image
+
+
+async def _line(connection: socket.socket) -> bytes:
+    """A line from a connection; empty if it ends before, or the line is too long."""
+    received = bytearray()
+    while not received.endswith(b"\n"):
+        chunk = await asyncio.get_running_loop().sock_recv(connection, 262_144)
+        if not chunk or len(received) > MAX_REPLY_BYTES:
+            return b""
+        received += chunk
+    return bytes(received)
 
 
 def _parsed(body: BodyFile, reply: dict[str, Any]) -> ParsedBody:

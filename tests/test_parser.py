@@ -271,6 +271,24 @@ def test_parser_process_that_has_ended_is_replaced() -> None:
     with_parser(check)
 
 
+def test_parser_process_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended after a while, and the body is tried again."""
+
+    async def check(parser: Parser) -> None:
+        await parsed_in_process(parser, JSON_FORMAT, BODY)
+        stopped = parser._process
+        assert stopped
+        stopped.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(parser_module, "MAX_REPLY_S", 0.2)
+        task = asyncio.create_task(parsed_in_process(parser, JSON_FORMAT, BODY))
+        await until(lambda: stopped.poll() is not None)
+        monkeypatch.undo()
+        assert await task == PLAIN
+        assert parser._process is not stopped
+
+    with_parser(check)
+
+
 def test_parser_that_cannot_be_started_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that has no memory left for a process says so, and goes on."""
     monkeypatch.setattr("sys.executable", "/nowhere/python")
