@@ -178,7 +178,7 @@ def _address_space() -> int:
 
 def main() -> None:
     limits = BodyLimits(**json.loads(sys.argv[1]))
-    for each in (signal.SIGINT, signal.SIGTERM):  # also sent to all processes of a server that drains
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # also sent to all processes of a server that drains
         signal.signal(each, signal.SIG_IGN)
     os.nice(5)  # where cores are short, the server goes first
     with suppress(OSError):  # when memory ends, the system should take it from here
