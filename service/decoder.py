@@ -24,7 +24,7 @@ from service.fair_queue import Flow
 from service.types import Floats, Pixels
 
 START_S = 10.0  # for the processes to start
-NICE, NICE_SLOW = 5, 10
+NICE, NICE_SLOW = 5, 7
 PATIENT_S = 0.5  # decoding time that one request's photos may take before others go first
 MAX_ASIDE = 512  # photos that wait for slow decoding, of all requests
 MAX_RETRY_AFTER_S = 60.0

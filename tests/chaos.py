@@ -1,4 +1,5 @@
-"""Good requests, bad ones, and callers who leave, all at once; then the server must be as if nothing had happened.
+"""Good requests, bad ones, and callers who leave, all at once, while decoders are killed at random; then the server
+must be as if nothing had happened.
 
 python -m tests.chaos [--requests N] [--seed S]    # on the embedded checkpoint; `make chaos` runs 10,000
 """
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 from model.preprocess import FORMATS
 from tests.asking import PREDICT, predict, sample
 from tests.conftest import encoded, photo
+from tests.processes import killing_decoders
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 from tests.test_hostile import mutants
 
@@ -31,6 +33,7 @@ AT_ONCE = 64
 LEAVING, BAD = 0.2, 0.3  # shares of all requests
 PROMISED = {200, 400, 404, 405, 413, 415, 422, 429, 503, 504}
 GOOD_AFTERWARDS = 100
+KILL_EVERY_S = 1.5
 
 
 class Request(NamedTuple):
@@ -49,6 +52,7 @@ class Report:
     unanswered: int = 0  # who waited in vain
     without_retry_after: int = 0
     slowest_s: float = 0.0
+    decoders_killed: int = 0
 
 
 def post(body: bytes, content_type: str = "image/jpeg", path: str = PREDICT, **headers: object) -> Request:
@@ -209,7 +213,9 @@ def right_answers(server: ServerProcess) -> list[object]:
 def run(server: ServerProcess, requests: int, seed: int) -> Report:
     """The whole of it on a server that was started with OPTIONS; fails where a promise is not kept."""
     expected = right_answers(server)
-    report = asyncio.run(wreak(server.url, Mischief(seed), requests))
+    with killing_decoders(server.process.pid, KILL_EVERY_S, random.Random(seed)) as killed:
+        report = asyncio.run(wreak(server.url, Mischief(seed), requests))
+    report.decoders_killed = len(killed)
     assert_as_promised(report)
     assert_unharmed(server, expected)
     return report

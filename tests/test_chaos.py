@@ -12,6 +12,7 @@ def test_nothing_is_left_of_chaos(tiny_path: Path) -> None:
     with ServerProcess("--checkpoint", tiny_path, *chaos.OPTIONS) as server:
         report = chaos.run(server, 600, seed=1)
         assert report.left > 50
+        assert report.decoders_killed > 0
         assert {200, 400, 413, 415, 422} <= report.statuses.keys()
         assert server.terminate() == 0
 

@@ -1,0 +1,39 @@
+"""A small request that takes minutes to decode, on a real server."""
+
+import base64
+import io
+import json
+
+from PIL import Image
+
+from tests.asking import PREDICT, connected, predict, sample
+from tests.conftest import encoded, photo
+from tests.servers import FakeRunner, ServerThread, wait_until
+
+
+def slow_request(images: int) -> bytes:
+    """So many large images of a few kilobytes, each of which takes a second, with an hour to decode them."""
+    content = io.BytesIO()
+    Image.new("RGBA", (6000, 4000)).save(content, "PNG")
+    body = json.dumps({"images": [base64.b64encode(content.getvalue()).decode()] * images}).encode()
+    head = (
+        f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"X-Request-Timeout-Ms: 3600000\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def test_slow_request_delays_and_refuses_no_others() -> None:
+    """Its images wait for their turn, and hold no places in the queue. When the client leaves, nothing remains."""
+    with ServerThread(FakeRunner(), max_queue=64) as running:
+        wait_until(lambda: running.client.get("/readyz").status_code == 200, "readiness")
+        with connected(running.url, slow_request(60)):
+            wait_until(lambda: sample(running.client, "rednet_inflight_requests") == 2, "the request")
+            for seed in range(20):
+                response = predict(running.client, encoded(photo(seed)), **{"X-Request-Timeout-Ms": "10000"})
+                assert response.status_code == 200, response.text
+            wait_until(lambda: sample(running.client, "rednet_queue_depth") == 0, "its images to be set aside")
+            assert sample(running.client, "rednet_inflight_requests") == 2  # the slow one, and this scrape
+        wait_until(lambda: sample(running.client, "rednet_inflight_requests") == 1, "the slow request's end")
+        assert sample(running.client, "rednet_queue_depth") == 0
+        assert predict(running.client, encoded(photo())).status_code == 200
