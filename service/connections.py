@@ -9,7 +9,15 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.answer_transport import AnswerTransport
 from service.errors import HeadersTooLarge, MalformedRequest, ServiceError
-from service.heads import MAX_HEAD_BYTES, check_headers, check_size, check_target, origin_form
+from service.heads import (
+    MAX_HEAD_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    check_headers,
+    check_target,
+    origin_form,
+    oversized,
+)
 from service.incoming import Incoming
 from service.log import new_id
 from service.slow_readers import ReaderWatch
@@ -46,9 +54,7 @@ class Connection(HttpToolsProtocol):
     _resuming: asyncio.Handle | None = None  # parses the rest of what has come
     _since_progress = 0  # bytes since the last head or piece of a body
     _chunked = False
-    _chunks = 0  # pieces of this chunked body
-    _chunk_bytes = 0
-    _chunks_at_once = 0
+    _chunks = _chunk_bytes = _chunks_at_once = 0  # pieces of this chunked body
     _in_head = False
     _in_body = False
     _closing = False  # as soon as the body that is coming has come
@@ -129,7 +135,8 @@ class Connection(HttpToolsProtocol):
         if not self._in_head:
             return  # a trailer, which must not pass for a header (RFC 9110, section 6.5.1)
         name, value = name.lower(), value.strip(b" \t")
-        check_size(name, value, len(self.headers))
+        if len(name) + len(value) > MAX_HEADER_BYTES or len(self.headers) >= MAX_HEADERS:
+            raise oversized(name)
         if name == b"expect":
             self.expect_100_continue = value.lower() == b"100-continue"
         if name != b"cookie":  # unused here, but FastAPI would parse them for every request

@@ -34,21 +34,12 @@ HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(?::\d*)?|\[[\w.:%]+\](?::\d*)?", re.AS
 ABSOLUTE_TARGET = re.compile(rb"https?://[^/?#]+(/[^?#]*)?(\?.*)?", re.IGNORECASE)
 
 
-def check_size(name: bytes, value: bytes, count: int) -> None:
-    """Check one header.
-
-    Args:
-        name: of the header.
-        value: without the white space around it.
-        count: headers before it.
-
-    Raises:
-        HeadersTooLarge: the header is too large, or is one too many.
-    """
-    if len(name) + len(value) > MAX_HEADER_BYTES:
-        raise HeadersTooLarge(f"the header {name[:64].decode('latin-1')} is larger than {MAX_HEADER_BYTES} bytes")
-    if count >= MAX_HEADERS:
-        raise HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers")
+def oversized(name: bytes) -> HeadersTooLarge:
+    """The error for this header, which is too large or one too many."""
+    shown = name[:64].decode("latin-1")
+    return HeadersTooLarge(
+        f"the header {shown} is larger than {MAX_HEADER_BYTES} bytes, or there are more than {MAX_HEADERS} headers"
+    )
 
 
 def check_target(target: bytes) -> None:
