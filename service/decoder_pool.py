@@ -87,8 +87,9 @@ class Pool:
             log.error("the decoders have not started within %.0f s", timeout_s)
 
     def keep_all(self) -> None:
-        self._all_wanted = True
-        self._start_missing()
+        if not self._all_wanted:
+            self._all_wanted = True
+            self._start_missing()
 
     def submit(self, photo: Photo, first: bool = False) -> None:
         """Have a photo decoded, before all others if `first`."""
@@ -248,7 +249,7 @@ class Pool:
             fail(photo, error.with_message(error.message))
 
     def _start_missing(self, paced: bool = False) -> None:
-        if self._closed or self._pause:
+        if self._closed or self._pause or len(self._links) >= self._size:
             return
         if paced:
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failed_starts, 10))
