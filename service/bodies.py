@@ -4,7 +4,7 @@ These values cross a process boundary: a large body is parsed in another process
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from service.errors import MalformedRequest
@@ -61,10 +61,12 @@ class InferOptions:
     Attributes:
         id: the caller's, to be echoed; None: the request has none.
         outputs: the tensors to answer with, and whether as binary data.
+        classes: for which of them to answer with the highest values as text instead, and how many.
     """
 
     id: str | None
     outputs: Mapping[str, bool]
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,9 @@ class ParsedBody:
     Attributes:
         images: at least one, in order. A memoryview may show a part of the body.
         infer: what else it asks for; None where it is not an infer request.
+        ignored: the names of those parts of a form that are not images.
     """
 
     images: Sequence[Upload]
     infer: InferOptions | None = None
+    ignored: Sequence[str] = field(default_factory=list)

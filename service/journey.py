@@ -45,6 +45,7 @@ class Answers(NamedTuple):
 
     images: Sequence[Answer]  # in order
     infer: InferOptions | None  # what else the body asked for, where it was an infer request
+    ignored: Sequence[str]  # the names of those parts of a form that are not images
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class Journey:
         for answer in answers:
             outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
             self._metrics.image(endpoint, outcome)
-        return Answers(answers, parsed.infer)
+        return Answers(answers, parsed.infer, parsed.ignored)
 
     async def _parsed(self, body_format: BodyFormat, body: bytes | BodyFile, ends: float) -> ParsedBody:
         if parsed := self._parser.parse_quickly(body_format, body):

@@ -22,7 +22,8 @@ from service.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody, Upl
 from service.body_file import BodyFile
 from service.errors import Draining, Internal, MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
 from service.parser_process import MAX_REPLY_BYTES, REQUEST
-from service.parsing import is_image, is_quick, parse_body
+from service.parsing import is_image, is_quick, may_be_image, parse_body
+from service.sniff import HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Parser:
     def parse_quickly(self, body_format: BodyFormat, body: bytes | BodyFile) -> ParsedBody | None:
         """What a body holds if it can be parsed here, without holding the event loop; None: `parse` it."""
         if isinstance(body, BodyFile):
-            return ParsedBody([body.view(0, body.size)]) if is_image(body_format) else None
+            return ParsedBody([body.view(0, body.size)]) if is_image(body_format, body.head(HEAD)) else None
         return parse_body(body_format, body, self._limits) if is_quick(body_format, body) else None
 
     async def parse(self, body_format: BodyFormat, body: bytes | BodyFile) -> ParsedBody:
@@ -182,7 +183,7 @@ class Parser:
 
 def in_heap(body_format: BodyFormat) -> int:
     """The size in bytes up to which a body need not be in a file: so much is copied or parsed sooner than shared."""
-    return SMALL_IMAGE if is_image(body_format) else SMALL_BODY
+    return SMALL_IMAGE if may_be_image(body_format) else SMALL_BODY
 
 
 @contextmanager

@@ -10,8 +10,11 @@ Described = dict[int | str, dict[str, Any]]  # what FastAPI takes for the status
 class ImagesBody(BaseModel):
     """Images as JSON, for callers who have nothing better; base64 makes them a third larger."""
 
-    # FailFast: without it a body of a million wrong entries makes a million error messages
-    images: Annotated[list[str], FailFast()] = Field(min_length=1, description="encoded photos, as base64")
+    images: list[str] = Field(
+        min_length=1,
+        description="encoded photos, as base64 (line breaks, missing padding and the URL-safe alphabet are accepted), "
+        "or as data URLs",
+    )
 
 
 class ErrorDetail(BaseModel):
@@ -33,13 +36,18 @@ class Prediction(BaseModel):
     classes: list[ClassScore] = Field(description="the likeliest classes, best first")
 
 
-class PredictBody(BaseModel):
+class AnswerBody(BaseModel):
     model: str
+    ignored: list[str] | None = Field(
+        None, description="names of the parts of a form that are not images, if there are any"
+    )
+
+
+class PredictBody(AnswerBody):
     predictions: list[Prediction | ErrorBody] = Field(description="one entry per image, in order")
 
 
-class FeaturesBody(BaseModel):
-    model: str
+class FeaturesBody(AnswerBody):
     dimension: int
     features: list[list[float] | ErrorBody] = Field(description="one entry per image, in order")
 
@@ -56,8 +64,7 @@ class Explanation(BaseModel):
     )
 
 
-class ExplainBody(BaseModel):
-    model: str
+class ExplainBody(AnswerBody):
     layer: str
     group: int | None = Field(description="of the kernels; null: the mean of all groups")
     explanations: list[Explanation | ErrorBody] = Field(description="one entry per image, in order")
@@ -109,7 +116,10 @@ def described_errors(body: type[BaseModel]) -> Described:
 
 
 def described_images() -> dict[str, Any]:
-    """The request body of every endpoint that takes images: the three ways to send them."""
+    """The request body of every endpoint that takes images: the three ways to send them.
+
+    In a form, a part is an image if it has a file name, an image type or the first bytes of an image, also in base64.
+    """
     binary = {"schema": {"type": "string", "format": "binary"}}
     parts = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
     return {
@@ -172,7 +182,15 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True)  # true is no number, "1" is none either
 
 
-class InputParameters(_Strict):
+class _SharedMemory(_Strict):
+    """Parameters of Triton's shared memory extensions; any value at all is refused."""
+
+    shared_memory_region: Any = None
+    shared_memory_offset: Any = None
+    shared_memory_byte_size: Any = None
+
+
+class InputParameters(_SharedMemory):
     binary_data_size: int | None = Field(None, ge=0)
 
 
@@ -180,34 +198,47 @@ class InferInput(_Strict):
     name: Literal["image", "pixels"]
     datatype: str = Field(max_length=16)
     shape: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()] = Field(min_length=1, max_length=4)
-    parameters: InputParameters = InputParameters()
+    parameters: InputParameters | None = None
     data: list[Any] | None = None
 
 
-class OutputParameters(_Strict):
+class OutputParameters(_SharedMemory):
     binary_data: bool | None = None
+    classification: int | None = Field(None, ge=0)
 
 
 class InferOutput(_Strict):
     name: Literal["logits", "probabilities", "features"]
-    parameters: OutputParameters = OutputParameters()
+    parameters: OutputParameters | None = None
 
 
 class InferParameters(_Strict):
-    binary_data_output: bool = False
+    """Parameters of a request. Those not listed are accepted and have no effect on the answer, as in Triton for a model
+    without state or priorities: `sequence_id`, `sequence_start`, `sequence_end`, `priority`, `timeout` (Triton's
+    default ignores it, too; `X-Request-Timeout-Ms` is the deadline here), and custom ones. Names that begin with
+    `triton_` are refused, as Triton's HTTP endpoint does."""
+
+    model_config = ConfigDict(extra="allow")
+
+    binary_data_output: bool | None = None
 
 
 class InferBody(_Strict):
-    """The JSON of an infer request. Parameters that are not listed here have no effect."""
+    """The JSON of an infer request. Unknown fields have no effect, and null is the same as no field."""
 
-    id: str | None = None
+    # The id is echoed, perhaps into logs: no control characters, nor the line and paragraph separators.
+    id: str | None = Field(None, max_length=1024, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")
     inputs: Annotated[list[InferInput], FailFast()] = Field(min_length=1, max_length=1)
-    outputs: Annotated[list[InferOutput], FailFast()] = Field([], max_length=3)
-    parameters: InferParameters = InferParameters()
+    outputs: list[InferOutput] | None = Field(None, max_length=3)
+    parameters: InferParameters | None = None
 
 
 class OutputTensorBody(TensorBody):
-    data: list[float] | None = Field(None, description="row-major, flat; absent where the values follow the JSON")
+    data: list[float] | list[str] | None = Field(
+        None,
+        description="row-major, flat; absent where the values follow the JSON. With `classification`: k in an output's "
+        'parameters, its k highest values as text, "value:index:label", datatype BYTES, shape [N, k]',
+    )
     parameters: dict[str, int] | None = Field(None, description="`binary_data_size`, where they do")
 
 

@@ -12,16 +12,17 @@ import numpy as np
 import orjson
 from pydantic import ValidationError
 
+from service.base64_text import decode_base64
 from service.bodies import InferOptions, ParsedBody, Upload
 from service.errors import MalformedRequest
-from service.schemas import InferBody, InferInput
+from service.forms import too_many
+from service.json_text import load_json
+from service.schemas import InferBody, InferInput, InferOutput, InputParameters, OutputParameters
 from service.types import Floats
-from service.uploads import decode_base64, first_error, too_many
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary data
 OUTPUTS = ("logits", "probabilities", "features")
-MOST_LISTS = 1_000_000  # and objects in the JSON of a request; millions of them would hold up the server for seconds
-MOST_NAMES = 1_000  # and other strings but images; likewise
+Row = Floats | list[str]  # of an output: numbers, or texts
 LENGTH_BYTES = 4  # of the number before each element of a BYTES tensor, which says how long it is
 
 
@@ -38,50 +39,78 @@ def parse_infer(header_length: str | None, body: bytes, max_images: int) -> Pars
         PayloadTooLarge: there are more than max_images.
     """
     json_bytes = _json_bytes(header_length, len(body))
-    if body.count(b"[", 0, json_bytes) + body.count(b"{", 0, json_bytes) > MOST_LISTS:
-        raise MalformedRequest("the request's JSON has more lists than images need")
-    if body.count(b'"', 0, json_bytes) > 2 * (max_images + MOST_NAMES):
-        raise MalformedRequest("the request's JSON has more strings than images need")
     try:
-        wanted = InferBody.model_validate(orjson.loads(memoryview(body)[:json_bytes]))
+        wanted = InferBody.model_validate(load_json(body[:json_bytes], unique=[b'"inputs"', b'"data"']))
     except ValidationError as error:
         raise MalformedRequest(first_error(error)) from None
-    except orjson.JSONDecodeError as error:
-        raise MalformedRequest(f"the request's JSON cannot be read: {error}") from None
     (tensor,) = wanted.inputs
+    parameters = wanted.parameters.model_dump() if wanted.parameters else {}
+    if reserved := next((name for name in parameters if name.startswith("triton_")), None):
+        raise MalformedRequest(f"parameters: {reserved[:100]!r} is reserved: no name may begin with 'triton_'")
     images = _images(tensor, memoryview(body)[json_bytes:], max_images)
-    default = wanted.parameters.binary_data_output
-    outputs = dict.fromkeys(OUTPUTS, default)
-    if wanted.outputs:
-        outputs = {
-            each.name: default if each.parameters.binary_data is None else each.parameters.binary_data
-            for each in wanted.outputs
-        }
-    return ParsedBody(images, InferOptions(wanted.id, outputs))
+    return ParsedBody(images, _options(wanted.id, wanted.outputs or [], bool(parameters.get("binary_data_output"))))
+
+
+def _options(request_id: str | None, outputs: Sequence[InferOutput], binary: bool) -> InferOptions:
+    as_binary: dict[str, bool] = {}
+    classes: dict[str, int] = {}
+    for output in outputs:
+        if output.name in as_binary:
+            raise MalformedRequest(f"outputs: {output.name!r} is there twice")
+        parameters = output.parameters or OutputParameters()
+        _refuse_shared_memory(f"output {output.name!r}", parameters)
+        as_binary[output.name] = binary if parameters.binary_data is None else parameters.binary_data
+        if parameters.classification:  # 0 is Triton's way to ask for none
+            classes[output.name] = parameters.classification
+    return InferOptions(request_id, as_binary or dict.fromkeys(OUTPUTS, binary), classes)
+
+
+def _refuse_shared_memory(what: str, parameters: InputParameters | OutputParameters) -> None:
+    if any(name.startswith("shared_memory_") and value is not None for name, value in parameters):
+        raise MalformedRequest(f"{what}: shared memory is not supported; send and receive data, or binary data")
+
+
+def first_error(error: ValidationError) -> str:
+    """Where the first thing wrong with JSON is, and what it is."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
+
+
+def highest_values(row: Floats, labels: Sequence[str], count: int) -> list[str]:
+    """A row's highest values as `value:index:label`, best first, in the format of Triton's classification extension.
+
+    Args:
+        row: [values].
+        labels: one for each value, or none at all.
+        count: of values, at least 1; all of them where there are fewer.
+    """
+    best = np.argsort(-row, kind="stable")[:count].tolist()
+    return [f"{row[index]:f}:{index}" + (f":{labels[index]}" if labels else "") for index in best]
 
 
 def encode_infer(
-    answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Floats]], binary: Mapping[str, bool]
+    answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Row]], binary: Mapping[str, bool]
 ) -> tuple[Iterator[bytes], Iterator[bytes]]:
     """The body of an answer: the pieces of its JSON, and of the binary data that follows. None is larger than a row.
 
     Args:
         answer: the fields beside `outputs`.
-        tensors: the rows of each by name, in order.
+        tensors: the rows of each by name, in order: numbers, or texts.
         binary: of each, whether its values follow the JSON instead of standing in it.
     """
-    tail = (row.astype("<f4").tobytes() for name, rows in tensors.items() if binary[name] for row in rows)
+    tail = (_row_bytes(row) for name, rows in tensors.items() if binary[name] for row in rows)
     return _json_pieces(answer, tensors, binary), tail
 
 
 def _json_pieces(
-    answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Floats]], binary: Mapping[str, bool]
+    answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Row]], binary: Mapping[str, bool]
 ) -> Iterator[bytes]:
     yield orjson.dumps({**answer, "outputs": []})[:-2]
     for index, (name, rows) in enumerate(tensors.items()):
-        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": [len(rows), *rows[0].shape]}
+        datatype = "BYTES" if isinstance(rows[0], list) else "FP32"
+        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": [len(rows), len(rows[0])]}
         if binary[name]:
-            output["parameters"] = {"binary_data_size": sum(4 * row.size for row in rows)}
+            output["parameters"] = {"binary_data_size": sum(_row_size(row) for row in rows)}
         else:
             output["data"] = []
         whole = b"," * (index > 0) + orjson.dumps(output)
@@ -93,6 +122,17 @@ def _json_pieces(
             yield b"," * (position > 0) + orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
         yield b"]}"
     yield b"]}"
+
+
+def _row_size(row: Row) -> int:
+    return 4 * row.size if isinstance(row, np.ndarray) else sum(LENGTH_BYTES + len(text.encode()) for text in row)
+
+
+def _row_bytes(row: Row) -> bytes:
+    if isinstance(row, np.ndarray):
+        return row.astype("<f4").tobytes()
+    elements = [text.encode() for text in row]
+    return b"".join(len(each).to_bytes(LENGTH_BYTES, "little") + each for each in elements)
 
 
 def _json_bytes(header_length: str | None, body_bytes: int) -> int:
@@ -109,7 +149,9 @@ def _images(tensor: InferInput, tail: memoryview, max_images: int) -> Sequence[U
         raise MalformedRequest("the request holds no image")
     if tensor.shape[0] > max_images:
         raise too_many(max_images)
-    size = tensor.parameters.binary_data_size
+    parameters = tensor.parameters or InputParameters()
+    _refuse_shared_memory(f"input {tensor.name!r}", parameters)
+    size = parameters.binary_data_size
     if (tensor.data is None) == (size is None):
         raise MalformedRequest(f"input {tensor.name!r} must have either data or binary_data_size")
     if len(tail) != (size or 0):
@@ -131,16 +173,16 @@ def _photos(tensor: InferInput, tail: memoryview) -> Sequence[Upload]:
     return [decode_base64(text) for text in texts]
 
 
-def _elements(tail: memoryview, count: int) -> Sequence[bytes]:
+def _elements(tail: memoryview, count: int) -> Sequence[memoryview]:
     """The elements of a BYTES tensor, each after its length as a little-endian uint32."""
-    elements: list[bytes] = []
+    elements: list[memoryview] = []
     position = 0
     for _ in range(count):
         start = position + LENGTH_BYTES
         position = start + int.from_bytes(tail[position:start], "little")
         if position > len(tail):
             break
-        elements.append(bytes(tail[start:position]))
+        elements.append(tail[start:position])
     if len(elements) < count or position != len(tail):
         raise MalformedRequest(f"the binary data of input 'image' is not {count} elements, each after its length")
     return elements

@@ -1,115 +1,114 @@
-"""A request body to the images in it: the three ways to send them."""
+"""The body of a `/v1` request to the images in it: one image as it is, a form, or JSON."""
 
-import base64
-import binascii
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from pydantic import ValidationError
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import Field, File, FormParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 
-from service.bodies import Upload
-from service.errors import MalformedRequest, PayloadTooLarge
-from service.schemas import ImagesBody
+from service.base64_text import decode_base64
+from service.bodies import ParsedBody
+from service.errors import MalformedRequest, UnsupportedMediaType
+from service.forms import parse_form, too_many
+from service.json_text import load_json
+from service.sniff import Content, content_of
 
-MAX_FIELDS = 100  # parts of a form that are no images
+JSON_SHAPE = 'JSON must be {"images": ["<base64>", ...]}'
+MAX_SHOWN = 5  # names of fields in a message
+ADVICE: Mapping[Content, str] = {
+    "JSON": "it needs Content-Type: application/json",
+    "form": "its Content-Type must be multipart/form-data with the boundary, which HTTP clients set by themselves",
+    "URL-encoded form": "files need multipart/form-data, such as curl -F file=@photo.jpg",
+    "base64": 'send the image as it is, or JSON {"images": ["<base64>"]}',
+    "data URL": 'send the image as it is, or JSON {"images": ["<data URL>"]}',
+}
+JSON_TYPES: Mapping[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 
 
-def is_image(content_type: str) -> bool:
-    """Whether a body of that type is one image as it is, so that there is nothing to parse."""
-    return parse_options_header(content_type)[0] not in (b"multipart/form-data", b"application/json")
+def may_be_image(content_type: str) -> bool:
+    """Whether a body may be one image as it is, by its Content-Type."""
+    kind = _media_type(content_type)
+    return not (_is_form(kind) or _is_json(kind))
 
 
-def parse_uploads(content_type: str, body: bytes, max_images: int) -> Sequence[Upload]:
-    """The images of a body, at least one, in order. What is neither a form nor JSON is taken as the image itself.
+def is_image(start: bytes | memoryview) -> bool:
+    """Whether a body that starts like this, at least `sniff.HEAD` bytes of it, is one for the decoder to judge."""
+    return content_of(start) not in ADVICE
+
+
+def parse_uploads(content_type: str, body: bytes, max_images: int) -> ParsedBody:
+    """The images of a body, at least one, in order.
 
     Raises:
-        MalformedRequest: there are none, or the body is not what its Content-Type says.
+        MalformedRequest: there are none, or the body is damaged.
         PayloadTooLarge: there are more than max_images.
+        UnsupportedMediaType: the body is not what its Content-Type says.
     """
-    kind, options = parse_options_header(content_type)
-    if kind == b"multipart/form-data":
-        boundary = options.get(b"boundary")
-        if not boundary:  # said here: the parser would also say it in the log, for whoever likes to fill that
-            raise MalformedRequest("the form's Content-Type names no boundary")
-        images: Sequence[Upload] = _parse_form(boundary, body, max_images)
-    elif kind == b"application/json":
-        images = _parse_json(body, max_images)
-    else:
-        images = [body] if body else []
-    if not images:
+    kind = _media_type(content_type)
+    try:
+        if _is_form(kind):
+            parsed = parse_form(_boundary(content_type), body, max_images)
+        elif _is_json(kind):
+            parsed = _parse_json(body, max_images)
+        else:
+            parsed = _parse_image(body)
+    except MalformedRequest:
+        found = content_of(body)
+        if found in ("unknown", "JSON" if _is_json(kind) else "form"):
+            raise
+        raise UnsupportedMediaType(f"the body begins like {found}, which is not {kind}") from None
+    if not parsed.images:
         raise MalformedRequest("the request holds no image")
-    return images
+    return parsed
 
 
-def _parse_json(body: bytes, max_images: int) -> list[Upload]:
-    if body.count(b'"') > 2 * max_images + MAX_FIELDS:  # millions of strings would take a second to parse
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _is_form(kind: str) -> bool:
+    return kind.startswith("multipart/")
+
+
+def _is_json(kind: str) -> bool:
+    return kind in ("application/json", "text/json") or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _boundary(content_type: str) -> bytes:
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise MalformedRequest("the form's Content-Type names no boundary; HTTP clients add it by themselves")
+    return boundary
+
+
+def _parse_image(body: bytes) -> ParsedBody:
+    """Whatever is not known to be something else is left to the decoder."""
+    found = content_of(body)
+    if found in ADVICE:
+        raise UnsupportedMediaType(f"the body is not an image file but {found}: {ADVICE[found]}")
+    return ParsedBody([body] if body else [])
+
+
+def _parse_json(body: bytes, max_images: int) -> ParsedBody:
+    found = load_json(body, unique=[b'"images"'])
+    if not isinstance(found, dict):
+        raise MalformedRequest(f"{JSON_SHAPE}, not {JSON_TYPES[type(found)]}")
+    if "images" not in found:
+        names = ", ".join(repr(name[:100]) for name in list(found)[:MAX_SHOWN])
+        raise MalformedRequest(f"{JSON_SHAPE}; there is no field 'images'" + (f" but {names}" if names else ""))
+    texts: Any = found["images"]
+    if not isinstance(texts, list):
+        raise MalformedRequest(f"{JSON_SHAPE}; images is {JSON_TYPES[type(texts)]}")
+    if len(texts) > max_images:
         raise too_many(max_images)
-    try:
-        encoded = ImagesBody.model_validate_json(body).images
-    except ValidationError as error:
-        raise MalformedRequest(f'JSON must be {{"images": ["<base64>", ...]}}: {first_error(error)}') from None
-    if len(encoded) > max_images:
-        raise too_many(max_images)
-    return [decode_base64(text) for text in encoded]
-
-
-def decode_base64(text: str) -> Upload:
-    """The bytes of an image in JSON: base64, or a data URL."""
-    if text.startswith("data:"):  # a data URL, as browsers make them
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return MalformedRequest("not base64")
-
-
-def _parse_form(boundary: bytes, body: bytes, max_images: int) -> list[Upload]:
-    """The file parts of a form, whatever their names; parts without a file name are passed over."""
-    files: list[Upload] = []
-    parts = 0
-    complete = False
-
-    def on_part() -> None:
-        nonlocal parts
-        parts += 1
-        if parts > max_images + MAX_FIELDS:  # here, not at the end: thousands of empty parts take seconds to parse
-            raise too_many(max_images)
-
-    def on_field(field: Field) -> None:
-        on_part()
-
-    def on_file(file: File) -> None:
-        on_part()
-        data = file.file_object
-        assert isinstance(data, io.BytesIO), "this is a bug: uploads stay in memory, where no disk is written"
-        if file.file_name or data.getbuffer().nbytes:  # browsers send an empty, nameless part for an empty input
-            files.append(data.getvalue())
-
-    def on_end() -> None:
-        nonlocal complete
-        complete = True
-
-    try:
-        config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
-        parser = FormParser("multipart/form-data", on_field, on_file, on_end, boundary=boundary, config=config)
-        parser.write(body)
-        parser.finalize()
-    except FormParserError as error:
-        raise MalformedRequest(f"the form cannot be read: {error}") from error
-    if not complete:
-        raise MalformedRequest("the form ends before its closing boundary")
-    if len(files) > max_images:
-        raise too_many(max_images)
-    return files
-
-
-def first_error(error: ValidationError) -> str:
-    """Where the first thing wrong with JSON stands, and what it is."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
-
-
-def too_many(max_images: int) -> PayloadTooLarge:
-    return PayloadTooLarge(f"more than {max_images} images in one request")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise MalformedRequest(f"{JSON_SHAPE}; images.{index} is {JSON_TYPES[type(text)]}")
+    return ParsedBody([decode_base64(text) for text in texts])

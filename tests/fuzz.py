@@ -45,7 +45,7 @@ def infer(data: bytes) -> None:
 
 def uploads(data: bytes) -> None:
     kind = CONTENT_TYPES[data[0] % len(CONTENT_TYPES)] if data else ""
-    assert 1 <= len(parse_uploads(kind, data[1:], 4)) <= 4
+    assert 1 <= len(parse_uploads(kind, data[1:], 4).images) <= 4
 
 
 def seeds(target: Callable[[bytes], None]) -> list[bytes]:

@@ -9,7 +9,7 @@ import torch
 
 from model import Preprocess
 from service.bodies import BodyFormat, BodyLimits
-from service.errors import MalformedRequest
+from service.errors import MalformedRequest, UnsupportedMediaType
 from service.parsing import check_pixels, parse_body
 from tests.conftest import photo
 
@@ -18,11 +18,13 @@ LIMITS = BodyLimits.of(4, asdict(PREPROCESS))
 
 
 def test_body_format_decides_how_a_body_is_parsed() -> None:
-    """The same JSON is one image for `/v1` without a type, and an infer request for `/v2`."""
+    """The same JSON is refused by `/v1` without a type, and an infer request for `/v2`."""
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["AAAA"]}
     body = json.dumps({"inputs": [tensor], "id": "7"}).encode()
-    raw = parse_body(BodyFormat("v1"), body, LIMITS)
-    assert (raw.images, raw.infer) == ([body], None)
+    with pytest.raises(UnsupportedMediaType, match="application/json"):
+        parse_body(BodyFormat("v1"), body, LIMITS)
+    raw = parse_body(BodyFormat("v1"), b"\x89PNG", LIMITS)
+    assert (raw.images, raw.infer) == ([b"\x89PNG"], None)
     infer = parse_body(BodyFormat("v2"), body, LIMITS)
     assert infer.images == [bytes(3)]
     assert infer.infer

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.bodies import InferOptions, ParsedBody
 from service.errors import MalformedRequest, PayloadTooLarge
-from service.tensors import OUTPUTS, encode_infer, parse_infer
+from service.tensors import OUTPUTS, encode_infer, highest_values, parse_infer
 
 MOST = 4
 ONE: dict[str, Any] = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["AAAA"]}
@@ -242,3 +242,107 @@ def test_an_answer_is_read_back_as_it_was_written() -> None:
     assert first["parameters"] == {"binary_data_size": 16}
     assert np.array(second["data"], np.float32).tolist() == features.ravel().tolist()
     assert b"".join(tail) == logits.tobytes()
+
+
+NULLS = {"id": None, "parameters": None, "outputs": None, "inputs": [ONE | {"parameters": None}]}
+
+
+def test_null_in_an_optional_field_is_the_same_as_no_field() -> None:
+    """On every level, as serialisers of other languages write it."""
+    assert parse_infer(None, json.dumps(NULLS).encode(), MOST) == request(**ONE, header_length=None)
+    none = dict.fromkeys(["binary_data", "classification", "shared_memory_region", "shared_memory_byte_size"])
+    for parameters in (None, none):
+        parsed = request(**ONE, header_length=None, outputs=[{"name": "logits", "parameters": parameters}])
+        assert parsed.infer == InferOptions(None, {"logits": False}, {})
+    tail = photos(b"a")
+    assert request(tail, **photo_tensor(1, 5), data=None).images == [b"a"]
+    body = json.dumps({"inputs": [ONE], "parameters": {"binary_data_output": None}}).encode()
+    assert options(parse_infer(None, body, MOST)).outputs == dict.fromkeys(OUTPUTS, False)
+
+
+def test_classification_is_read_per_output() -> None:
+    """0 asks for none, as in Triton; anything but a count is an error."""
+    named: list[dict[str, Any]] = [{"name": "logits", "parameters": {"classification": 3}}, {"name": "features"}]
+    assert options(request(**ONE, header_length=None, outputs=named)).classes == {"logits": 3}
+    named[0]["parameters"] = {"classification": 0}
+    assert options(request(**ONE, header_length=None, outputs=named)).classes == {}
+    for count in (-1, True, "3", 1.5, [3]):
+        named[0]["parameters"] = {"classification": count}
+        with pytest.raises(MalformedRequest, match="classification"):
+            request(**ONE, header_length=None, outputs=named)
+
+
+@pytest.mark.parametrize("name", ["shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"])
+def test_shared_memory_is_refused_for_inputs_and_outputs(name: str) -> None:
+    """Ignored, it would be an answer that the client does not look at, or an image that was never read."""
+    with pytest.raises(MalformedRequest, match="input 'image': shared memory is not supported"):
+        request(**ONE, header_length=None, parameters={name: "region"})
+    with pytest.raises(MalformedRequest, match="output 'logits': shared memory is not supported"):
+        request(**ONE, header_length=None, outputs=[{"name": "logits", "parameters": {name: 0}}])
+
+
+def test_parameters_without_effect_are_accepted_and_reserved_ones_refused() -> None:
+    """As by Triton's HTTP endpoint."""
+    fine = {"sequence_id": 7, "sequence_start": True, "priority": 1, "timeout": 1000, "mine": "x", "headers": {}}
+    body = {"inputs": [ONE], "parameters": fine}
+    assert parse_infer(None, json.dumps(body).encode(), MOST).images == [bytes(3)]
+    body["parameters"] = {"triton_enable_empty_final_response": True}
+    with pytest.raises(MalformedRequest, match=r"triton_enable_empty_final_response.* is reserved"):
+        parse_infer(None, json.dumps(body).encode(), MOST)
+
+
+@pytest.mark.parametrize("wrong_id", ["a" * 1025, "a\n", "\0", "\x1b[2J", "\x85", "\u2028", 7, ["a"]])
+def test_id_that_is_long_or_unfit_for_logs_is_a_clear_error(wrong_id: Any) -> None:
+    """Ids of up to 1,024 printable characters are echoed as they are."""
+    with pytest.raises(MalformedRequest, match="id"):
+        parse_infer(None, json.dumps({"id": wrong_id, "inputs": [ONE]}).encode(), MOST)
+    good = "é 名 🙂" + "a" * 1000
+    assert options(parse_infer(None, json.dumps({"id": good, "inputs": [ONE]}).encode(), MOST)).id == good
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"inputs": [], "inputs": []}', "inputs"),
+        (
+            b'{"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": ["AAAA"], "data": ["BB"]}]}',
+            "data",
+        ),
+        (b'{"id": "\\ud800", "inputs": []}', "cannot be read"),
+    ],
+)
+def test_infer_json_that_is_ambiguous_or_not_unicode_is_a_clear_error(body: bytes, message: str) -> None:
+    """A tensor must not be dropped in silence, nor a lone surrogate break the answer."""
+    with pytest.raises(MalformedRequest, match=message):
+        parse_infer(None, body, MOST)
+
+
+def test_output_named_twice_is_a_clear_error() -> None:
+    """Of two wishes for one tensor one would be dropped."""
+    named = [{"name": "logits", "parameters": {"classification": 1}}, {"name": "logits"}]
+    with pytest.raises(MalformedRequest, match="'logits' is there twice"):
+        request(**ONE, header_length=None, outputs=named)
+
+
+def test_highest_values_are_written_as_by_triton() -> None:
+    """Value, index and label, best first; equal ones in order; all of them where there are fewer than asked for."""
+    row = np.array([1, 5, 10, 5], np.float32)
+    assert highest_values(row, ["a", "b", "c:d", "e"], 3) == ["10.000000:2:c:d", "5.000000:1:b", "5.000000:3:e"]
+    assert highest_values(row, (), 9) == ["10.000000:2", "5.000000:1", "5.000000:3", "1.000000:0"]
+
+
+def test_texts_are_encoded_as_bytes_tensors() -> None:
+    """In JSON as strings; as binary data each after its length in UTF-8."""
+    rows: dict[str, Any] = {
+        "logits": [["1:0:é", "2:1:b"], ["3:2:c", "4:3:d"]],
+        "features": [np.zeros(3, np.float32)] * 2,
+    }
+    head, tail = encode_infer({}, rows, {"logits": True, "features": False})
+    first, second = orjson.loads(b"".join(head))["outputs"]
+    expected = photos("1:0:é".encode(), b"2:1:b", b"3:2:c", b"4:3:d")
+    assert (first["datatype"], first["shape"], second["datatype"]) == ("BYTES", [2, 2], "FP32")
+    assert b"".join(tail) == expected
+    assert first["parameters"]["binary_data_size"] == len(expected)
+    head, tail = encode_infer({}, rows, {"logits": False, "features": False})
+    assert orjson.loads(b"".join(head))["outputs"][0]["data"] == ["1:0:é", "2:1:b", "3:2:c", "4:3:d"]
+    assert not list(tail)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,19 @@ def test_one_unreadable_image_never_touches_its_neighbours(server: ServerProcess
     response = server.client.post(PREDICT, json={"images": ["%%%", base64.b64encode(data).decode()]})
     assert response.json()["predictions"][0]["error"]["code"] == "malformed_request"
     assert "classes" in response.json()["predictions"][1]
+
+
+def test_form_parts_that_are_not_images_are_named_in_the_answer(server: ServerProcess) -> None:
+    """Images without a file name are answered in their place; text fields are listed; without any there is no list."""
+    first, second = encoded(photo(1)), encoded(photo(2))
+    files: dict[str, Any] = {"a": (None, first), "b": ("b.png", second), "comment": (None, "hello")}
+    for path, entries in ((PREDICT, "predictions"), ("/v1/features", "features")):
+        answer = server.client.post(path, files=files).json()
+        assert answer["ignored"] == ["comment"]
+        plain = server.client.post(path, files={"a": ("a.png", first), "b": ("b.png", second)}).json()
+        assert "ignored" not in plain
+        assert len(answer[entries]) == len(plain[entries]) == 2
+    assert_error(server.client.post(PREDICT, files={"comment": (None, "hello")}), 400, "malformed_request")
 
 
 def test_features_as_json_and_as_an_array(server: ServerProcess) -> None:

@@ -77,7 +77,7 @@ def test_triton_clients_find_the_server_and_its_model(client: Any) -> None:
     assert not client.is_model_ready("large")
     server = client.get_server_metadata()
     assert server["name"] == "rednet-serve"
-    assert server["extensions"] == ["binary_tensor_data"]
+    assert server["extensions"] == ["binary_tensor_data", "classification", "parameters"]
     metadata = client.get_model_metadata("tiny")
     assert metadata == client.get_model_metadata("tiny", "1")
     assert metadata["versions"] == ["1"]
@@ -122,6 +122,35 @@ def test_without_named_outputs_all_come(client: Any) -> None:
     assert "id" not in result.get_response()
     assert result.get_response()["model_version"] == "1"
     assert "data" not in result.get_output("logits")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_client_gets_classifications(server: ServerProcess, client: Any, binary: bool) -> None:
+    """By `class_count`: the classes of `/v1`, best first, each as value, index and label; all of them at most."""
+    wanted = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
+    wanted.append(triton.InferRequestedOutput("features", class_count=1))
+    result = client.infer("tiny", [image_input(PHOTOS)], outputs=wanted)
+    rows = result.as_numpy("probabilities")
+    assert (rows.shape, result.get_output("probabilities")["datatype"]) == ((3, 3), "BYTES")
+    assert result.as_numpy("features").shape == (3, 1)
+    files = [("f", (f"{index}.png", data)) for index, data in enumerate(PHOTOS)]
+    predicted = server.client.post("/v1/predict", files=files)
+    for index, row in enumerate(rows):
+        for text, score in zip(row, classes(predicted, index), strict=False):
+            value, position, label = (text.decode() if isinstance(text, bytes) else text).split(":", 2)
+            assert (int(position), label) == (score["index"], score["label"])
+            assert float(value) == pytest.approx(score["probability"], abs=1e-4)
+    every = [triton.InferRequestedOutput("logits", class_count=1000)]
+    assert client.infer("tiny", [image_input(PHOTOS)], outputs=every).as_numpy("logits").shape == (3, 5)
+
+
+def test_shared_memory_of_the_triton_client_is_refused(client: Any) -> None:
+    """With a message that says what to do instead."""
+    wanted = triton.InferRequestedOutput("logits")
+    wanted.set_shared_memory("region", 20)
+    with pytest.raises(InferenceServerException, match="shared memory is not supported") as caught:
+        client.infer("tiny", [image_input(PHOTOS)], outputs=[wanted])
+    assert caught.value.status() == "400"
 
 
 def test_outputs_may_be_half_binary_half_json(server: ServerProcess, client: Any) -> None:

@@ -11,7 +11,7 @@ from service.routes.accept import prefers
 from service.routes.context import context
 from service.routes.parameters import StrictRoute
 from service.routes.respond import respond
-from service.routes.v1 import ERRORS, answered, body_format, error_body, json_response
+from service.routes.v1 import ERRORS, answered, body_format, error_body, ignored_parts, json_response
 from service.schemas import ExplainBody, ModelBody, described_images
 from service.scores import probabilities
 from service.types import ClassActivation, KernelSums, Wish
@@ -86,12 +86,13 @@ async def explain(
     As a picture the answer has place for one image; with `Accept: application/json` for any number of them.
     """
     server, as_json = context(request), prefers(accept, JSON, PNG)
-    answers = answered((await server.journey.answers(request, body_format(request), asked.wish, not as_json)).images)
+    found = await server.journey.answers(request, body_format(request), asked.wish, not as_json)
+    answers = answered(found.images)
     started = time.monotonic()
     if drawn := answers[0].drawn:
         return await respond([drawn.png], PNG, answers, server, started)
     explanations = (_explanation(answer, asked.wish, server.model) for answer in answers)
-    fields = {"layer": asked.layer, "group": asked.group}
+    fields = {**ignored_parts(found), "layer": asked.layer, "group": asked.group}
     return await json_response(server, fields, "explanations", explanations, answers, started)
 
 

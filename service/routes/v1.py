@@ -12,7 +12,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from service.bodies import BodyFormat
 from service.errors import MalformedRequest, ServiceError
-from service.journey import Answer
+from service.journey import Answer, Answers
 from service.routes.accept import prefers
 from service.routes.context import Context, context
 from service.routes.direct import DirectRoute
@@ -39,10 +39,11 @@ async def predict(
     """The likeliest classes of each image.
 
     Send the image itself as the body, a form with any number of files, or JSON with base64. An image that cannot be
-    read has its error in its place; if none can be read, the answer's status is the error's.
+    read has its error in its place; if none can be read, the answer's status is the error's. A part of a form is an
+    image if it has a file name, an image type or the first bytes of an image; `ignored` names the others.
     """
     server = context(request)
-    answers = await _answers(request, server)
+    answers, ignored = await _answers(request, server)
     started = time.monotonic()
     names = [label.label for label in server.model.labels]
     predictions = (
@@ -51,7 +52,7 @@ async def predict(
         else error_body(answer.outcome)
         for answer in answers
     )
-    return await json_response(server, {}, "predictions", predictions, answers, started)
+    return await json_response(server, ignored, "predictions", predictions, answers, started)
 
 
 @router.post(
@@ -70,16 +71,18 @@ async def features(
     As an array the answer has no place for errors: there, one image that cannot be read fails the request.
     """
     server = context(request)
-    answers = await _answers(request, server)
+    answers, ignored = await _answers(request, server)
     started = time.monotonic()
     rows = [_features(answer, normalize) for answer in answers]
     if prefers(accept, NPY, "application/json"):
-        if failed := next((row for row in rows if isinstance(row, ServiceError)), None):
-            raise failed
+        for index, row in enumerate(rows):
+            if isinstance(row, ServiceError):
+                raise of_image(index, row, len(rows))
         return await respond(_npy([row for row in rows if isinstance(row, np.ndarray)]), NPY, answers, server, started)
     vectors = (error_body(row) if isinstance(row, ServiceError) else row for row in rows)
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
-    return await json_response(server, {"dimension": dimension}, "features", vectors, answers, started)
+    fields = {**ignored, "dimension": dimension}
+    return await json_response(server, fields, "features", vectors, answers, started)
 
 
 @router.get("/model")
@@ -95,8 +98,14 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
     return {"error": {"code": error.code, "message": error.message}}
 
 
-async def _answers(request: Request, server: Context) -> Sequence[Answer]:
-    return answered((await server.journey.answers(request, body_format(request))).images)
+async def _answers(request: Request, server: Context) -> tuple[Sequence[Answer], dict[str, Any]]:
+    answers = await server.journey.answers(request, body_format(request))
+    return answered(answers.images), ignored_parts(answers)
+
+
+def ignored_parts(answers: Answers) -> dict[str, Any]:
+    """The field of an answer that names the parts of a form that were not read, if there are any."""
+    return {"ignored": list(answers.ignored)} if answers.ignored else {}
 
 
 def body_format(request: Request) -> BodyFormat:
@@ -115,8 +124,13 @@ def answered(answers: Sequence[Answer]) -> Sequence[Answer]:
     """The same answers; raises the first error where not one image has an answer."""
     errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
     if len(errors) == len(answers):
-        raise errors[0]
+        raise of_image(0, errors[0], len(answers))
     return answers
+
+
+def of_image(index: int, error: ServiceError, images: int) -> ServiceError:
+    """The error of one image, which says so where the request has several."""
+    return error.with_message(f"image {index}: {error.message}") if images > 1 else error
 
 
 def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:

@@ -33,7 +33,7 @@ from service.schemas import (
     described_infer,
 )
 from service.scores import probabilities
-from service.tensors import HEADER_LENGTH, encode_infer
+from service.tensors import HEADER_LENGTH, Row, encode_infer, highest_values
 from service.types import Floats, Inference, State
 
 VERSION = "1"
@@ -58,7 +58,9 @@ router = APIRouter(tags=["v2"], route_class=StrictRoute)
 async def server_metadata() -> ServerBody:
     """The server and the extensions of the protocol that it understands."""
     version = importlib.metadata.version("rednet-serve")
-    return ServerBody(name="rednet-serve", version=version, extensions=["binary_tensor_data"])
+    return ServerBody(
+        name="rednet-serve", version=version, extensions=["binary_tensor_data", "classification", "parameters"]
+    )
 
 
 async def metadata(request: Request) -> ModelMetadataBody:
@@ -95,17 +97,25 @@ async def infer(request: Request) -> Response:
     The input is either `image`, BYTES `[N]`: photos as files, in JSON as base64; or `pixels`, FP32 `[N, 3, H, W]`: cut
     and normalised as `/v1/model` says. The protocol has no place for errors of single images: the first image that
     cannot be read fails the request.
+
+    With the parameter `classification`: k, an output is BYTES `[N, k]` instead: its k highest values, best first, each
+    as "value:index:label" (`features` have no labels).
     """
     server = context(request)
     header_length = request.headers.get(HEADER_LENGTH)
-    answers, asked = await server.journey.answers(request, BodyFormat("v2", header_length=header_length))
+    answers, asked, _ = await server.journey.answers(request, BodyFormat("v2", header_length=header_length))
     assert asked, "this is a bug: an infer request was parsed as something else"
     started = time.monotonic()
     available = await _tensors(answers)
     fields = {"model_name": server.model.name, "model_version": VERSION}
     if asked.id is not None:
         fields["id"] = asked.id
-    as_json, tail = encode_infer(fields, {name: available[name] for name in asked.outputs}, asked.outputs)
+    tensors: dict[str, Sequence[Row]] = {name: available[name] for name in asked.outputs}
+    labels = [label.label for label in server.model.labels]
+    for name, count in asked.classes.items():
+        known = () if name == "features" else labels
+        tensors[name] = [highest_values(row, known, count) async for row in in_turns(available[name])]
+    as_json, tail = encode_infer(fields, tensors, asked.outputs)
     if not any(asked.outputs.values()):
         return await respond(as_json, "application/json", answers, server, started)
     head = [piece async for piece in in_turns(as_json)]
