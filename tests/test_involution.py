@@ -104,6 +104,29 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(result, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@needs_native
+@pytest.mark.parametrize(("groups", "width"), [(1, 16), (3, 16), (2, 8)])
+@pytest.mark.parametrize(("k", "stride", "height"), [(3, 1, 8), (3, 2, 7), (5, 1, 6), (7, 1, 9), (7, 2, 10), (7, 2, 9)])
+def test_native_bfloat16_is_the_float32_result_rounded_once(
+    groups: int, width: int, k: int, stride: int, height: int
+) -> None:
+    """Values and both gradients, bit for bit, whether the C code converts or its caller does."""
+    torch.manual_seed(0)
+    out = -(-height // stride)
+    x = torch.randn(2, groups * width, height, height + 1).bfloat16().to(memory_format=torch.channels_last)
+    kernel = torch.randn(2, groups, k * k, out, -(-(height + 1) // stride)).bfloat16()
+    kernel[0, 0, 0, 0, 0], x[0, 0, 0, 0] = torch.inf, torch.nan
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = x.to(dtype).requires_grad_(), kernel.to(dtype).requires_grad_()
+        with use("native"):
+            y = involution(*leaves, stride)
+            grad = torch.linspace(-3, 3, y.numel()).reshape(y.shape).bfloat16().to(dtype)
+            results.append([each.bfloat16() for each in (y.detach(), *torch.autograd.grad(y, leaves, grad))])
+    for half, single in zip(*results, strict=True):
+        torch.testing.assert_close(half, single, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("x", "kernel", "stride", "message"),
     [

@@ -143,7 +143,7 @@ class Operators:
         Args:
             sizes: as there.
             pointers: address and number of elements of each array.
-            element_size: 4 for float32, 8 for float64.
+            element_size: 2 for bfloat16, 4 for float32, 8 for float64.
 
         Raises:
             ValueError: sizes and arrays do not fit together.
@@ -156,6 +156,25 @@ class Operators:
             )
         if error:
             raise MemoryError if error == b"out of memory" else ValueError(_text(error))
+
+    def batch_norm(self, sizes: Sequence[int], pointers: Sequence[tuple[int | None, int]]) -> None:
+        """Run a pass of `batch_norm` of native/engine.h.
+
+        Args:
+            sizes: its pass, rows, channels, blocks and relu.
+            pointers: address (or None) and number of elements of each of its ten arrays.
+
+        Raises:
+            ValueError: sizes and arrays do not fit together.
+        """
+        arrays = (_Array * 10)(*(_Array(*pointer) for pointer in pointers))
+        step, rows, *others = sizes
+        with self._lock:
+            error = _function(self.build, "batch_norm", ctypes.c_char_p)(
+                ctypes.c_void_p(self._operators), step, ctypes.c_int64(rows), *others, arrays
+            )
+        if error:
+            raise ValueError(_text(error))
 
 
 def unavailable() -> str | None:

@@ -6,6 +6,7 @@
 
 #include "network.h"
 #ifndef INT8 /* training is not for int8 */
+#include "batch_norm.h"
 #include "operator.h"
 #endif
 
@@ -116,10 +117,11 @@ const char *EXPORT(involution)(struct operators *operators, const int32_t *sizes
     for (int i = 0; i < 7; i++) {
         if (!between(sizes[i], i == 0 ? 0 : 1, 1 << 24)) return "a size is out of range";
     }
-    if (real != sizeof(float) && real != sizeof(double)) return "elements must be floats or doubles";
+    if (real != sizeof(bfloat16) && real != sizeof(float) && real != sizeof(double))
+        return "elements must be of 2, 4 or 8 bytes";
     struct operation o = {
-        .x = arrays[0].data,
-        .kernel = arrays[1].data,
+        .x = (const void *)arrays[0].data,
+        .kernel = (const void *)arrays[1].data,
         .out = (void *)arrays[2].data,
         .batch = sizes[0],
         .groups = sizes[1],
@@ -130,6 +132,7 @@ const char *EXPORT(involution)(struct operators *operators, const int32_t *sizes
         .width_out = ceil_div(sizes[4], sizes[6]),
         .size = sizes[5],
         .stride = sizes[6],
+        .real = (size_t)real,
     };
     if (sizes[7]) o.grad_x = (void *)arrays[3].data, o.grad_kernel = (void *)arrays[4].data;
     if (o.size % 2 == 0 || o.size > LARGEST_KERNEL || (int64_t)o.batch * o.groups > INT_MAX / 2 ||
@@ -141,9 +144,49 @@ const char *EXPORT(involution)(struct operators *operators, const int32_t *sizes
     for (int i = 0; i < (sizes[7] ? 5 : 3); i++) {
         if (arrays[i].length != lengths[i] || (!arrays[i].data && lengths[i])) return "an array has another length";
     }
-    const char *error = operator_fast(&o, (size_t)real) ? grow(operators, operator_floats(&o)) : NULL;
+    if (real == sizeof(bfloat16) && !operator_fast(&o)) return "bfloat16 wants the sizes of the fast case";
+    const char *error = operator_fast(&o) ? grow(operators, operator_floats(&o)) : NULL;
     if (error) return error;
-    struct operator_call call = {&o, operators, (size_t)real};
+    struct operator_call call = {&o, operators};
     return pool_run(operators->pool, operator_thread, &call) ? NULL : "the operator's threads do not outlive a fork";
+}
+
+const char *EXPORT(batch_norm)(struct operators *operators, int32_t pass, int64_t rows, int32_t channels,
+                               int32_t blocks, int32_t relu, const struct array *arrays) {
+    if (!between(pass, STATISTICS, GRADIENTS) || !between(channels, 1, 1 << 24) || !between(blocks, 1, 1 << 16) ||
+        rows < blocks || rows > INT64_MAX >> 32)
+        return "a size is out of range";
+    const int64_t map = rows * channels, sums = (int64_t)blocks * 2 * channels;
+    const int64_t lengths[] = {map, map, map, map, channels, channels, channels, sums, map, map};
+    for (int i = 0; i < 10; i++) {
+        if (arrays[i].data && arrays[i].length != lengths[i]) return "an array has another length";
+    }
+    /* Which arrays each pass needs. */
+    static const bool needed[4][10] = {{1, 0, 0, 0, 1, 0, 0, 1, 0, 0},
+                                       {1, 0, 0, 0, 1, 1, 0, 0, 1, 0},
+                                       {1, 1, 0, 0, 1, 0, 0, 1, 0, 0},
+                                       {1, 1, 0, 0, 1, 1, 1, 0, 1, 0}};
+    for (int i = 0; i < 10; i++) {
+        if (needed[pass][i] && !arrays[i].data) return "an array is missing";
+    }
+    struct batch_norm n = {
+        .pass = pass,
+        .rows = rows,
+        .channels = channels,
+        .blocks = blocks,
+        .x = (const void *)arrays[0].data,
+        .grad = (const void *)arrays[1].data,
+        .y = (const void *)arrays[2].data,
+        .shortcut = (const void *)arrays[3].data,
+        .a = arrays[4].data,
+        .b = arrays[5].data,
+        .c = arrays[6].data,
+        .relu = relu,
+        .sums = (void *)arrays[7].data,
+        .out = (void *)arrays[8].data,
+        .grad_shortcut = (void *)arrays[9].data,
+    };
+    struct batch_norm_call call = {&n, &operators->pool->all};
+    return pool_run(operators->pool, batch_norm_thread, &call) ? NULL : "the operator's threads do not outlive a fork";
 }
 #endif

@@ -43,9 +43,15 @@ struct operators *EXPORT(operators_create)(int threads);
 void EXPORT(operators_free)(struct operators *operators);
 
 /* sizes: batch, groups, channels of a group, H, W, K, stride, and 1 for the gradients; arrays, in the layouts of
- * operator.h: x, kernel, output (or its gradient), and for the gradients those of x and kernel; real: 4 or 8 bytes an
- * element. Not to be called twice at a time. */
+ * operator.h: x, kernel, output (or its gradient), and for the gradients those of x and kernel; real: bytes of an
+ * element, 4, 8, or 2 for bfloat16 in the fast case. Not to be called twice at a time. */
 const char *EXPORT(involution)(struct operators *operators, const int32_t *sizes, const struct array *arrays,
                                int32_t real);
+
+/* A pass of batch_norm.h over bfloat16 maps [rows, channels]. arrays, NULL where the pass has no use for one: x, the
+ * gradient of y, y, shortcut, a, b, c, sums (zero), out, the gradient of the shortcut. Not to be called twice at a
+ * time. */
+const char *EXPORT(batch_norm)(struct operators *operators, int32_t pass, int64_t rows, int32_t channels,
+                               int32_t blocks, int32_t relu, const struct array *arrays);
 
 #pragma GCC visibility pop

@@ -1,6 +1,7 @@
-"""C on the CPU, in float32 and float64, channels-last inside. The fast case: float32 and 16 channels per group.
+"""C on the CPU, channels-last inside. The fast case: float32 or bfloat16, 16 channels per group and the usual kernels.
 
-Half precisions are computed in float32. Shapes and dtypes that it does not support run in `torch_ops`.
+Half precisions are computed in float32: bfloat16 in the fast case is converted inside the C code, everything else
+before it. Shapes and dtypes that the C code does not support run in `torch_ops`.
 """
 
 import os
@@ -15,12 +16,13 @@ from model.ops import torch_ops
 
 DTYPES = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
+FAST_CASES = ((3, 1), (7, 1), (7, 2))  # kernel size, stride
 LARGEST_KERNEL, LARGEST_SIZE = 63, 1 << 24
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
-    if x.dtype in HALVES:
+    if x.dtype in HALVES and not _fast_bfloat16(x, kernel, stride):
         return forward(x.float(), kernel.float(), stride).to(x.dtype)
     if not _fits(x, kernel):
         return torch_ops.forward(x, kernel, stride)
@@ -33,7 +35,7 @@ def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
 
 def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel from grad [B, C, h, w]."""
-    if x.dtype in HALVES:
+    if x.dtype in HALVES and not _fast_bfloat16(x, kernel, stride):
         grad_x, grad_kernel = backward(grad.float(), x.float(), kernel.float(), stride)
         return grad_x.to(x.dtype), grad_kernel.to(x.dtype)
     if not _fits(grad, x, kernel):
@@ -44,11 +46,22 @@ def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tens
     return grad_x.permute(0, 3, 1, 2), grad_kernel.permute(0, 3, 4, 1, 2)
 
 
+def _fast_bfloat16(x: Tensor, kernel: Tensor, stride: int) -> bool:
+    """Whether the C code takes these as they are."""
+    case = (x.shape[1], isqrt(kernel.shape[2]), stride)
+    return x.dtype == torch.bfloat16 and case in ((16 * kernel.shape[1], *each) for each in FAST_CASES)
+
+
 def _fits(*tensors: Tensor) -> bool:
     """Addresses go to C: they must be those of this machine's memory, of one dtype, and of sizes that C can count."""
     x, kernel = tensors[-2:]
     alike = all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
-    return alike and x.dtype in DTYPES and kernel.shape[2] <= LARGEST_KERNEL**2 and max(x.shape) <= LARGEST_SIZE
+    return (
+        alike
+        and x.dtype in (torch.bfloat16, *DTYPES)
+        and kernel.shape[2] <= LARGEST_KERNEL**2
+        and max(x.shape) <= LARGEST_SIZE
+    )
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -71,7 +84,12 @@ def _call(stride: int, tensors: list[Tensor], gradients: bool) -> None:
         return
     sizes = (batch, groups, channels // groups, height, width, isqrt(taps), stride, int(gradients))
     pointers = [(tensor.data_ptr(), tensor.numel()) for tensor in tensors]
-    _operators(torch.get_num_threads()).involution(sizes, pointers, x.element_size())
+    operators().involution(sizes, pointers, x.element_size())
+
+
+def operators() -> Operators:
+    """The C functions, with as many threads as torch has."""
+    return _operators(torch.get_num_threads())
 
 
 @lru_cache(maxsize=1)

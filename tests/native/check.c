@@ -185,6 +185,46 @@ static void check_operator(struct operators *operators, int batch, int groups, i
     for (int i = 0; i < 5; i++) free((void *)floats[i].data), free((void *)doubles[i].data);
 }
 
+/* Arrays of exactly the right length, so that a sanitizer sees every access beyond them. */
+static struct array bfloats(size_t length) {
+    float *values = noises(length, 1);
+    bfloat16 *halves = malloc((length ? length : 1) * sizeof *halves);
+    narrow(values, halves, (int)length);
+    free(values);
+    return (struct array){(float *)halves, (int64_t)length};
+}
+
+static void check_bfloat16_operator(struct operators *operators, int groups, int height, int columns, int size,
+                                    int stride) {
+    int h = ceil_div(height, stride), v = ceil_div(columns, stride), channels = groups * GROUP;
+    size_t map = (size_t)(2 * height * columns * channels), kernel = (size_t)(2 * h * v * groups * size * size),
+           out = (size_t)(2 * h * v * channels);
+    struct array arrays[5] = {bfloats(map), bfloats(kernel), bfloats(out), bfloats(map), bfloats(kernel)};
+    for (int gradients = 0; gradients < 2; gradients++) {
+        int32_t sizes[8] = {2, groups, GROUP, height, columns, size, stride, gradients};
+        const char *error = EXPORT(involution)(operators, sizes, arrays, 2);
+        if (error) FAIL("bfloat16 operator: %s\n", error);
+    }
+    for (int i = 0; i < 5; i++) free((void *)arrays[i].data);
+}
+
+static void check_batch_norm(struct operators *operators, int rows, int channels, int blocks) {
+    size_t map = (size_t)(rows * channels), sums = (size_t)(2 * blocks * channels);
+    struct array arrays[10];
+    for (int i = 0; i < 10; i++) {
+        size_t length = i == 7 ? sums : i >= 4 && i <= 6 ? (size_t)channels : map;
+        arrays[i] = i >= 4 && i <= 7 ? (struct array){noises(length, 1), (int64_t)length} : bfloats(length);
+    }
+    for (int pass = STATISTICS; pass <= GRADIENTS; pass++) {
+        for (int relu = 0; relu < 2; relu++) {
+            const char *error = EXPORT(batch_norm)(operators, pass, rows, channels, blocks, relu, arrays);
+            if (error) FAIL("batch norm: %s\n", error);
+        }
+    }
+    arrays[0].length--;
+    if (!EXPORT(batch_norm)(operators, STATISTICS, rows, channels, blocks, 0, arrays)) FAIL("a short map was taken\n");
+    for (int i = 0; i < 10; i++) free((void *)arrays[i].data);
+}
 #endif
 
 int main(int arguments, char **argument) {
@@ -213,6 +253,13 @@ int main(int arguments, char **argument) {
         }
     }
     check_operator(operators, 0, 2, 16, 6, 7, 3, 1);
+    for (int wide = 0; wide < 2; wide++) {
+        check_bfloat16_operator(operators, 1 + wide, 1 + 8 * wide, 1 + 15 * wide, 3, 1);
+        check_bfloat16_operator(operators, 1 + wide, 1 + 8 * wide, 1 + 15 * wide, 7, 1);
+        check_bfloat16_operator(operators, 1 + wide, 1 + 8 * wide, 1 + 15 * wide, 7, 2);
+    }
+    check_batch_norm(operators, 1, 1, 1);
+    check_batch_norm(operators, 37, 48, 5);
     EXPORT(operators_free)(operators);
 #endif
     puts("no complaint");
