@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from model.ops import forward
+from model.ops.batch_norm import batch_norm
+from model.pointwise import PointwiseConv2d
 
 
 def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
@@ -77,12 +79,16 @@ class ConvModule(nn.Module):
         self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, bare: bool = False
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bare)
+        self.conv = (
+            PointwiseConv2d(in_channels, out_channels, stride, bias=bare)
+            if kernel_size == 1
+            else nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bare)
+        )
         self.bn = None if bare else nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        return x if self.bn is None else self.bn(x).relu()
+        return x if self.bn is None else batch_norm(self.bn, x)
 
 
 class Involution(nn.Module):

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.involution import ConvModule, Involution
+from model.ops.batch_norm import batch_norm
+from model.pointwise import PointwiseConv2d
 
 BLOCKS: Mapping[int, tuple[int, int, int, int]] = {  # depth -> bottleneck blocks per stage
     26: (1, 2, 4, 1),
@@ -73,30 +74,36 @@ class RedNetConfig:
         return self.base_channels * EXPANSION * 8
 
 
+class Downsample(nn.Sequential):
+    """A convolution and a batch norm, under the names of the checkpoints: 0 and 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return batch_norm(self[1], self[0](x), relu=False)
+
+
 class Bottleneck(nn.Module):
     """1x1 convolution, involution, 1x1 convolution, and the way around them. Names are those of the checkpoints."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, config: RedNetConfig) -> None:
         super().__init__()
         out_channels = channels * EXPANSION
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.conv1 = PointwiseConv2d(in_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = Involution(channels, config.kernel_size, stride, config.reduction_ratio, config.group_channels)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.conv3 = PointwiseConv2d(channels, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample: nn.Sequential | None = None
+        self.downsample: Downsample | None = None
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            self.downsample = Downsample(
+                PointwiseConv2d(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x)).relu()
-        out = self.bn2(self.conv2(out)).relu()
-        out = self.bn3(self.conv3(out))
-        shortcut: Tensor = x if self.downsample is None else self.downsample(x)
-        return F.relu(out + shortcut)
+        out = batch_norm(self.bn1, self.conv1(x))
+        out = batch_norm(self.bn2, self.conv2(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return batch_norm(self.bn3, self.conv3(out), shortcut)
 
 
 class Backbone(nn.Module):
