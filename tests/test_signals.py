@@ -33,8 +33,8 @@ as_pid_1 = pytest.mark.skipif(not allowed(), reason="no PID namespace can be mad
 
 def children(process: int) -> list[int]:
     """The processes whose parent this one is."""
-    task = Path(f"/proc/{process}/task/{process}/children")
-    return [int(child) for child in task.read_text().split()] if task.exists() else []
+    lists = Path(f"/proc/{process}/task").glob("*/children")  # of each thread, those that it has started
+    return [int(child) for each in lists for child in each.read_text().split()]
 
 
 def state(process: int) -> str:
