@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from model.images.signatures import claims
 from model.photos import Photo, PhotoError
-from model.preprocess import has_signature
 from model.text import clean_text
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # believed, so that no file is opened
@@ -160,7 +160,7 @@ def _is_photo(entry: os.DirEntry[str], path: Path) -> bool:
             start = file.read(16)
     except OSError as error:
         raise PhotoError(f"{path} cannot be read: {error.strerror or error}") from error
-    return has_signature(start)
+    return claims(start)
 
 
 def _kind(path: Path) -> str:

@@ -8,10 +8,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from model.preprocess import FORMATS, Pixels
+from model.images.opening import open_photo
+from model.preprocess import Pixels
 from model.progress import progress
 
 Item = TypeVar("Item")
@@ -58,13 +59,11 @@ def read_photo(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
     """Return the photo's pixels, made by `convert` from the lazily opened file.
 
     Raises:
-        PhotoError: the file is missing, damaged, or not in one of `FORMATS`.
+        PhotoError: the file is missing, damaged, or of a format that is not read.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_photo(path.read_bytes()) as image:
             return convert(image)
-    except UnidentifiedImageError:
-        raise PhotoError(f"{path} is not a readable photo: not a {', '.join(FORMATS)} file, or damaged") from None
     except Exception as error:  # Pillow raises nearly anything for a damaged file
         raise PhotoError(f"{path} is not a readable photo: {error}") from error
 

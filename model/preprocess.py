@@ -1,13 +1,14 @@
 """From a photo to the pixels a network expects: one implementation for training, evaluation and serving."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
+
+from model.images.rgb import upright_rgb
 
 if TYPE_CHECKING:  # processes that only decode photos do without PyTorch
     from torch import Tensor
@@ -17,10 +18,6 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels o
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# The only formats that are ever opened, whatever a file is called. Pillow knows many more, and for some of them starts
-# other programs: for an EPS file, Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # WebP and BMP: below
 LARGEST = 4096  # pixels of a photo's short side after scaling
 LARGEST_CROP = 1024  # pixels of what the network sees; RedNet-26 is prepared for it in 1.1 GB, for 4096 in 12
 SMALLEST_STD = 1e-6  # quotients are still ordinary float32 numbers
@@ -98,46 +95,3 @@ def scaled_box(image: Image.Image, box: Box, side: int, interpolation: str = "bi
     """The part of an RGB photo inside box, scaled to [3, side, side]."""
     scaled = image.resize((side, side), FILTERS[interpolation], box=box)
     return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any photo as 8-bit RGB, turned the way its EXIF tag says, what is transparent over white.
-
-    Raises:
-        OSError, ValueError, SyntaxError and others of Pillow's: the pixels are damaged.
-    """
-    image.load()
-    with suppress(Exception):  # a broken EXIF block raises nearly anything, and is no reason to refuse a sound photo
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _eight_bits(np.asarray(image)).convert("RGB")
-    if image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # from La there is no direct way
-        paper = Image.new("RGB", image.size, "white")
-        paper.paste(image, mask=image.getchannel("A"))
-        return paper
-    return image.convert("RGB")
-
-
-def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
-    """Grey of 16 or 32 bits or floats. Their full scale is the smallest usual one that holds the largest value."""
-    largest = float(np.max(values, where=np.isfinite(values), initial=0))
-    if values.dtype.itemsize == 2:
-        scales = [65535.0]
-    else:
-        scales = [1.0, 255.0, 65535.0] if values.dtype.kind == "f" else [255.0, 65535.0]
-    factor = 255 / next((scale for scale in scales if largest <= scale), largest)
-    grey = np.empty(values.shape, np.uint8)
-    for row, line in enumerate(values):  # line by line: floats of a whole large photo would take hundreds of megabytes
-        finite = np.nan_to_num(line.astype(np.float32), posinf=largest, neginf=0.0)
-        grey[row] = (finite * factor).round().clip(0, 255)
-    return Image.fromarray(grey)
-
-
-def has_signature(start: bytes) -> bool:
-    """Whether a file that starts so claims to be of one of `FORMATS`; "BM" and "RIFF" alone are too little."""
-    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
-    is_bmp = start[:2] == b"BM" and start[6:10] == bytes(4)  # reserved, zero
-    return start.startswith(SIGNATURES) or is_webp or is_bmp

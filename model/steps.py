@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from model.images.rgb import upright_rgb
 from model.photos import Batch, Photo, batches, read_photo
-from model.preprocess import Pixels, Preprocess, scaled_box, upright_rgb
+from model.preprocess import Pixels, Preprocess, scaled_box
 from model.progress import progress
 from model.recipe import Recipe
 from model.rednet import RedNet

@@ -3,32 +3,26 @@
 What a file claims of itself is checked from its header; pixels are decoded only for what passed.
 """
 
-import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from model.preprocess import FORMATS, Preprocess, has_signature
+from model.images.errors import DamagedImage, UnsupportedImage
+from model.images.opening import Header, open_photo
+from model.preprocess import Preprocess
 from service.decode_limits import Cost, max_scanned_pixels
 from service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
 from service.overlay import draw_overlay
 from service.types import Floats, Pixels
 
-# What a file may make a decoder do. Of 32 MB, a JPEG can make eight million segments, which Pillow reads one after the
-# other in Python, or 400,000 passes over all of its pixels, which take hours.
-MOST_READS = 200_000
 # What begins a scan: a marker, the length of what follows, and the number of components, from which that length comes
 # (ITU-T T.81, B.2.3). The marker alone is by chance in what phones append to photos, a film of the moment, say.
 SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 
-# Our own limit, checked on every image before its pixels are decoded, takes the place of Pillow's, which only warns.
-Image.MAX_IMAGE_PIXELS = None
-
-
-Check = Callable[[Image.Image], None]  # of an image whose header has been read; may raise a ServiceError or TooCostly
+Check = Callable[[Header], None]  # may raise a ServiceError or TooCostly
 
 
 class TooCostly(Exception):
@@ -57,51 +51,42 @@ def draw_image(data: bytes, grid: Floats, preprocess: Preprocess, max_pixels: in
 
 @contextmanager
 def opened(data: bytes, max_pixels: int, check: Check | None = None) -> Iterator[Image.Image]:
-    """An encoded photo, its header read and its pixels not yet; also what is done with it raises no other errors.
+    """Open an encoded photo: its header has been read and checked, its pixels have not been decoded.
+
+    Errors inside the block are translated, too: Pillow's decoders raise nearly anything for damaged data.
 
     Raises:
-        UnsupportedMediaType: it is no image, or of a format that is not served.
-        PayloadTooLarge: it claims more than max_pixels.
+        UnsupportedMediaType: it is not an image, or of a format or variant that is not served.
+        PayloadTooLarge: its header claims more than max_pixels.
         UnreadableImage: the format is known, the data is broken.
         TooCostly: `check` says so.
     """
+
+    def check_header(header: Header) -> None:
+        count = header.width * header.height
+        if count > max_pixels:
+            raise PayloadTooLarge(
+                f"the image has {header.width}x{header.height} pixels; at most {max_pixels} are allowed"
+            )
+        if data.startswith(b"\xff\xd8") and _has_scans(data, max_scanned_pixels(max_pixels) // count + 1):
+            raise UnreadableImage("the JPEG file goes over its pixels too many times")
+        if check:
+            check(header)
+
     try:
-        with Image.open(_CountedReads(data), formats=FORMATS) as image:
-            count = image.width * image.height
-            if count > max_pixels:
-                raise PayloadTooLarge(
-                    f"the image has {image.width}x{image.height} pixels; at most {max_pixels} are allowed"
-                )
-            if data.startswith(b"\xff\xd8") and _has_scans(data, max_scanned_pixels(max_pixels) // count + 1):
-                raise UnreadableImage("the JPEG file goes over its pixels too many times")
-            if check:
-                check(image)
+        with open_photo(data, check_header) as image:
             yield image
     except (ServiceError, TooCostly):
         raise
-    except UnidentifiedImageError:
-        if has_signature(data):
-            raise UnreadableImage("the image's header is damaged") from None
-        raise UnsupportedMediaType(f"not an image; {', '.join(FORMATS)} are served") from None
+    except UnsupportedImage as error:
+        raise UnsupportedMediaType(str(error)) from None
+    except DamagedImage as error:
+        raise UnreadableImage(str(error)) from None
     except MemoryError:
         raise PayloadTooLarge("the image needs more memory than there is") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything for damaged data
+    except Exception as error:
         raise UnreadableImage(f"the image is damaged: {str(error)[:100]}") from error
 
 
 def _has_scans(jpeg: bytes, least: int) -> bool:
     return next(islice(SCAN.finditer(jpeg), least - 1, None), None) is not None
-
-
-class _CountedReads(io.BytesIO):
-    """A file that may be read so many times: each time means that Pillow does something in Python."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self._left = MOST_READS
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self._left -= 1
-        if self._left < 0:
-            raise UnreadableImage("the image consists of too many parts")
-        return super().read(size)

@@ -1,8 +1,9 @@
 """What an image will take to decode, from its header. Estimates are high: on the safe side for nearly every file."""
 
-from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from model.images.opening import Header
+from model.images.tiff import Layout
 from service.decode_limits import WORST_BYTES_PER_PIXEL, Cost
 
 # Seconds for a pixel, measured on one core of an EPYC at 2.4 GHz with photos full of detail, and bytes for a pixel at
@@ -21,7 +22,7 @@ FILE_COPIES = 2  # of the whole file, that decoders make
 MOST_SEGMENTS = 1000  # that are looked at in front of a JPEG's first scan
 
 
-def estimate(image: Image.Image, data: bytes | memoryview, shortest: int) -> Cost:
+def estimate(image: Header, data: bytes | memoryview, shortest: int) -> Cost:
     """What the image takes that was opened and not yet decoded.
 
     Args:
@@ -37,6 +38,8 @@ def estimate(image: Image.Image, data: bytes | memoryview, shortest: int) -> Cos
             return Cost(SCANS_S_PER_PIXEL * pixels, COEFFICIENT_BYTES * pixels + JPEG_BYTES_PER_PIXEL * made)
         return Cost(JPEG_S_PER_PIXEL * pixels + JPEG_S_PER_PIXEL_MADE * made, JPEG_BYTES_PER_PIXEL * made)
     per_pixel = WORST_BYTES_PER_PIXEL if image.format == "WEBP" else BYTES_PER_PIXEL
+    if isinstance(image, Layout):
+        per_pixel = max(per_pixel, image.bytes_per_pixel)
     return Cost(S_PER_PIXEL * pixels, per_pixel * pixels + FILE_COPIES * len(data))
 
 

@@ -70,6 +70,7 @@ def _limit_cpu(cpu_s: float) -> None:
 
 def main() -> None:
     without_pytorch()
+    from model.images.opening import Header
     from model.preprocess import Preprocess
     from service.decode import TooCostly, decode_image, draw_image
     from service.decode_cost import estimate
@@ -85,7 +86,7 @@ def main() -> None:
     slots = np.frombuffer(mmap.mmap(int(sys.argv[2]), 0), np.uint8).reshape(shape)
 
     def answer(slot: int, photo: bytes, grid: bytes, shape: tuple[int, int]) -> bytes:
-        def check(image: Image.Image) -> None:
+        def check(image: Header) -> None:
             if small:
                 cost = estimate(image, photo, LONGEST if grid else 2 * preprocess.resize)
                 if cost.cpu_s > small.cpu_s or cost.memory_bytes > small.memory_bytes:

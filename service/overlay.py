@@ -5,7 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from model.preprocess import Preprocess, upright_rgb
+from model.images.rgb import upright_rgb
+from model.preprocess import Preprocess
 from service.types import Floats
 
 LONGEST = 1024  # pixels of a picture's longer side

@@ -19,7 +19,7 @@ import atheris
 
 with atheris.instrument_imports(include=["PIL", "service"]):
     from model import Preprocess
-    from model.preprocess import FORMATS
+    from model.images.opening import FORMATS
     from service.decode import decode_image
     from service.errors import ServiceError
     from service.tensors import parse_infer

@@ -33,14 +33,30 @@ SERVICE = {
     "slow_readers": set(),
     "answer_transport": set(),
     "connections": {"answer_transport", "errors", "heads", "incoming", "log", "slow_readers", "statuses"},
-    "overlay": {"types", "model.preprocess"},
+    "overlay": {"types", "model.images.rgb", "model.preprocess"},
     "child": set(),
     "fair_queue": set(),
     "decode_limits": {"cgroup"},
-    "decode_cost": {"decode_limits"},
+    "decode_cost": {"decode_limits", "model.images.opening", "model.images.tiff"},
     "decoder_failures": {"errors"},
-    "decode": {"decode_limits", "errors", "overlay", "types", "model.preprocess"},
-    "decoder_process": {"decode", "decode_cost", "decode_limits", "errors", "overlay", "model.preprocess"},
+    "decode": {
+        "decode_limits",
+        "errors",
+        "overlay",
+        "types",
+        "model.images.errors",
+        "model.images.opening",
+        "model.preprocess",
+    },
+    "decoder_process": {
+        "model.images.opening",
+        "decode",
+        "decode_cost",
+        "decode_limits",
+        "errors",
+        "overlay",
+        "model.preprocess",
+    },
     "decoder_link": {"child", "decode_limits", "decoder_failures", "decoder_process", "errors", "fair_queue", "types"},
     "decoder_pool": {"decode_limits", "decoder_failures", "decoder_link", "decoder_process", "errors", "fair_queue"},
     "decoder": {"decode_limits", "decoder_link", "decoder_pool", "errors", "fair_queue", "types", "model.preprocess"},
@@ -178,7 +194,15 @@ MODEL = {
     "pointwise": set(),
     "involution": {"ops", "ops.batch_norm", "pointwise"},
     "rednet": {"involution", "ops.batch_norm", "pointwise"},
-    "preprocess": set(),
+    "images.errors": set(),
+    "images.signatures": set(),
+    "images.jpeg": set(),
+    "images.png": {"images.errors"},
+    "images.tiff": {"images.errors", "images.signatures"},
+    "images.first_frame": set(),
+    "images.opening": {"images", "images.errors", "images.first_frame", "images.signatures"},
+    "images.rgb": {"images", "images.errors", "images.signatures"},
+    "preprocess": {"images.rgb"},
     "text": set(),
     "labels": set(),
     "label_files": {"labels", "text"},
@@ -261,8 +285,8 @@ MODEL = {
         "preprocess",
         "rednet",
     },
-    "photos": {"preprocess", "progress"},
-    "folders": {"photos", "preprocess", "text"},
+    "photos": {"images.opening", "preprocess", "progress"},
+    "folders": {"images.signatures", "photos", "text"},
     "calibrate": set(),
     "confusion": set(),
     "evaluate": {"calibrate", "photos", "preprocess", "progress"},
@@ -278,7 +302,7 @@ MODEL = {
     },
     "recipe": {"preprocess", "rednet"},
     "resume": {"checkpoint", "outputs", "photos", "recipe", "rednet"},
-    "steps": {"photos", "preprocess", "progress", "recipe", "rednet", "resume"},
+    "steps": {"images.rgb", "photos", "preprocess", "progress", "recipe", "rednet", "resume"},
     "train": {
         "calibrate",
         "checkpoint",
@@ -301,7 +325,13 @@ def modules(package: str) -> dict[str, Path]:
     """Every module of a package, by its dotted name without the package's; packages that only gather are left out."""
     folder = ROOT / package
     found = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
-    for gathering in ("__init__", "routes.__init__", "inference.__init__", "inference.cuda.__init__"):
+    for gathering in (
+        "__init__",
+        "routes.__init__",
+        "images.__init__",
+        "inference.__init__",
+        "inference.cuda.__init__",
+    ):
         found.pop(gathering, None)
     return {name.removesuffix(".__init__"): path for name, path in found.items()}
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from model import Preprocess
-from service.decode import MOST_READS, decode_image
+from model.images.opening import MAX_READS
+from service.decode import decode_image
 from service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
 from tests.conftest import encoded, photo
 
@@ -97,7 +98,7 @@ def test_a_file_of_very_many_parts_is_an_error(file_format: str, marker: int, fi
     some = whole[:marker] + filler * 2000 + whole[marker:]
     assert decode_image(some, PREPROCESS, 5_000_000).shape == (3, 32, 32)
     with pytest.raises(UnreadableImage, match="too many parts"):
-        decode_image(whole[:marker] + filler * MOST_READS + whole[marker:], PREPROCESS, 5_000_000)
+        decode_image(whole[:marker] + filler * MAX_READS + whole[marker:], PREPROCESS, 5_000_000)
 
 
 def test_a_jpeg_with_very_many_scans_is_an_error() -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model import Preprocess
-from model.preprocess import upright_rgb
+from model.images.rgb import upright_rgb
 from tests.conftest import encoded, photo
 
 

@@ -1,0 +1,41 @@
+"""Checks the checksums of a PNG file's chunks (PNG, third edition, section 5)."""
+
+import zlib
+
+from model.images.errors import DamagedImage
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_CHUNKS = 100_000
+# Ancillary chunks that change what the pixels look like; without them the answer would be wrong.
+NEEDED = {b"tRNS", b"eXIf"}
+
+
+def without_damaged_chunks(data: bytes) -> bytes:
+    """Return the file without ancillary chunks whose checksum is wrong; Pillow would refuse all of it.
+
+    Pillow does not check the checksums of image data, so that is done here.
+
+    Raises:
+        DamagedImage: a chunk that is needed for the pixels has a wrong checksum, or there are too many chunks.
+    """
+    at, bad = len(SIGNATURE), []
+    for _ in range(MAX_CHUNKS):
+        if at + 12 > len(data):
+            break
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(data):
+            break  # truncated: Pillow says so, or has all it needs
+        checksum = zlib.crc32(memoryview(data)[at + 4 : end - 4])
+        if checksum != int.from_bytes(data[end - 4 : end], "big"):
+            if not kind[:1].islower() or kind in NEEDED:  # a capital letter: critical
+                raise DamagedImage(f"the checksum of a {kind.decode('latin-1')!r} chunk is wrong")
+            bad.append((at, end))
+        at = end
+        if kind == b"IEND":
+            break
+    else:
+        raise DamagedImage("the image consists of too many parts")
+    for start, end in reversed(bad):
+        data = data[:start] + data[end:]
+    return data
