@@ -118,6 +118,27 @@ def test_tiff_of_16_bit_cmyk_is_refused_by_name() -> None:
         rgb(content.getvalue())
 
 
+@pytest.mark.parametrize(
+    ("compression", "name"), [(50001, "WebP"), (32809, "ThunderScan"), (34712, "JPEG 2000"), (65000, "65000")]
+)
+def test_tiff_compression_that_libtiff_lacks_is_refused_by_name(compression: int, name: str) -> None:
+    """Sound files; Pillow calls some of them damaged."""
+    with pytest.raises(UnsupportedImage, match=f"TIFF with {name} compression"):
+        rgb(with_short_tag(tiff("u1", "rgb", "contig", "black", None)[0], 259, compression))
+
+
+def test_tiff_of_uncompressed_ycbcr_is_refused_by_name() -> None:
+    """Pillow expects three bytes per pixel; most such files have fewer."""
+    with pytest.raises(UnsupportedImage, match="uncompressed YCbCr"):
+        rgb(with_short_tag(tiff("u1", "rgb", "contig", "black", None)[0], 262, 6))
+
+
+def with_short_tag(data: bytes, tag: int, value: int) -> bytes:
+    """A little-endian file with another value of a tag of type SHORT."""
+    at = data.index(struct.pack("<HHI", tag, 3, 1))
+    return data[: at + 8] + struct.pack("<H", value) + data[at + 10 :]
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_tiff_orientation_counts_in_every_layout(orientation: int) -> None:
     """Also where the pixels do not come from Pillow."""
@@ -278,6 +299,21 @@ def test_bmp_whose_alpha_is_all_zero_is_opaque() -> None:
     """Programs that know nothing of alpha leave it at zero."""
     assert rgb(bmp((0, 0)))[0].tolist() == [[30, 20, 10], [60, 50, 40]]
     assert rgb(bmp((0, 255)))[0].tolist() == [[255, 255, 255], [60, 50, 40]]
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "name"),
+    [
+        (28, struct.pack("<H", 2), "BMP pixel depth"),
+        (30, struct.pack("<I", 4), "BMP compression"),
+        (54, struct.pack("<4I", 0xF00, 0xF0, 0xF, 0), "BMP bitfields"),
+    ],
+)
+def test_bmp_variant_that_pillow_lacks_is_refused_by_name(at: int, value: bytes, name: str) -> None:
+    """Two bits per pixel, JPEG inside, four bits per colour: valid and rare."""
+    data = bmp((255, 255))
+    with pytest.raises(UnsupportedImage, match=name):
+        rgb(data[:at] + value + data[at + len(value) :])
 
 
 @pytest.mark.parametrize(

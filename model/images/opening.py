@@ -57,6 +57,8 @@ def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.I
     if data.startswith(TIFF_STARTS):
         layout = tiff.read_layout(data)
         check(layout)
+        if layout.unsupported:
+            raise UnsupportedImage(f"{layout.unsupported} is not read; {REMEDY}")
         if not layout.read_by_pillow:
             return tiff.decode(data, layout)
     elif data.startswith(b"\xff\xd8"):
@@ -67,8 +69,8 @@ def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.I
         data = png.without_damaged_chunks(data)
     try:
         image = Image.open(_CountedReads(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise _reason(data) from None
+    except OSError as error:
+        raise (_reason(data, error) or error) from None
     try:
         check(image)
     except BaseException:
@@ -78,8 +80,11 @@ def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.I
     return image
 
 
-def _reason(data: bytes) -> UnsupportedImage | DamagedImage:
-    """Why Pillow did not open a file."""
+def _reason(data: bytes, error: OSError) -> UnsupportedImage | DamagedImage | None:
+    """Why Pillow did not open a file, if more can be said than its error says."""
+    if not isinstance(error, UnidentifiedImageError):
+        kind, _, variant = str(error).partition(" ")
+        return UnsupportedImage(f"{variant} is not read; {REMEDY}") if kind == "Unsupported" else None
     if data.startswith(TIFF_STARTS):
         return UnsupportedImage(f"{tiff.read_layout(data)} is not read; {REMEDY}")
     if claims(data):

@@ -22,6 +22,11 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # PhotometricInterpretation
 CONTIGUOUS, SEPARATE = 1, 2  # PlanarConfiguration
 ASSOCIATED, UNASSOCIATED = 1, 2  # ExtraSamples: alpha, multiplied into the colours or not
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 13: 4, 16: 8, 17: 8, 18: 8}  # bytes of integer field types
+YCBCR = 6
+UNCOMPRESSED = 1
+# What Pillow's libtiff is built for: CCITT, LZW, JPEG, Deflate, PackBits, LZMA, Zstandard.
+COMPRESSIONS = {UNCOMPRESSED, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32946, 34925, 50000}
+COMPRESSION_NAMES = {32809: "ThunderScan", 33003: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC", 50001: "WebP"}
 SAMPLE_FORMATS = {SIGNED: "signed ", FLOAT: "floating-point "}
 
 
@@ -38,6 +43,7 @@ class Layout:
     sample_format: int
     extra: tuple[int, ...]
     orientation: int
+    compression: int
     big_endian_bigtiff: bool
 
     format = "TIFF"
@@ -63,6 +69,15 @@ class Layout:
             return not (self.photometric == WHITE_IS_ZERO and self.samples > 1)
         grey = self.photometric == BLACK_IS_ZERO and self.samples == 1
         return bits == 16 and not planar and (grey or (self.photometric == RGB and self.samples in (3, 4)))
+
+    @property
+    def unsupported(self) -> str | None:
+        """What of this layout is read neither by Pillow nor by tifffile, whatever the samples are."""
+        if self.compression not in COMPRESSIONS:
+            return f"TIFF with {COMPRESSION_NAMES.get(self.compression, self.compression)} compression"
+        if self.compression == UNCOMPRESSED and self.photometric == YCBCR:
+            return "TIFF with uncompressed YCbCr samples"
+        return None
 
     def __str__(self) -> str:
         bits = "/".join(map(str, sorted(set(self.bits))))
@@ -96,6 +111,7 @@ def read_layout(data: bytes) -> Layout:
         sample_format=max(tags.get(339, (UNSIGNED,)), default=UNSIGNED),
         extra=tags.get(338, ()),
         orientation=tags.get(ORIENTATION, (1,))[0],
+        compression=tags.get(259, (UNCOMPRESSED,))[0],
         big_endian_bigtiff=data[:4] == b"MM\0+",
     )
 
