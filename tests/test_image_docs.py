@@ -1,0 +1,54 @@
+"""`docs/image-formats.md` against the code that reads images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from model.images.opening import FORMATS, open_photo
+from model.images.rgb import upright_rgb
+from model.images.signatures import BRANDS, PREFIXES, TEXT
+from model.images.tiff import COMPRESSION_NAMES
+from tests.conftest import encoded, photo
+
+DOCS = (Path(__file__).parent.parent / "docs" / "image-formats.md").read_text()
+NAMES = {name for _, name in (*PREFIXES, *TEXT)} | set(BRANDS.values()) | {"MP4 video"}
+
+
+def pixels(data: bytes) -> Image.Image:
+    with open_photo(data) as image:
+        return upright_rgb(image)
+
+
+def test_docs_have_a_row_for_every_format_that_is_read() -> None:
+    """And no row for another one."""
+    section = DOCS.split("## What is read\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
+    assert [row.upper() for row in rows[1:]] == list(FORMATS)
+
+
+def test_docs_list_every_format_that_is_recognised() -> None:
+    """By the name that the error message uses; nothing else is listed."""
+    paragraph = " ".join(DOCS.split("to convert the image to JPEG or PNG:\n\n")[1].split("\n\n")[0].split())
+    assert set(paragraph.rstrip(".").split(", ")) == NAMES
+
+
+def test_docs_list_every_tiff_compression_that_is_refused_by_name() -> None:
+    """In the TIFF table's row on compression."""
+    (row,) = (line for line in DOCS.splitlines() if line.startswith("| compression |"))
+    assert not {name for name in COMPRESSION_NAMES.values() if name not in row.split("|")[3]}
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg", "tiff_adobe_deflate", "packbits", "lzma", "zstd"])
+def test_tiff_compression_of_the_docs_is_read(compression: str) -> None:
+    """With the pixels of the photo; JPEG loses some."""
+    difference = np.abs(np.asarray(pixels(encoded(photo(), "TIFF", compression=compression))).astype(int) - photo())
+    assert difference.mean() <= (4 if compression == "jpeg" else 0)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_colour_profile_is_ignored(file_format: str) -> None:
+    """A profile that would change every colour."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    assert pixels(encoded(photo(), file_format, icc_profile=profile)) == pixels(encoded(photo(), file_format))
