@@ -133,6 +133,12 @@ def test_tiff_of_uncompressed_ycbcr_is_refused_by_name() -> None:
         rgb(with_short_tag(tiff("u1", "rgb", "contig", "black", None)[0], 262, 6))
 
 
+def test_tiff_that_begins_with_a_thumbnail_is_refused_by_name() -> None:
+    """Camera raw files (DNG, NEF): the thumbnail is not the photo that was sent."""
+    with pytest.raises(UnsupportedImage, match="thumbnail, as in camera raw files"):
+        rgb(tiff("u1", "rgb", "contig", "black", None, subfiletype=1)[0])
+
+
 def with_short_tag(data: bytes, tag: int, value: int) -> bytes:
     """A little-endian file with another value of a tag of type SHORT."""
     at = data.index(struct.pack("<HHI", tag, 3, 1))

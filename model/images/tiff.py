@@ -44,6 +44,7 @@ class Layout:
     extra: tuple[int, ...]
     orientation: int
     compression: int
+    thumbnail: bool  # the first image is a smaller version of another one
     big_endian_bigtiff: bool
 
     format = "TIFF"
@@ -73,6 +74,8 @@ class Layout:
     @property
     def unsupported(self) -> str | None:
         """What of this layout is read neither by Pillow nor by tifffile, whatever the samples are."""
+        if self.thumbnail:
+            return "TIFF whose first image is a thumbnail, as in camera raw files (DNG, NEF),"
         if self.compression not in COMPRESSIONS:
             return f"TIFF with {COMPRESSION_NAMES.get(self.compression, self.compression)} compression"
         if self.compression == UNCOMPRESSED and self.photometric == YCBCR:
@@ -112,6 +115,7 @@ def read_layout(data: bytes) -> Layout:
         extra=tags.get(338, ()),
         orientation=tags.get(ORIENTATION, (1,))[0],
         compression=tags.get(259, (UNCOMPRESSED,))[0],
+        thumbnail=bool(tags.get(254, (0,))[0] & 1),
         big_endian_bigtiff=data[:4] == b"MM\0+",
     )
 
