@@ -65,7 +65,7 @@ def test_predict_tells_people_and_goes_on_after_a_bad_photo(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == photos[0]
     assert "%  thing " in lines[1]
-    assert lines[7].strip().startswith("not an image")
+    assert lines[7].strip().startswith("the data is in no known image format")
     assert lines[9].strip() == "No such file or directory"
     assert "%  thing " in lines[11]
 

@@ -249,7 +249,7 @@ def test_it_can_be_switched_off() -> None:
     """REDNET_NATIVE decides, and `rednet info` tells what runs instead and why."""
     result = info("off")
     assert "backend: torch, involution: torch\n" in result.stdout
-    assert "passed_over: native engine: REDNET_NATIVE is off, int8: REDNET_NATIVE is off\n" in result.stdout
+    assert "passed_over: int8: REDNET_NATIVE is off, native engine: REDNET_NATIVE is off\n" in result.stdout
 
 
 @needs_native
