@@ -145,6 +145,14 @@ def with_short_tag(data: bytes, tag: int, value: int) -> bytes:
     return data[: at + 8] + struct.pack("<H", value) + data[at + 10 :]
 
 
+def test_tiff_of_lab_samples_is_refused_by_name() -> None:
+    """Pillow's conversion to RGB is far from other decoders'."""
+    content = io.BytesIO()
+    tifffile.imwrite(content, np.zeros((8, 8, 3), "u1"), photometric="cielab", metadata=None)
+    with pytest.raises(UnsupportedImage, match="CIE Lab"):
+        rgb(content.getvalue())
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_tiff_orientation_counts_in_every_layout(orientation: int) -> None:
     """Also where the pixels do not come from Pillow."""

@@ -19,6 +19,7 @@ MAX_TAGS = 512
 ORIENTATION = 274  # tag
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # SampleFormat
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # PhotometricInterpretation
+LAB = {8: "CIE Lab", 9: "ICC Lab", 10: "ITU Lab"}  # Pillow's conversion to RGB is up to 45 of 255 off
 CONTIGUOUS, SEPARATE = 1, 2  # PlanarConfiguration
 ASSOCIATED, UNASSOCIATED = 1, 2  # ExtraSamples: alpha, multiplied into the colours or not
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 13: 4, 16: 8, 17: 8, 18: 8}  # bytes of integer field types
@@ -63,6 +64,8 @@ class Layout:
         """Whether Pillow gives this layout the right pixels. Decided by comparison with tifffile, see the tests."""
         if self.big_endian_bigtiff or self.sample_format != UNSIGNED or len(set(self.bits)) != 1:
             return False
+        if self.photometric in LAB:
+            return False
         bits, planar = self.bits[0], self.planar == SEPARATE and self.samples > 1
         if bits <= 8:
             if planar:
@@ -84,7 +87,13 @@ class Layout:
 
     def __str__(self) -> str:
         bits = "/".join(map(str, sorted(set(self.bits))))
-        colours = {WHITE_IS_ZERO: "grey, white as zero", BLACK_IS_ZERO: "grey", RGB: "RGB", 3: "palette", 5: "CMYK"}
+        colours = {
+            WHITE_IS_ZERO: "grey, white as zero",
+            BLACK_IS_ZERO: "grey",
+            RGB: "RGB",
+            3: "palette",
+            5: "CMYK",
+        } | LAB
         kind = colours.get(self.photometric, f"photometric interpretation {self.photometric}")
         planes = ", in separate planes" if self.planar == SEPARATE and self.samples > 1 else ""
         alpha = ", with alpha" if {ASSOCIATED, UNASSOCIATED} & set(self.extra) else ""
