@@ -31,7 +31,7 @@ T = TypeVar("T")
 OPTIONS = ("--max-queue", 32, "--max-body-mb", 2, "--max-pixels", 2_000_000)
 AT_ONCE = 64
 LEAVING, BAD = 0.2, 0.3  # shares of all requests
-PROMISED = {200, 400, 404, 405, 413, 415, 422, 429, 503, 504}
+PROMISED = {200, 400, 404, 405, 408, 413, 415, 422, 429, 503, 504}
 GOOD_AFTERWARDS = 100
 KILL_EVERY_S = 1.5
 
