@@ -28,6 +28,9 @@ HEAD_S = 10.0  # for a request's head to arrive, from its first byte, and for th
 FREE_CHUNKS, MIN_CHUNK_BYTES = 2_500, 32
 MAX_CHUNKS_AT_ONCE = 1_000  # parsed before the event loop sees to other connections
 MAX_CHUNKED_BYTES = 8_192  # of a chunked body that the parser gets at once: it cannot be stopped within them
+# Pipelined requests in a row that are answered at once; the ones behind them are paced, so that one connection does not
+# keep the event loop busy.
+FREE_PIPELINED, PIPELINE_PAUSE_S = 8, 0.005
 LINGER_S = 10.0  # for the rest of a body whose request has its answer already, an error most likely
 
 
@@ -55,6 +58,7 @@ class Connection(HttpToolsProtocol):
     _since_progress = 0  # bytes since the last head or piece of a body
     _chunked = False
     _chunks = _chunk_bytes = _chunks_at_once = 0  # pieces of this chunked body
+    _pipelined = 0  # requests in a row that waited behind the one before
     _in_head = False
     _in_body = False
     _closing = False  # as soon as the body that is coming has come
@@ -113,9 +117,10 @@ class Connection(HttpToolsProtocol):
             self.flow.held = waits
             self.flow.resume_reading()
 
-    def _resume_soon(self) -> None:
+    def _resume_soon(self, pause_s: float = 0.0) -> None:
         if self._incoming and not self._resuming:
-            self._resuming = self.loop.call_soon(self._resume)
+            later = self.loop.call_later
+            self._resuming = later(pause_s, self._resume) if pause_s else self.loop.call_soon(self._resume)
 
     def _resume(self) -> None:
         self._resuming = None
@@ -183,7 +188,8 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             return
-        self._resume_soon()
+        self._pipelined = self._pipelined + 1 if self._incoming else 0
+        self._resume_soon(PIPELINE_PAUSE_S if self._pipelined > FREE_PIPELINED else 0.0)
         if self._in_body:
             self._close_in(LINGER_S)
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from service.connections import FREE_CHUNKS, Connection
+from service.connections import FREE_CHUNKS, FREE_PIPELINED, PIPELINE_PAUSE_S, Connection
 from tests.asking import connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
@@ -45,6 +45,17 @@ def test_pipelined_requests_are_all_answered_in_order() -> None:
         found += [answers(running, sent[:cut], sent[cut:]) for cut in range(ends - 6, ends + 2)]
     for lines in found:
         assert [int(line.split(b"HTTP/1.1 ")[1][:3]) for line in lines] == expected
+
+
+def test_long_pipeline_is_paced() -> None:
+    """One connection cannot keep the event loop busy: beyond the first few, its requests are answered one by one with
+    pauses between them, and all of them are."""
+    requests = 100
+    with ServerThread(FakeRunner()) as running:
+        started = time.monotonic()
+        lines = answers(running, GET * (requests - 1) + LAST)
+        assert time.monotonic() - started >= (requests - FREE_PIPELINED - 2) * PIPELINE_PAUSE_S
+    assert len(lines) == requests
 
 
 def test_pipelined_requests_wait_unparsed() -> None:
