@@ -1,7 +1,9 @@
 """The command line: what may be written on it."""
 
 import argparse
+import atexit
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = run(options)
         sys.stdout.flush()
+        if arguments is None and run.__name__ == "serve":
+            _end(status)
         return status
     except BrokenPipeError:  # `rednet predict ... | head`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -33,6 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _end(status: int) -> None:
+    """End the process without taking the interpreter apart. The engine's thread may still be inside torch, in a long
+    batch or in warm-up, and C++ aborts a process that is taken apart under a running thread.
+    """
+    logging.shutdown()
+    atexit._run_exitfuncs()  # the log's writer has the last lines
+    os._exit(status)
 
 
 def open_standard_streams() -> None:

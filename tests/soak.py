@@ -36,7 +36,8 @@ def soak(server: ServerProcess, seconds: float, every_s: float = EVERY_S, seed: 
         time.sleep(max(0.0, begins + at + every_s - time.monotonic()))
     assert_unharmed(server, expected)
     times, sizes = np.array([sample for sample in samples if sample[0] >= SETTLED * seconds]).T
-    slope: float = np.polyfit(times, sizes, 1)[0]
+    # As np.polyfit, which warns where a slow machine gave it two samples or equal times.
+    slope = float(np.linalg.lstsq(np.stack([times, np.ones_like(times)], axis=1), sizes, rcond=None)[0][0])
     return 600 * slope
 
 

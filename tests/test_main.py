@@ -99,7 +99,7 @@ def test_when_the_drain_takes_too_long_everyone_is_told() -> None:
 
 def test_one_device_is_not_served_on_twice(tiny_path: Path) -> None:
     """However it is spelt."""
-    command = [str(REDNET), "serve", "--checkpoint", str(tiny_path), "--device", "cpu, cpu:0"]
+    command = [str(REDNET), "serve", "--port", "0", "--checkpoint", str(tiny_path), "--device", "cpu, cpu:0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "names one device twice" in done.stderr
