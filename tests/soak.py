@@ -17,6 +17,7 @@ from tests.test_hostile import resident_mb
 EVERY_S = 10.0
 REQUESTS, AT_ONCE = 100, 6  # in that time
 SETTLED = 1 / 6  # of the time, after which memory has no reason to grow any more
+MIN_SAMPLES = 4  # after that: a slow machine takes longer, because a line through fewer would say nothing
 MOST_MB = 1.05  # in ten minutes: 1 MiB
 
 
@@ -25,19 +26,20 @@ def soak(server: ServerProcess, seconds: float, every_s: float = EVERY_S, seed: 
     expected = right_answers(server)
     mischief, statuses = Mischief(seed), Counter[int]()
     samples: list[tuple[float, float]] = []
+    settled: list[tuple[float, float]] = []
     begins = time.monotonic()
-    while (at := time.monotonic() - begins) < seconds:
+    while (at := time.monotonic() - begins) < seconds or len(settled) < MIN_SAMPLES:
         report = asyncio.run(wreak(server.url, mischief, REQUESTS, AT_ONCE))
         assert_as_promised(report)
         statuses += report.statuses
         samples.append((at, resident_mb(server.process.pid)))
+        settled = [sample for sample in samples if sample[0] >= SETTLED * seconds]
         if len(samples) % 30 == 1:
             print(f"{at / 60:5.1f} min  {samples[-1][1]:7.1f} MB  {dict(sorted(statuses.items()))}", flush=True)
         time.sleep(max(0.0, begins + at + every_s - time.monotonic()))
     assert_unharmed(server, expected)
-    times, sizes = np.array([sample for sample in samples if sample[0] >= SETTLED * seconds]).T
-    # As np.polyfit, which warns where a slow machine gave it two samples or equal times.
-    slope = float(np.linalg.lstsq(np.stack([times, np.ones_like(times)], axis=1), sizes, rcond=None)[0][0])
+    times, sizes = np.array(settled).T
+    slope: float = np.polyfit(times, sizes, 1)[0]
     return 600 * slope
 
 
