@@ -172,7 +172,9 @@ class Journey:
         except TimeoutError:
             return Answer(DeadlineExceeded("no answer before the deadline"), decode_s)
         except ServiceError as error:
-            return Answer(error, decode_s)
+            # Its traceback refers to frames that hold the body, in a cycle with the future that raised it: the body's
+            # memory would be kept until the garbage collector runs.
+            return Answer(error.with_traceback(None), decode_s)
 
     async def _decode(self, data: bytes | memoryview, flow: Flow) -> Decoded:
         try:

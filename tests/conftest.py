@@ -12,7 +12,10 @@ from torch import nn
 
 from model import Checkpoint, Preprocess, RedNet, create_rednet, save_checkpoint
 from model.labels import Label
+from model.native import int8_unavailable
 from tests.servers import ServerProcess
+
+needs_int8 = pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))
 
 
 def photo(seed: int = 0, width: int = 90, height: int = 70) -> Image.Image:

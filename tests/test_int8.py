@@ -10,12 +10,11 @@ from model.inference.activation_ranges import collect_activation_ranges, require
 from model.inference.int8_backend import MAX_SUMMANDS, Int8Backend, validate_sums
 from model.inference.native_backend import NativeBackend
 from model.inference.preparation import prepare
-from model.native import int8_builds, int8_unavailable
+from model.native import int8_builds
 from model.preprocess import Preprocess
+from tests.conftest import needs_int8
 from tests.int8_reference import Int8Reference
 from tests.test_native import network, photos
-
-needs_int8 = pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))
 
 
 @needs_int8

@@ -11,8 +11,7 @@ from torch import Tensor
 from model import Preprocess, create_rednet, load_checkpoint
 from model.inference.activation_ranges import collect_activation_ranges, required_activations
 from model.inference.int8_backend import Int8Backend
-from model.native import int8_unavailable
-from tests.conftest import lively, photo
+from tests.conftest import lively, needs_int8, photo
 from tests.int8_reference import Codes, Int8Reference, averaged, fused
 
 
@@ -72,7 +71,7 @@ def test_photos_do_not_disturb_each_other(tiny_path: Path) -> None:
     assert all(torch.equal(both[name][1:], alone[name]) for name in both)
 
 
-@pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))
+@needs_int8
 def test_the_engine_gives_every_code_of_the_embedded_network() -> None:
     """Of all four stages, from the pixels on: no code differs, on photos of an odd size."""
     checkpoint = load_checkpoint()

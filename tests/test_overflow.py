@@ -12,7 +12,7 @@ from PIL import Image
 from model import Checkpoint, Preprocess, create_rednet, save_checkpoint
 from model.labels import Label
 from tests.asking import PREDICT, assert_error, predict, sample
-from tests.conftest import encoded, lively, photo
+from tests.conftest import encoded, lively, needs_int8, photo
 from tests.servers import ServerProcess
 from tests.shared import SHARED
 
@@ -78,7 +78,7 @@ def test_an_overflowing_photo_costs_its_batch_once(fragile: ServerProcess) -> No
 
 
 @pytest.mark.skipif(not NAN_PHOTO.exists(), reason="../shared is absent: no photo that the embedded network fails on")
-@pytest.mark.parametrize(("precision", "status"), [("fp32", 422), ("int8", 200)])
+@pytest.mark.parametrize(("precision", "status"), [("fp32", 422), pytest.param("int8", 200, marks=needs_int8)])
 def test_a_photo_made_against_the_embedded_network(precision: str, status: int) -> None:
     """In float32 it overflows; int8 clips values to its scales, so that its answer is finite."""
     with ServerProcess("--precision", precision) as running:
