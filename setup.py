@@ -49,7 +49,7 @@ class BuildEngine(build_ext):
 
 setup(
     ext_modules=[
-        Extension("model.native.library", ["model/native/dispatch.c", "model/native/engine.c"], optional=True),
+        Extension("rednet.model.native.library", ["model/native/dispatch.c", "model/native/engine.c"], optional=True),
     ],
     cmdclass={"build_ext": BuildEngine},
 )

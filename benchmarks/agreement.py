@@ -21,10 +21,10 @@ from torch import Tensor
 
 from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
-from model import Checkpoint, load_checkpoint, prepare
-from model.evaluate import Answers, evaluate
-from model.folders import read_folder
-from model.photos import Photo
+from rednet import Checkpoint, load_checkpoint, prepare
+from rednet.model.training.dataset import read_folder
+from rednet.model.training.evaluation import Answers, evaluate
+from rednet.model.training.loader import Photo
 
 CLIENTS = 4
 

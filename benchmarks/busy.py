@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measure import report
 from benchmarks.network import network
-from model import Prepared, prepare
+from rednet import Prepared, prepare
 
 CALLS = 60
 

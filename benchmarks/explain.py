@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
-from model import Prepared, load_checkpoint, prepare
-from service.runner import PreparedRunner
-from service.types import ClassActivation, KernelSums, Wish
+from rednet import Prepared, load_checkpoint, prepare
+from rednet.service.engine.runner import PreparedRunner
+from rednet.service.types import ClassActivation, KernelSums, Wish
 
 ROUNDS = 40
 WISHES: Mapping[str, Wish | None] = {

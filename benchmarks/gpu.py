@@ -23,12 +23,12 @@ from benchmarks.measure import report
 from benchmarks.network import network
 from benchmarks.official import official_layer
 from benchmarks.peers import Unfolded, with_involution
-from model import Preprocess, RedNet, prepare
-from model.inference.cuda.network import TritonRedNet
-from model.inference.fold_batchnorm import fold_batchnorm
-from model.inference.preparation import DTYPES, TOLERANCE, Prepared
-from model.inference.tf32 import ieee_float32
-from model.ops import triton_ops as cuda
+from rednet import Preprocess, RedNet, prepare
+from rednet.model.inference.cuda.network import TritonRedNet
+from rednet.model.inference.fold_batchnorm import fold_batchnorm
+from rednet.model.inference.preparation import DTYPES, TOLERANCE, Prepared
+from rednet.model.inference.tf32 import ieee_float32
+from rednet.model.ops import triton_ops as cuda
 
 SIDE = 224
 BATCHES = (1, 8, 64, 256)
@@ -97,7 +97,7 @@ def convolution_rows(net: RedNet, batch: int = 64) -> list[dict[str, object]]:
             rows[key] = {"shape": str(key), "one pass ms": one_ms, "several ms": several_ms}
         return sure()
 
-    with patch("model.inference.cuda.network.first_that_runs", both):
+    with patch("rednet.model.inference.cuda.network.first_that_runs", both):
         TritonRedNet(net, Preprocess(crop=SIDE), torch.device("cuda"), torch.bfloat16)(random_pixels(batch))
     return list(rows.values())
 

@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import torch
 
-from model.ops import reference
-from model.ops import triton_ops as cuda
+from rednet.model.ops import reference
+from rednet.model.ops import triton_ops as cuda
 
 LAYERS = ((64, 56, 1), (128, 56, 2), (128, 28, 1), (256, 14, 1), (512, 7, 1))  # channels, side, stride of RedNet-50
 KINDS = ((1, 16, 1), (3, 4, 2), (3, 16, 1), (7, 12, 1), (7, 16, 1), (7, 16, 2))  # kernel size, group width, stride

@@ -21,9 +21,9 @@ from PIL import Image
 
 from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
-from model import Checkpoint, Preprocess, RedNet, save_checkpoint
-from model.labels import numbered_labels
-from service.decode import decode_image
+from rednet import Checkpoint, Preprocess, RedNet, save_checkpoint
+from rednet.model.io.labels import numbered_labels
+from rednet.service.decoding.decode import decode_image
 
 T = TypeVar("T")
 DURATION_S = 15.0

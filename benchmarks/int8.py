@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.measure import report
 from benchmarks.network import network
-from model import Preprocess
-from model.inference.activation_ranges import collect_activation_ranges
-from model.inference.int8_backend import Int8Backend
-from model.inference.native_backend import NativeBackend
+from rednet import Preprocess
+from rednet.model.inference.activation_ranges import collect_activation_ranges
+from rednet.model.inference.int8_backend import Int8Backend
+from rednet.model.inference.native_backend import NativeBackend
 
 SIDE = 224
 BUDGET_S = 6.0

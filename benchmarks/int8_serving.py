@@ -25,9 +25,9 @@ def spent(url: str) -> dict[str, float]:
     seconds = {"event loop": 0.0, "network": 0.0, "decoders": 0.0}
     for process in Path("/proc").glob("[0-9]*"):
         command = (process / "cmdline").read_bytes()
-        if b"service.decoder_process" in command:
+        if b"rednet.service.decoding.worker" in command:
             seconds["decoders"] += _processor_s(process)
-        elif b"service.cli\0serve" in command:
+        elif b"rednet\0serve" in command:
             for thread in (process / "task").iterdir():
                 seconds["event loop" if thread.name == process.name else "network"] += _processor_s(thread)
     return seconds | {"busy": float(busy[1]) if busy else 0.0}

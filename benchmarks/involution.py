@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import bars, matrix_product_gflops, median_s, report
-from model import involution
-from model.ops import IMPLEMENTATIONS, use
+from rednet import involution
+from rednet.model.ops import IMPLEMENTATIONS, use
 
 SHAPES = (  # batch, channels, side, kernel size, stride: layers of RedNet-50 at 224 pixels, batch 8; of training at 128
     (8, 64, 56, 7, 1),

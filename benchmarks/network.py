@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks.measure import bars, matrix_product_gflops, median_s, report
 from benchmarks.peers import ANY_BATCH, PEERS, Pixels, Run
-from model import Preprocess, RedNet, create_rednet
-from model.involution import Involution
+from rednet import Preprocess, RedNet, create_rednet
+from rednet.model.nn.involution import Involution
 
 ORDER = 33  # largest batch of the run in random order
 

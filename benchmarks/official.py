@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
-from model.involution import Involution
+from rednet.model.nn.involution import Involution
 
 
 def official_layer(path: Path) -> Callable[[Involution], nn.Module]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.load import Answer, Load, closed_loop, open_loop
 from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
-from service.cores import usable_cores
+from rednet.service.system.cores import usable_cores
 
 CONNECTIONS, SECONDS, BURST_S = 16, 30.0, 10.0
 TIMES_CAPACITY = 3

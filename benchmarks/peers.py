@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model import Preprocess, RedNet, prepare
-from model.inference.fold_batchnorm import fold_batchnorm
-from model.involution import Involution
-from model.ops import reference, use
+from rednet import Preprocess, RedNet, prepare
+from rednet.model.inference.fold_batchnorm import fold_batchnorm
+from rednet.model.nn.involution import Involution
+from rednet.model.ops import reference, use
 
 Pixels = NDArray[np.uint8]  # [B, 3, H, W]
 Run = Callable[[Pixels], object]

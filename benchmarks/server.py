@@ -14,7 +14,7 @@ from contextlib import contextmanager
 @contextmanager
 def serving(*options: object) -> Iterator[str]:
     """The address of a `rednet serve` with these options, from the moment on at which its port is open."""
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", *map(str, options)]
+    command = [sys.executable, "-m", "rednet", "serve", "--port", "0", *map(str, options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

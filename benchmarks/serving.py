@@ -25,7 +25,7 @@ from typing import NamedTuple
 from benchmarks.load import Answers, Load, closed_loop, open_loop
 from benchmarks.measure import RESULTS, report
 from benchmarks.rivals.shared import LARGEST_BATCH, decoded, network
-from service.cores import usable_cores
+from rednet.service.system.cores import usable_cores
 
 CONNECTIONS = 32
 PORT = 9310

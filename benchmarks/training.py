@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from benchmarks.measure import bars, matrix_product_gflops, median_s, report
 from benchmarks.network import multiply_adds
-from model import create_rednet
-from model.ops import use
-from model.steps import keep_freed_memory
+from rednet import create_rednet
+from rednet.model.ops import use
+from rednet.model.training.steps import keep_freed_memory
 
 BATCH, SIDE = 64, 128
 FORMS = {  # implementation, memory format, whether freed memory is kept

@@ -1,12 +1,19 @@
-"""RedNet and involution (Li et al., CVPR 2021) for PyTorch: the network, its checkpoints, its fast inference form."""
+"""RedNet and involution for PyTorch: the network, its operator, its checkpoints, its inference backends, its training.
 
-from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from model.inference.backend import Output
-from model.inference.preparation import Prepared, SelfCheckError, prepare
-from model.involution import Involution, involution
-from model.labels import Label
-from model.preprocess import Preprocess
-from model.rednet import RedNet, RedNetConfig, create_rednet
+Names are imported when they are first used: what decodes images does without PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rednet.model.images.preprocess import Preprocess
+    from rednet.model.inference.backend import Output
+    from rednet.model.inference.preparation import Prepared, SelfCheckError, prepare
+    from rednet.model.io.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+    from rednet.model.io.labels import Label
+    from rednet.model.nn.involution import Involution, involution
+    from rednet.model.nn.rednet import RedNet, RedNetConfig, create_rednet
 
 __all__ = [
     "Checkpoint",
@@ -25,3 +32,27 @@ __all__ = [
     "prepare",
     "save_checkpoint",
 ]
+
+_MODULE_OF = {
+    "Checkpoint": "io.checkpoint",
+    "CheckpointError": "io.checkpoint",
+    "Involution": "nn.involution",
+    "Label": "io.labels",
+    "Output": "inference.backend",
+    "Prepared": "inference.preparation",
+    "Preprocess": "images.preprocess",
+    "RedNet": "nn.rednet",
+    "RedNetConfig": "nn.rednet",
+    "SelfCheckError": "inference.preparation",
+    "create_rednet": "nn.rednet",
+    "involution": "nn.involution",
+    "load_checkpoint": "io.checkpoint",
+    "prepare": "inference.preparation",
+    "save_checkpoint": "io.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f"rednet.model.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,31 +11,30 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from model import Checkpoint, Prepared, load_checkpoint, prepare
-from model.inference.preparation import resolve_device
-from service import log
-from service.app import create_app
-from service.batcher import Batcher
-from service.client import LocalClient
-from service.connections import Connection
-from service.cores import usable_cores
-from service.decode_limits import DecodeLimits, memory_for_decoders
-from service.decoder import Decoder
-from service.engine import Engine
-from service.gpus import watch_gpus
-from service.keys import Keys
-from service.listen import url
-from service.metrics import DeviceEvents, Metrics
-from service.runner import PreparedRunner, driver_name, set_threads
-from service.schemas import LabelBody, ModelBody
-from service.settings import Settings
-from service.types import EngineClient, State
+from rednet import Checkpoint, Prepared, load_checkpoint, prepare
+from rednet.model.inference.preparation import resolve_device
+from rednet.service.decoding.decoder import Decoder
+from rednet.service.decoding.limits import DecodeLimits, memory_for_decoders
+from rednet.service.engine.batcher import Batcher
+from rednet.service.engine.client import LocalClient
+from rednet.service.engine.engine import Engine
+from rednet.service.engine.runner import PreparedRunner, driver_name, set_threads
+from rednet.service.http.api_keys import Keys
+from rednet.service.http.app import create_app
+from rednet.service.http.connections import Connection
+from rednet.service.model_description import describe
+from rednet.service.observability import log
+from rednet.service.observability.gpus import watch_gpus
+from rednet.service.observability.metrics import DeviceEvents, Metrics
+from rednet.service.settings import Settings
+from rednet.service.system.cores import usable_cores
+from rednet.service.system.sockets import url
+from rednet.service.types import EngineClient, State
 
 if sys.platform != "win32":
     import resource
@@ -207,27 +206,6 @@ def _engine(prepared: Prepared, settings: Settings, metrics: Metrics) -> Engine:
     runner = PreparedRunner(prepared, largest, auto=wanted == "auto")
     batcher = Batcher(largest, settings.max_wait_ms / 1000)
     return Engine(lambda: runner, batcher, DeviceEvents(metrics, str(prepared.device)))
-
-
-def describe(checkpoint: Checkpoint, prepared: Sequence[Prepared]) -> ModelBody:
-    """What `/v1/model` and `rednet info` say of a network and where it runs; precision and backend are the same on all
-    devices."""
-    net, first = checkpoint.net, prepared[0]
-    return ModelBody(
-        name=checkpoint.name,
-        architecture=net.config.name,
-        parameters=sum(parameter.numel() for parameter in net.parameters()),
-        config=asdict(net.config),
-        feature_channels=net.config.feature_channels,
-        labels=[LabelBody(index=i, id=label.id, label=label.name) for i, label in enumerate(checkpoint.labels)],
-        preprocess=asdict(checkpoint.preprocess),
-        provenance=dict(checkpoint.provenance),
-        device=",".join(str(each.device) for each in prepared),
-        precision=first.precision,
-        backend=first.backend,
-        passed_over=list(first.rejected_backends),
-        deviation=max(each.max_relative_error for each in prepared),
-    )
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:

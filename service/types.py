@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.cost import CostTable
-from service.errors import ServiceError
+from rednet.service.cost_table import CostTable
+from rednet.service.errors import ServiceError
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8] | Floats  # [3, H, W], RGB; float32: normalised already

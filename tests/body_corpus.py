@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.bodies import BodyFormat
+from rednet.service.parsing.bodies import BodyFormat
 from tests.conftest import encoded, photo
 
 PREDICT, FEATURES, EXPLAIN, INFER = "/v1/predict", "/v1/features", "/v1/explain", "/v2/models/fake/infer"

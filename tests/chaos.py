@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from model.images.opening import FORMATS
+from rednet.model.images.opening import FORMATS
 from tests.asking import PREDICT, predict, sample
 from tests.conftest import encoded, photo
 from tests.processes import killing_decoders

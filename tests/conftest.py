@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from model import Checkpoint, Preprocess, RedNet, create_rednet, save_checkpoint
-from model.labels import Label
-from model.native import int8_unavailable
+from rednet import Checkpoint, Preprocess, RedNet, create_rednet, save_checkpoint
+from rednet.model.io.labels import Label
+from rednet.model.native import int8_unavailable
 from tests.servers import ServerProcess
 
 needs_int8 = pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))

@@ -18,12 +18,12 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["PIL", "service"]):
-    from model import Preprocess
-    from model.images.opening import FORMATS
-    from service.decode import decode_image
-    from service.errors import ServiceError
-    from service.tensors import parse_infer
-    from service.uploads import parse_uploads
+    from rednet import Preprocess
+    from rednet.model.images.opening import FORMATS
+    from rednet.service.decoding.decode import decode_image
+    from rednet.service.errors import ServiceError
+    from rednet.service.parsing.oip import parse_infer
+    from rednet.service.parsing.uploads import parse_uploads
 
 from tests.conftest import encoded, photo
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
-from model.involution import Involution
-from model.ops import reference
-from model.preprocess import Preprocess
-from model.rednet import Bottleneck, RedNet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
+from rednet.model.nn.involution import Involution
+from rednet.model.nn.rednet import Bottleneck, RedNet
+from rednet.model.ops import reference
 
 
 class Answer(NamedTuple):
@@ -25,7 +25,7 @@ class Answer(NamedTuple):
 
     logits: Tensor  # float32 [B, num_classes]; alone not exact to the bit: their sums may be made in any order
     features: Tensor  # float32 [B, feature_channels]
-    codes: dict[str, Tensor]  # uint8 or int8 [B, C, h, w], by the names of `model.inference.activation_ranges`
+    codes: dict[str, Tensor]  # uint8 or int8 [B, C, h, w], by the names of `rednet.model.inference.activation_ranges`
 
 
 class Codes(NamedTuple):
@@ -36,7 +36,7 @@ class Codes(NamedTuple):
 
 
 class Int8Reference:
-    """A network with int8 weights, and scales as `model.inference.activation_ranges` gives them."""
+    """A network with int8 weights, and scales as `rednet.model.inference.activation_ranges` gives them."""
 
     def __init__(self, net: RedNet, preprocess: Preprocess, scales: Mapping[str, float]) -> None:
         self._net, self._preprocess, self._scales = fold_batchnorm(net), preprocess, scales

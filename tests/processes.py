@@ -19,7 +19,7 @@ def decoder_pids(of: int) -> list[int]:
 
 def is_decoder(pid: int) -> bool:
     try:
-        return b"service.decoder_process" in (PROC / str(pid) / "cmdline").read_bytes()
+        return b"rednet.service.decoding.worker" in (PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
         return False
 

@@ -17,21 +17,21 @@ from types import TracebackType
 import httpx
 import numpy as np
 
-from model import Preprocess
-from service.app import create_app
-from service.batcher import Batcher
-from service.client import LocalClient
-from service.cost import CostTable
-from service.decode_limits import DecodeLimits
-from service.decoder import Decoder
-from service.engine import Engine
-from service.keys import read_keys
-from service.main import Server, uvicorn_config
-from service.metrics import DeviceEvents, Metrics
-from service.schemas import LabelBody, ModelBody
-from service.settings import Settings
-from service.transfer import Finished
-from service.types import ModelRunner, Pixels, RunnerOutput, Running, Wish
+from rednet import Preprocess
+from rednet.service.cost_table import CostTable
+from rednet.service.decoding.decoder import Decoder
+from rednet.service.decoding.limits import DecodeLimits
+from rednet.service.engine.batcher import Batcher
+from rednet.service.engine.client import LocalClient
+from rednet.service.engine.engine import Engine
+from rednet.service.engine.transfer import Finished
+from rednet.service.http.api_keys import read_keys
+from rednet.service.http.app import create_app
+from rednet.service.main import Server, uvicorn_config
+from rednet.service.model_description import LabelBody, ModelBody
+from rednet.service.observability.metrics import DeviceEvents, Metrics
+from rednet.service.settings import Settings
+from rednet.service.types import ModelRunner, Pixels, RunnerOutput, Running, Wish
 
 REDNET = Path(sys.executable).with_name("rednet")
 PATIENCE_S = 60.0

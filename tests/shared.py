@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from model.native import unavailable
+from rednet.model.native import unavailable
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REFERENCE = SHARED / "reference"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.routes.accept import prefers
+from rednet.service.http.routes.accept import prefers
 
 
 @pytest.mark.parametrize(

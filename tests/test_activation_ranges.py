@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import Preprocess, RedNet, create_rednet, load_checkpoint
-from model.inference.activation_ranges import (
+from rednet import Preprocess, RedNet, create_rednet, load_checkpoint
+from rednet.model.inference.activation_ranges import (
     MAX_RANGE,
     MIN_RANGE,
     collect_activation_ranges,
     required_activations,
     validate_ranges,
 )
-from model.ops import use
-from model.rednet import Bottleneck
+from rednet.model.nn.rednet import Bottleneck
+from rednet.model.ops import use
 from tests.conftest import photo
 
 PREPROCESS = Preprocess(resize=72, crop=64)

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from service.admission import Admission
-from service.errors import Overloaded
-from service.types import Place
+from rednet.service.engine.admission import Admission
+from rednet.service.errors import Overloaded
+from rednet.service.types import Place
 
 FAR = 1e9
 

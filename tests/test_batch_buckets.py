@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.inference.cuda.batch_buckets import BatchBuckets, Program, bucket_size
+from rednet.model.inference.cuda.batch_buckets import BatchBuckets, Program, bucket_size
 
 
 class Device:

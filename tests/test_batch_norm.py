@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.ops.batch_norm import batch_norm
+from rednet.model.ops.batch_norm import batch_norm
 from tests.shared import needs_native
 
 pytestmark = needs_native

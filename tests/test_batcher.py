@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.batcher import ANSWER_S, CAUTION, Batcher
-from service.errors import DeadlineExceeded, Internal, ServiceError
-from service.types import Inference, Job
+from rednet.service.engine.batcher import ANSWER_S, CAUTION, Batcher
+from rednet.service.errors import DeadlineExceeded, Internal, ServiceError
+from rednet.service.types import Inference, Job
 
 PIXELS = np.zeros((3, 1, 1), np.uint8)
 ANSWER = Inference(np.zeros(1, np.float32), np.zeros(1, np.float32), 0.0, 0.0, 1)

@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 import pytest
 
-from service.connections import FREE_CHUNKS
-from service.memory import SMALL_BYTES
-from service.transfer import Finished
-from service.types import Pixels, Running, Wish
+from rednet.service.engine.transfer import Finished
+from rednet.service.http.connections import FREE_CHUNKS
+from rednet.service.parsing.memory_budget import SMALL_BYTES
+from rednet.service.types import Pixels, Running, Wish
 from tests.asking import PREDICT, assert_error, connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
@@ -45,7 +45,7 @@ def test_stalled_large_uploads_leave_room_for_small_bodies(
 ) -> None:
     """As many as there is room for, ten bytes short: a photo of up to a megabyte is answered at once, and a larger one
     is refused until the stalled ones have had their time; then they make room for it."""
-    monkeypatch.setattr("service.memory.UPLOAD_GRACE_S", PATIENCE_S)
+    monkeypatch.setattr("rednet.service.parsing.memory_budget.UPLOAD_GRACE_S", PATIENCE_S)
     with ExitStack() as uploads:
         for _ in range(STALLED):
             uploads.enter_context(stalled(running.url, 10))
@@ -53,7 +53,7 @@ def test_stalled_large_uploads_leave_room_for_small_bodies(
         small = encoded(photo())
         assert predict(running.client, small + bytes(SMALL_BYTES - len(small))).status_code == 200
         assert_error(predict(running.client, LARGE), 429, "overloaded")
-        monkeypatch.setattr("service.memory.UPLOAD_GRACE_S", 0.0)
+        monkeypatch.setattr("rednet.service.parsing.memory_budget.UPLOAD_GRACE_S", 0.0)
         assert predict(running.client, LARGE).status_code == 200
     wait_until(lambda: budget_used(running) == 0, "the memory")
 

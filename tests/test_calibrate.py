@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.calibrate import expected_calibration_error, fit_temperature
+from rednet.model.training.temperature import expected_calibration_error, fit_temperature
 
 
 def honest(count: int) -> tuple[torch.Tensor, torch.Tensor]:

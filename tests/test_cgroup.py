@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cgroup import cpu_limit, memory_limit_bytes
+from rednet.service.system.cgroup import cpu_limit, memory_limit_bytes
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 V1_CPU = "33 24 0:28 {top} /sys/fs/cgroup/cpu,cpuacct ro,nosuid master:11 - cgroup cgroup rw,cpu,cpuacct"
@@ -145,7 +145,7 @@ def test_a_real_v1_quota_limits_the_cores(real_group: Path, quota_us: int, cores
     (real_group / "cpu.cfs_quota_us").write_text(str(quota_us))
     nested = real_group / "nested"
     nested.mkdir()
-    code = "from service import cgroup, cores; print(cores.usable_cores(), cgroup.cpu_limit())"
+    code = "from rednet.service.system import cgroup, cores; print(cores.usable_cores(), cgroup.cpu_limit())"
     try:
         for group in (real_group, nested):
             move = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -c '{code}'"

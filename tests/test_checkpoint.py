@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import Checkpoint, CheckpointError, create_rednet, load_checkpoint, save_checkpoint
-from model.checkpoint import METADATA_KEY
-from model.inference.activation_ranges import required_activations
-from model.labels import imagenet_labels
-from model.state_dicts import infer_config
+from rednet import Checkpoint, CheckpointError, create_rednet, load_checkpoint, save_checkpoint
+from rednet.model.inference.activation_ranges import required_activations
+from rednet.model.io.checkpoint import METADATA_KEY
+from rednet.model.io.labels import imagenet_labels
+from rednet.model.io.state_dicts import infer_config
 
 
 @pytest.fixture

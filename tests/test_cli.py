@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from model import load_checkpoint, save_checkpoint
-from model.native import int8_unavailable, unavailable
-from model.recipe import FINE_TUNING_RATE, Recipe
-from service.cli import RECIPE_FLAGS, main
+from rednet import load_checkpoint, save_checkpoint
+from rednet.model.native import int8_unavailable, unavailable
+from rednet.model.training.recipe import FINE_TUNING_RATE, Recipe
+from rednet.service.cli.parser import RECIPE_FLAGS, main
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, ServerProcess
 from tests.shared import PHOTOS, REFERENCE, needs_shared
@@ -205,7 +205,7 @@ def test_the_flags_of_train_are_the_recipe() -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     """Nothing heavy is imported before a command needs it."""
-    script = "import sys, service.cli; service.cli._parser().format_help(); sys.exit('torch' in sys.modules)"
+    script = "import sys, rednet.service.cli.parser as p; p._parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     shown = subprocess.run([REDNET, "--help"], capture_output=True, text=True, check=True).stdout
     for command in ("serve", "predict", "info", "convert", "quantize", "train", "evaluate"):

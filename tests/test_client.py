@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from service.batcher import Batcher
-from service.client import LocalClient
-from service.cost import CostTable
-from service.engine import Engine
-from service.errors import Draining
-from service.metrics import DeviceEvents, Metrics
-from service.types import Inference, State
+from rednet.service.cost_table import CostTable
+from rednet.service.engine.batcher import Batcher
+from rednet.service.engine.client import LocalClient
+from rednet.service.engine.engine import Engine
+from rednet.service.errors import Draining
+from rednet.service.observability.metrics import DeviceEvents, Metrics
+from rednet.service.types import Inference, State
 from tests.servers import PATIENCE_S, FakeRunner, wait_until
 
 FAR = 1e9

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pytest
 
-from service import connections, slow_readers
-from service.heads import MAX_HEAD_BYTES
-from service.transfer import Finished
-from service.types import Pixels, Running, Wish
+from rednet.service.engine.transfer import Finished
+from rednet.service.http import connections, slow_readers
+from rednet.service.http.request_head import MAX_HEAD_BYTES
+from rednet.service.types import Pixels, Running, Wish
 from tests.asking import connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
@@ -27,7 +27,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
     monkeypatch.setattr(connections, "HEAD_S", LIMIT_S)
     monkeypatch.setattr(connections, "LINGER_S", LIMIT_S)
     monkeypatch.setattr(slow_readers, "UNREAD_S", LIMIT_S)
-    monkeypatch.setattr("service.main.KEEP_ALIVE_S", 2 * LIMIT_S)
+    monkeypatch.setattr("rednet.service.main.KEEP_ALIVE_S", 2 * LIMIT_S)
     with ServerThread(FakeRunner(), max_body_mb=0.1) as server:
         yield server
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.inference.cuda.conv_fallback import MAX_KEYS, ConvFallback
+from rednet.model.inference.cuda.conv_fallback import MAX_KEYS, ConvFallback
 
 
 def unsupported() -> Tensor:

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from service import cores
-from service.cores import usable_cores
+from rednet.service.system import cores
+from rednet.service.system.cores import usable_cores
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.cost import CostTable, measure
+from rednet.service.cost_table import CostTable, measure
 
 
 def test_times_between_and_beyond_what_was_measured() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import RedNet, load_checkpoint, prepare
-from model.preprocess import Preprocess
+from rednet import RedNet, load_checkpoint, prepare
+from rednet.model.images.preprocess import Preprocess
 from tests.test_prepare import assert_close, photos
 
 pytestmark = [
@@ -24,7 +24,7 @@ def net(tiny_path: Path) -> RedNet:
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes that were captured, in order."""
-    from model.inference.cuda.backend import CudaBackend
+    from rednet.model.inference.cuda.backend import CudaBackend
 
     sizes: list[int] = []
     capture = CudaBackend._capture

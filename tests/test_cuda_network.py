@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import create_rednet, load_checkpoint
-from model.preprocess import Preprocess
+from rednet import create_rednet, load_checkpoint
+from rednet.model.images.preprocess import Preprocess
 from tests.conftest import lively
 from tests.test_prepare import assert_close, photos
 
-fused = pytest.importorskip("model.inference.cuda.network", reason="no Triton here", exc_type=ImportError)
+fused = pytest.importorskip("rednet.model.inference.cuda.network", reason="no Triton here", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -44,7 +44,7 @@ def test_it_answers_like_the_plain_network(dtype: torch.dtype, tolerance: float)
 
 def test_maps_are_made_in_sizes_of_the_ladder() -> None:
     """Those that cuDNN has plans for; what a batch is padded with is cut off again."""
-    from model.inference.cuda.backend import CudaBackend
+    from rednet.model.inference.cuda.backend import CudaBackend
 
     sizes: list[int] = []
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model import Preprocess
-from model.images.opening import MAX_READS
-from service.decode import decode_image
-from service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
+from rednet import Preprocess
+from rednet.model.images.opening import MAX_READS
+from rednet.service.decoding.decode import decode_image
+from rednet.service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
 from tests.conftest import encoded, photo
 
 PREPROCESS = Preprocess(resize=40, crop=32)

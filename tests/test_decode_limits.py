@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.decode_cost import estimate
-from service.decode_limits import WORST_BYTES_PER_PIXEL, DecodeLimits, max_scanned_pixels, memory_for_decoders
+from rednet.service.decoding.cost import estimate
+from rednet.service.decoding.limits import WORST_BYTES_PER_PIXEL, DecodeLimits, max_scanned_pixels, memory_for_decoders
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, REDNET
 
 GB = 1_000_000_000
 SIDE = 2000
 MEASURE = """
-import sys, json, service.decoder_process as process; process.without_pytorch()
-from model.preprocess import Preprocess
-from service.decode import decode_image
+import sys, rednet.service.decoding.worker
+from rednet.model.images.preprocess import Preprocess
+from rednet.service.decoding.decode import decode_image
 peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 data = open(sys.argv[1], "rb").read()
 Preprocess(), peak()

@@ -17,12 +17,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model import Preprocess
-from service import decoder_pool
-from service.cores import usable_cores
-from service.decode_limits import DecodeLimits
-from service.decoder import Decoded, Decoder
-from service.errors import DecoderUnavailable, Draining, UnreadableImage, UnsupportedMediaType
+from rednet import Preprocess
+from rednet.service.decoding import pool as decoder_pool
+from rednet.service.decoding.decoder import Decoded, Decoder
+from rednet.service.decoding.limits import DecodeLimits
+from rednet.service.errors import DecoderUnavailable, Draining, UnreadableImage, UnsupportedMediaType
+from rednet.service.system.cores import usable_cores
 from tests.asking import CUT, TEXT, assert_error, predict, sample
 from tests.conftest import encoded, photo
 from tests.processes import PROC, decoder_pids, is_decoder, killing_decoders
@@ -51,10 +51,9 @@ def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1)
 def replace_decoding(decoder: Decoder, expression: str) -> None:
     """Have the processes that it will start make pixels by an expression of `data`, `rest` and the `right` function."""
     script = (
-        "import os, time, service.decoder_process as process; process.without_pytorch(); from service import decode;"
-        "process.without_pytorch = lambda: None;"
-        "right = decode.decode_image; endless = lambda: all(True for _ in iter(int, 1));"
-        f"decode.decode_image = lambda data, *rest: {expression};"
+        "import os, time, rednet.service.decoding.worker as process;"
+        "right = process.decode_image; endless = lambda: all(True for _ in iter(int, 1));"
+        f"process.decode_image = lambda data, *rest: {expression};"
         "process.main()"
     )
     for pool in decoder._pools:
@@ -367,9 +366,9 @@ def test_sound_photo_survives_a_stopped_server() -> None:
     """Server and decoders stop for longer than a photo may take, as in a machine that is suspended."""
     script = f"""
 import asyncio, os
-from model import Preprocess
-from service.decode_limits import DecodeLimits
-from service.decoder import Decoder
+from rednet import Preprocess
+from rednet.service.decoding.limits import DecodeLimits
+from rednet.service.decoding.decoder import Decoder
 from tests.conftest import encoded, photo
 async def main():
     decoder = Decoder(Preprocess(resize=40, crop=32), DecodeLimits.derive(1_000_000, {DECODER_BYTES}, 1), 1)

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 
-from service.settings import Settings, read_settings
+from rednet.service.settings import Settings, read_settings
 from tests.asking import connected, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, ServerProcess, wait_until

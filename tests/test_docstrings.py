@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in ("model", "service")
-    for path in (ROOT / package).rglob("*.py")
+    ".".join(("rednet", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+    for folder in ("model", "service")
+    for path in (ROOT / folder).rglob("*.py")
     if ">>> " in path.read_text(encoding="utf-8")
 )
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from model import RedNetConfig, load_checkpoint
-from model.checkpoint import EMBEDDED
-from service.cli import main
+from rednet import RedNetConfig, load_checkpoint
+from rednet.model.io.checkpoint import EMBEDDED
+from rednet.service.cli.parser import main
 from tests.servers import ServerProcess
 from tests.shared import PHOTOS, SHARED, needs_shared
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from service.batcher import Batcher
-from service.engine import Engine
-from service.errors import DeadlineExceeded, DeviceFailed, Draining, Internal, NumericalOverflow, ServiceError
-from service.transfer import Finished
-from service.types import Inference, KernelSums, Pixels, RunnerOutput, Running, State, Wish
+from rednet.service.engine.batcher import Batcher
+from rednet.service.engine.engine import Engine
+from rednet.service.engine.transfer import Finished
+from rednet.service.errors import DeadlineExceeded, DeviceFailed, Draining, Internal, NumericalOverflow, ServiceError
+from rednet.service.types import Inference, KernelSums, Pixels, RunnerOutput, Running, State, Wish
 from tests.servers import FakeRunner, wait_until
 
 FAR = 1e9

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from service.cost import CostTable
-from service.decoder import Decoded, Decoder
-from service.fair_queue import Flow
-from service.types import State
+from rednet.service.cost_table import CostTable
+from rednet.service.decoding.decoder import Decoded, Decoder
+from rednet.service.decoding.fair_queue import Flow
+from rednet.service.types import State
 from tests.asking import CUT, PREDICT, TEXT, assert_error, connected, occupy, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
@@ -115,7 +115,7 @@ def test_uploads_that_do_not_come_keep_nobody_out() -> None:
 
 def test_a_body_that_takes_too_long_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its caller would wait for an hour: its bytes take room from others."""
-    monkeypatch.setattr("service.journey.ARRIVAL_S", 0.3)
+    monkeypatch.setattr("rednet.service.pipeline.ARRIVAL_S", 0.3)
     with ServerThread(FakeRunner(), request_timeout_s=0.3) as running:
 
         def body() -> Iterator[bytes]:

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model import Preprocess, RedNet, load_checkpoint, prepare
-from model.inference.backend import InferenceBackend, Output, Stages
-from model.inference.preparation import Prepared
-from model.inference.torch_backend import TorchBackend
-from service.runner import PreparedRunner
-from service.schemas import ExplainBody
-from service.types import ClassActivation, KernelSums, Pixels, Running, Wish
+from rednet import Preprocess, RedNet, load_checkpoint, prepare
+from rednet.model.inference.backend import InferenceBackend, Output, Stages
+from rednet.model.inference.preparation import Prepared
+from rednet.model.inference.torch_backend import TorchBackend
+from rednet.service.engine.runner import PreparedRunner
+from rednet.service.http.schemas import ExplainBody
+from rednet.service.types import ClassActivation, KernelSums, Pixels, Running, Wish
 from tests.asking import CUT, TEXT, assert_error, occupy, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from service.fair_queue import FairQueue, Flow
+from rednet.service.decoding.fair_queue import FairQueue, Flow
 
 
 @dataclass(eq=False)

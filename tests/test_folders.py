@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from model import load_checkpoint
-from model.folders import all_photos, read_folder
-from model.photos import Photo, PhotoError, check_photos
-from service.cli import main
+from rednet import load_checkpoint
+from rednet.model.training.dataset import all_photos, read_folder
+from rednet.model.training.loader import Photo, PhotoError, check_photos
+from rednet.service.cli.parser import main
 from tests.conftest import encoded, photo
 
 FLAGS = ["--base-channels", "16", "--epochs", "1", "--size", "32", "--batch-size", "4"]
@@ -178,7 +178,7 @@ def test_folder_that_may_not_be_read_is_named_to_its_reader(data: Path) -> None:
         if folder != Path("/") and folder.stat().st_uid == os.geteuid():
             folder.chmod(folder.stat().st_mode | 0o055)
     script = (
-        "import os, sys; from pathlib import Path; from model.folders import read_folder\n"
+        "import os, sys; from pathlib import Path; from rednet.model.training.dataset import read_folder\n"
         "os.setuid(65534)\n"
         "try: read_folder(Path(sys.argv[1]))\nexcept ValueError as error: print(error)"
     )
@@ -205,7 +205,7 @@ def test_headers_alone_are_read_of_very_many_photos(data: Path, monkeypatch: pyt
     whole = encoded(photo(3, 200, 160), "JPEG")
     cut = data / "cut.jpg"
     cut.write_bytes(whole[: len(whole) // 2])
-    monkeypatch.setattr("model.photos.DECODED", 0)
+    monkeypatch.setattr("rednet.model.training.loader.DECODED", 0)
     check_photos([Photo(cut, 0)])
     cut.write_bytes(b"no photo")
     with pytest.raises(PhotoError, match="and 292 more"):

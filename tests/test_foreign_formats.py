@@ -40,7 +40,7 @@ def test_eps_file_named_jpg_never_starts_ghostscript(command: str, folder: Path,
     }[command]
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        [sys.executable, "-m", "service.cli", *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "rednet", *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert not log.exists(), done.stderr
     assert "photo.jpg" in done.stderr, done.stderr

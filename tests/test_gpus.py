@@ -6,7 +6,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from service.gpus import GpuCollector, watch_gpus
+from rednet.service.observability.gpus import GpuCollector, watch_gpus
 
 NO_DRIVER = not torch.cuda.is_available()
 
@@ -26,7 +26,7 @@ def test_without_a_driver_there_are_no_such_metrics(caplog: pytest.LogCaptureFix
 @pytest.mark.skipif(NO_DRIVER, reason="no CUDA device here")
 def test_memory_and_utilisation_are_the_devices() -> None:
     """What this process holds is among the memory in use."""
-    from service.runner import driver_name
+    from rednet.service.engine.runner import driver_name
 
     device = torch.device("cuda")
     held = torch.zeros(64 << 20, dtype=torch.uint8, device=device)

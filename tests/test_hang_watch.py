@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service import hang_watch
-from service.hang_watch import HUNG_FACTOR, MAX_GAP_S, HangWatch
+from rednet.service.engine import watchdog as hang_watch
+from rednet.service.engine.watchdog import HUNG_FACTOR, MAX_GAP_S, HangWatch
 from tests.asking import PNG
 from tests.conftest import encoded, photo
 from tests.servers import ServerProcess, wait_until
@@ -85,10 +85,10 @@ def test_time_in_which_the_process_did_not_run_does_not_count(clock: Time) -> No
 def test_a_suspended_server_goes_on_under_load(tiny_path: Path) -> None:
     """SIGSTOP in the middle of traffic, for longer than a batch may take; after SIGCONT every request is answered."""
     script = (
-        "import sys; from service import cli, engine\n"
+        "import sys; from rednet.service.cli.parser import main; from rednet.service.engine import engine\n"
         "begin = engine.Engine.__init__\n"
         "engine.Engine.__init__ = lambda *arguments: begin(*arguments, 1.5)  # hung_s\n"
-        "sys.exit(cli.main())"
+        "sys.exit(main())"
     )
     with ServerProcess("--checkpoint", tiny_path, script=script) as running:
         statuses: list[int] = []

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.heads import MAX_HEADER_BYTES, MAX_HEADERS, MAX_TARGET_BYTES
+from rednet.service.http.request_head import MAX_HEADER_BYTES, MAX_HEADERS, MAX_TARGET_BYTES
 from tests.asking import connected
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerThread

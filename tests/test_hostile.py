@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.images.opening import FORMATS
+from rednet.model.images.opening import FORMATS
 from tests.asking import predict
 from tests.conftest import encoded, photo
 from tests.servers import ServerProcess

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from model.images.opening import FORMATS, open_photo
-from model.images.rgb import upright_rgb
-from model.images.signatures import BRANDS, PREFIXES, TEXT
-from model.images.tiff import COMPRESSION_NAMES
+from rednet.model.images.opening import FORMATS, open_photo
+from rednet.model.images.rgb import upright_rgb
+from rednet.model.images.signatures import BRANDS, PREFIXES, TEXT
+from rednet.model.images.tiff import COMPRESSION_NAMES
 from tests.conftest import encoded, photo
 
 DOCS = (Path(__file__).parent.parent / "docs" / "image-formats.md").read_text()

@@ -13,12 +13,12 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.images.errors import DamagedImage, UnsupportedImage
-from model.images.opening import Header, open_photo
-from model.images.rgb import upright_rgb
-from model.preprocess import Preprocess
-from service.decode import decode_image
-from service.errors import ServiceError
+from rednet.model.images.errors import DamagedImage, UnsupportedImage
+from rednet.model.images.opening import Header, open_photo
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.images.rgb import upright_rgb
+from rednet.service.decoding.decode import decode_image
+from rednet.service.errors import ServiceError
 from tests.conftest import encoded, photo
 
 Values = NDArray[np.float64]

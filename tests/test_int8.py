@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from model import create_rednet
-from model.inference.activation_ranges import collect_activation_ranges, required_activations
-from model.inference.int8_backend import MAX_SUMMANDS, Int8Backend, validate_sums
-from model.inference.native_backend import NativeBackend
-from model.inference.preparation import prepare
-from model.native import int8_builds
-from model.preprocess import Preprocess
+from rednet import create_rednet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.activation_ranges import collect_activation_ranges, required_activations
+from rednet.model.inference.int8_backend import MAX_SUMMANDS, Int8Backend, validate_sums
+from rednet.model.inference.native_backend import NativeBackend
+from rednet.model.inference.preparation import prepare
+from rednet.model.native import int8_builds
 from tests.conftest import needs_int8
 from tests.int8_reference import Int8Reference
 from tests.test_native import network, photos
@@ -111,7 +111,7 @@ def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) 
     """A machine without them refuses int8 by name, and auto falls back to float32."""
     net = network()
     scales = collect_activation_ranges(net, Preprocess(), photos(1, 64, 64))
-    monkeypatch.setattr("model.inference.int8_backend.int8_unavailable", lambda: "no AVX2 here")
+    monkeypatch.setattr("rednet.model.inference.int8_backend.int8_unavailable", lambda: "no AVX2 here")
     with pytest.raises(ValueError, match="no AVX2 here"):
         prepare(net, device="cpu", precision="int8", calibration=scales)
     run = prepare(net, device="cpu", calibration=scales)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import Preprocess, create_rednet, load_checkpoint
-from model.inference.activation_ranges import collect_activation_ranges, required_activations
-from model.inference.int8_backend import Int8Backend
+from rednet import Preprocess, create_rednet, load_checkpoint
+from rednet.model.inference.activation_ranges import collect_activation_ranges, required_activations
+from rednet.model.inference.int8_backend import Int8Backend
 from tests.conftest import lively, needs_int8, photo
 from tests.int8_reference import Codes, Int8Reference, averaged, fused
 

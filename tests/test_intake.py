@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
-from service.body_file import BodyFile
-from service.errors import Overloaded, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
-from service.intake import Intake
-from service.memory import MemoryBudget
+from rednet.service.errors import Overloaded, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
+from rednet.service.parsing.body_file import BodyFile
+from rednet.service.parsing.body_reader import Intake
+from rednet.service.parsing.memory_budget import MemoryBudget
 from tests.servers import PATIENCE_S
 
 IN_HEAP = 8
@@ -104,7 +104,7 @@ def test_slow_body_is_a_request_timeout() -> None:
 
 def test_stalled_upload_that_loses_its_claim_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others get the room, and its sender an error that says so, without waiting for the deadline."""
-    monkeypatch.setattr("service.memory.UPLOAD_GRACE_S", 0.0)
+    monkeypatch.setattr("rednet.service.parsing.memory_budget.UPLOAD_GRACE_S", 0.0)
 
     async def stalls() -> AsyncIterator[bytes]:
         yield b"0123456"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from model import Involution, create_rednet, involution
-from model.ops import IMPLEMENTATIONS, operator, use
+from rednet import Involution, create_rednet, involution
+from rednet.model.ops import IMPLEMENTATIONS, operator, use
 from tests.shared import needs_native
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.keys import SHORTEST, KeyFileError, read_keys
+from rednet.service.http.api_keys import SHORTEST, KeyFileError, read_keys
 from tests.asking import PREDICT, assert_error, connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, FakeRunner, ServerThread, wait_until

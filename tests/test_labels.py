@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from model.label_files import read_labels
-from model.labels import Label, named
+from rednet.model.io.label_files import read_labels
+from rednet.model.io.labels import Label, named
 
 
 @pytest.mark.parametrize(

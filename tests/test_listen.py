@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.listen import bind, url
+from rednet.service.system.sockets import bind, url
 from tests.asking import predict
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, ServerProcess

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service import log_writer
-from service.log_writer import LogWriter
+from rednet.service.observability import log_writer
+from rednet.service.observability.log_writer import LogWriter
 from tests.asking import predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, free_port, is_ready, wait_until

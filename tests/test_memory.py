@@ -4,8 +4,8 @@ from contextlib import suppress
 
 import pytest
 
-from service.errors import Overloaded
-from service.memory import SMALL_BYTES, UPLOAD_GRACE_S, Claim, MemoryBudget
+from rednet.service.errors import Overloaded
+from rednet.service.parsing.memory_budget import SMALL_BYTES, UPLOAD_GRACE_S, Claim, MemoryBudget
 
 MB = 1_000_000
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import RedNet, create_rednet, prepare
-from model.inference.native_backend import NativeBackend
-from model.native import Engine, builds, unavailable
-from model.preprocess import Preprocess
-from model.rednet import BLOCKS
+from rednet import RedNet, create_rednet, prepare
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.native_backend import NativeBackend
+from rednet.model.native import Engine, builds, unavailable
+from rednet.model.nn.rednet import BLOCKS
 from tests.conftest import lively
 from tests.servers import REDNET
 from tests.shared import REFERENCE, deterministic, needs_native, needs_shared
@@ -215,9 +215,10 @@ def test_threads_of_python_may_share_an_engine() -> None:
 
 FORK = """
 import os, torch
-from model import create_rednet, involution
-from model.inference.native_backend import NativeBackend
-from model.preprocess import Preprocess
+from rednet import create_rednet
+from rednet import involution
+from rednet.model.inference.native_backend import NativeBackend
+from rednet.model.images.preprocess import Preprocess
 form = NativeBackend(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
 pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 x, kernel = torch.randn(2, 16, 8, 8), torch.randn(2, 1, 9, 8, 8)
@@ -270,9 +271,9 @@ def test_where_there_is_a_compiler_there_is_the_library() -> None:
 
 EXIT = """
 import threading, time, torch
-from model import create_rednet
-from model.inference.native_backend import NativeBackend
-from model.preprocess import Preprocess
+from rednet import create_rednet
+from rednet.model.inference.native_backend import NativeBackend
+from rednet.model.images.preprocess import Preprocess
 form = NativeBackend(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
 pixels = torch.zeros(16, 3, 224, 224, dtype=torch.uint8)
 def work():

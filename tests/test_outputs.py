@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from model import load_checkpoint
-from model.outputs import OutputError, check_output, locked, write_atomically
-from model.recipe import Recipe
-from service.cli import main
+from rednet import load_checkpoint
+from rednet.model.io.output_files import OutputError, check_output, locked, write_atomically
+from rednet.model.training.recipe import Recipe
+from rednet.service.cli.parser import main
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, wait_until
 

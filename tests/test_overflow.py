@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model import Checkpoint, Preprocess, create_rednet, save_checkpoint
-from model.labels import Label
+from rednet import Checkpoint, Preprocess, create_rednet, save_checkpoint
+from rednet.model.io.labels import Label
 from tests.asking import PREDICT, assert_error, predict, sample
 from tests.conftest import encoded, lively, needs_int8, photo
 from tests.servers import ServerProcess

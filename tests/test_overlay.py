@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model import Preprocess
-from service.overlay import COLOURS, LONGEST, draw_overlay
-from service.types import Floats
+from rednet import Preprocess
+from rednet.service.decoding.overlay import COLOURS, LONGEST, draw_overlay
+from rednet.service.types import Floats
 from tests.conftest import encoded, photo
 
 PREPROCESS = Preprocess(resize=256, crop=224)

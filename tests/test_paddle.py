@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from model import CheckpointError, create_rednet, load_checkpoint
-from model.checkpoint import Checkpoint
-from model.paddle import PaddleError, read_pdparams
-from service.cli import main
+from rednet import CheckpointError, create_rednet, load_checkpoint
+from rednet.model.io.checkpoint import Checkpoint
+from rednet.model.io.paddle import PaddleError, read_pdparams
+from rednet.service.cli.parser import main
 
 
 def pdparams(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
 
-from model.native import unavailable
+from rednet.model.native import unavailable
 from tests.asking import CUT, assert_error
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread

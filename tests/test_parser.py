@@ -17,12 +17,12 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from service import parser as parser_module
-from service.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody
-from service.body_file import BodyFile
-from service.errors import MalformedRequest, NotReady, PayloadTooLarge, ServiceError
-from service.parser import Parser
-from service.parsing import parse_body
+from rednet.service.errors import MalformedRequest, NotReady, PayloadTooLarge, ServiceError
+from rednet.service.parsing import parser as parser_module
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody
+from rednet.service.parsing.body_file import BodyFile
+from rednet.service.parsing.body_parser import parse_body
+from rednet.service.parsing.parser import Parser
 from tests.body_corpus import FORM, JSON, PART, corpus
 from tests.servers import PATIENCE_S
 
@@ -153,7 +153,7 @@ def test_infer_options_cross_the_process_boundary() -> None:
 
 def limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **constants: int) -> None:
     """Let parser processes begin with other constants, and pause where a file `pause` says so."""
-    lines = ["import service.parser_process as p"]
+    lines = ["import rednet.service.parsing.worker as p"]
     lines += [f"p.{name} = {value}" for name, value in constants.items()]
     lines += ["p.main()"]
     (tmp_path / "limited_parser.py").write_text("\n".join(lines))

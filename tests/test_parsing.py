@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from model import Preprocess
-from service.bodies import BodyFormat, BodyLimits
-from service.errors import MalformedRequest, UnsupportedMediaType
-from service.parsing import check_pixels, parse_body
+from rednet import Preprocess
+from rednet.service.errors import MalformedRequest, UnsupportedMediaType
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits
+from rednet.service.parsing.body_parser import check_pixels, parse_body
 from tests.conftest import photo
 
 PREPROCESS = Preprocess(resize=40, crop=32)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from service.cost import CostTable
-from service.errors import DeviceFailed, Internal
-from service.types import DeviceLost, Inference, Pixels, RunnerOutput, Running, State, Wish
+from rednet.service.cost_table import CostTable
+from rednet.service.errors import DeviceFailed, Internal
+from rednet.service.types import DeviceLost, Inference, Pixels, RunnerOutput, Running, State, Wish
 from tests.servers import PATIENCE_S, FakeRunner, wait_until
 from tests.test_engine import running
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from service.connections import FREE_CHUNKS, FREE_PIPELINED, PIPELINE_PAUSE_S, Connection
+from rednet.service.http.connections import FREE_CHUNKS, FREE_PIPELINED, PIPELINE_PAUSE_S, Connection
 from tests.asking import connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from model.pointwise import PointwiseConv2d
+from rednet.model.nn.pointwise import PointwiseConv2d
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import RedNet, SelfCheckError, create_rednet, load_checkpoint, prepare
-from model.inference.backend import InferenceBackend, Output, Stages
-from model.inference.preparation import DTYPES, Prepared
-from model.inference.self_check import first_valid_backend, reference_output
-from model.inference.torch_backend import TorchBackend
-from model.native import unavailable
-from model.preprocess import Preprocess
+from rednet import RedNet, SelfCheckError, create_rednet, load_checkpoint, prepare
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.backend import InferenceBackend, Output, Stages
+from rednet.model.inference.preparation import DTYPES, Prepared
+from rednet.model.inference.self_check import first_valid_backend, reference_output
+from rednet.model.inference.torch_backend import TorchBackend
+from rednet.model.native import unavailable
 from tests.shared import needs_native
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}  # relative, for a network of random weights
@@ -119,7 +119,7 @@ def test_what_the_engine_is_not_made_for_runs_in_torch() -> None:
 def test_preparing_does_not_wait_for_torchs_compiler() -> None:
     """A second of every start, for what nobody compiles."""
     script = (
-        "import sys; from model import load_checkpoint, prepare; checkpoint = load_checkpoint();"
+        "import sys; from rednet import load_checkpoint, prepare; checkpoint = load_checkpoint();"
         "prepare(checkpoint.net, checkpoint.preprocess, 'cpu'); sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from model import Preprocess
-from model.images.rgb import upright_rgb
+from rednet import Preprocess
+from rednet.model.images.rgb import upright_rgb
 from tests.conftest import encoded, photo
 
 

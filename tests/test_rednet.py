@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import RedNetConfig, create_rednet, load_checkpoint
-from model.rednet import BLOCKS
+from rednet import RedNetConfig, create_rednet, load_checkpoint
+from rednet.model.nn.rednet import BLOCKS
 from tests.shared import REFERENCE, deterministic, needs_shared
 
 

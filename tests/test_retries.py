@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from service.retries import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, RetryScheduler
+from rednet.service.engine.retry_scheduler import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, RetryScheduler
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from model import Preprocess, load_checkpoint, prepare
-from model.inference.backend import Output, Stages
-from model.inference.preparation import Prepared
-from service.runner import PreparedRunner
+from rednet import Preprocess, load_checkpoint, prepare
+from rednet.model.inference.backend import Output, Stages
+from rednet.model.inference.preparation import Prepared
+from rednet.service.engine.runner import PreparedRunner
 from tests.test_prepare import CUDA, photos
 
 SQUARE = Preprocess(resize=72, crop=64)

@@ -1,6 +1,6 @@
 """Errors as values."""
 
-from service.errors import DecoderUnavailable, Overloaded, UnreadableImage
+from rednet.service.errors import DecoderUnavailable, Overloaded, UnreadableImage
 
 
 def test_an_error_with_another_message_is_a_copy() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, SettingsError, add_flags, check_files, read_settings
+from rednet.service.settings import Settings, SettingsError, add_flags, check_files, read_settings
 
 
 def test_flags_win_over_the_environment_and_that_over_defaults() -> None:

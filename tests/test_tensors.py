@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.bodies import InferOptions, ParsedBody
-from service.errors import MalformedRequest, PayloadTooLarge
-from service.tensors import OUTPUTS, encode_infer, highest_values, parse_infer
+from rednet.service.errors import MalformedRequest, PayloadTooLarge
+from rednet.service.parsing.bodies import InferOptions, ParsedBody
+from rednet.service.parsing.oip import OUTPUTS, encode_infer, highest_values, parse_infer
 
 MOST = 4
 ONE: dict[str, Any] = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["AAAA"]}

@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from model import create_rednet, load_checkpoint, prepare
-from model.confusion import draw_confusion
-from model.evaluate import Answers, evaluate
-from model.folders import read_folder
-from model.photos import Photo, PhotoError, batches
-from model.preprocess import Pixels
-from model.recipe import FINE_TUNING_RATE, Recipe
-from model.steps import augmented, average
-from model.train import hold_out, train, with_classes
-from service.cli import main
+from rednet import create_rednet, load_checkpoint, prepare
+from rednet.model.images.preprocess import Pixels
+from rednet.model.training.confusion import draw_confusion
+from rednet.model.training.dataset import read_folder
+from rednet.model.training.evaluation import Answers, evaluate
+from rednet.model.training.loader import Photo, PhotoError, batches
+from rednet.model.training.recipe import FINE_TUNING_RATE, Recipe
+from rednet.model.training.steps import augmented, average
+from rednet.model.training.trainer import hold_out, train, with_classes
+from rednet.service.cli.parser import main
 from tests.conftest import photo
 from tests.servers import REDNET, wait_until
 
@@ -89,8 +89,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     broken = tmp_path / "broken"
     # The process saves after every batch, so that a kill in the middle of an epoch finds something to go on from.
     script = (
-        "import sys, model.steps; model.steps.SAVE_EVERY_S = 0.0; "
-        "from service.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import sys, rednet.model.training.steps as steps; steps.SAVE_EVERY_S = 0.0; "
+        "from rednet.service.cli.parser import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [str(REDNET.with_name("python")), "-c", script]
     command += ["train", str(data), "--output", str(broken), *FLAGS, "--seed", "5"]
@@ -134,7 +134,7 @@ def test_progress_is_told_line_by_line_without_a_terminal(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How far, how fast, how long still; and the result of every epoch."""
-    monkeypatch.setattr("model.progress.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("rednet.model.training.progress.LINE_EVERY_S", 0.0)
     assert main(["train", str(data), "--output", str(tmp_path / "x"), *FLAGS]) == 0
     told = capsys.readouterr().err
     assert "epoch 1/2: 1/9 (11%)" in told
@@ -221,8 +221,8 @@ def test_enough_photos_let_some_be_held_out() -> None:
 
 def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in the weights: the accuracy stated in the file is that of the probabilities it answers with."""
-    monkeypatch.setattr("model.train.HELD_OUT_EVERY", 3)
-    monkeypatch.setattr("model.train.FEWEST_HELD_OUT", 10)
+    monkeypatch.setattr("rednet.model.training.trainer.HELD_OUT_EVERY", 3)
+    monkeypatch.setattr("rednet.model.training.trainer.FEWEST_HELD_OUT", 10)
     train(data, tmp_path / "x", RECIPE, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "x")
     assert checkpoint.provenance["temperature"] not in (1.0, pytest.approx(0.1))

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from model.ops import reference
+from rednet.model.ops import reference
 from tests.test_involution import inputs
 
-cuda = pytest.importorskip("model.ops.triton_ops", reason="no Triton here", exc_type=ImportError)
+cuda = pytest.importorskip("rednet.model.ops.triton_ops", reason="no Triton here", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts float32 to bfloat16 where a card rounds.
@@ -91,7 +91,7 @@ COMPILE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.ops import triton_ops as cuda
+from rednet.model.ops import triton_ops as cuda
 
 common = dict(K=7, STRIDE=1, GROUP=16, LANES=16, SUM=tl.float32)
 strips, pixels = dict(EACH=cuda.STRIPS, STRIP=cuda.STRIP), dict(EACH=cuda.PIXELS)

@@ -20,9 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import CheckpointError, load_checkpoint
-from model.checkpoint import METADATA_KEY
-from model.untrusted import UntrustedError, check_pickle
+from rednet import CheckpointError, load_checkpoint
+from rednet.model.io.checkpoint import METADATA_KEY
+from rednet.model.io.untrusted import UntrustedError, check_pickle
 from tests.test_checkpoint import metadata
 from tests.test_paddle import pdparams
 
@@ -33,7 +33,7 @@ TIME_S = 20.0
 LOAD = """
 import resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
-from model import CheckpointError, load_checkpoint
+from rednet import CheckpointError, load_checkpoint
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

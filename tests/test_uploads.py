@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.bodies import Upload
-from service.errors import MalformedRequest, PayloadTooLarge, UnsupportedMediaType
-from service.uploads import parse_uploads
+from rednet.service.errors import MalformedRequest, PayloadTooLarge, UnsupportedMediaType
+from rednet.service.parsing.bodies import Upload
+from rednet.service.parsing.uploads import parse_uploads
 from tests.conftest import encoded, photo
 
 FORM = "multipart/form-data; boundary=frontier"

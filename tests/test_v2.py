@@ -14,8 +14,8 @@ import tritonclient.http as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
-from model import Preprocess, load_checkpoint, prepare
-from service.runner import PreparedRunner
+from rednet import Preprocess, load_checkpoint, prepare
+from rednet.service.engine.runner import PreparedRunner
 from tests.asking import CUT, TEXT, classes, occupy, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from service import log
-from service.transfer import Finished
-from service.types import Pixels, RunnerOutput, Running, Wish
+from rednet.service.engine.transfer import Finished
+from rednet.service.observability import log
+from rednet.service.types import Pixels, RunnerOutput, Running, Wish
 from tests.servers import FakeRunner, ServerThread
 
 HELD_S = 0.02

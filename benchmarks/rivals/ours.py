@@ -4,20 +4,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.rivals.shared import LARGEST_BATCH, MAX_PIXELS, checkpoint, null_network, options
-from model import prepare
-from service import cli, log
-from service.app import create_app
-from service.batcher import Batcher
-from service.client import LocalClient
-from service.cost import CostTable
-from service.decode_limits import DecodeLimits, memory_for_decoders
-from service.decoder import Decoder
-from service.engine import Engine
-from service.main import Server, describe, uvicorn_config
-from service.metrics import DeviceEvents, Metrics
-from service.settings import Settings
-from service.transfer import Finished
-from service.types import Pixels, RunnerOutput, Running, Wish
+from rednet import prepare
+from rednet.service.cli import parser as cli
+from rednet.service.cost_table import CostTable
+from rednet.service.decoding.decoder import Decoder
+from rednet.service.decoding.limits import DecodeLimits, memory_for_decoders
+from rednet.service.engine.batcher import Batcher
+from rednet.service.engine.client import LocalClient
+from rednet.service.engine.engine import Engine
+from rednet.service.engine.transfer import Finished
+from rednet.service.http.app import create_app
+from rednet.service.main import Server, uvicorn_config
+from rednet.service.model_description import describe
+from rednet.service.observability import log
+from rednet.service.observability.metrics import DeviceEvents, Metrics
+from rednet.service.settings import Settings
+from rednet.service.types import Pixels, RunnerOutput, Running, Wish
 
 
 class NullRunner:

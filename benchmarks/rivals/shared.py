@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import Checkpoint, load_checkpoint, prepare
-from service.cores import usable_cores
-from service.decode import decode_image
-from service.scores import top_classes
-from service.types import Floats, Pixels
+from rednet import Checkpoint, load_checkpoint, prepare
+from rednet.service.decoding.decode import decode_image
+from rednet.service.http.scores import top_classes
+from rednet.service.system.cores import usable_cores
+from rednet.service.types import Floats, Pixels
 
 MAX_PIXELS = 50_000_000
 LARGEST_BATCH = 8

@@ -7,8 +7,8 @@ from typing import Any
 import litserve
 
 from benchmarks.rivals.shared import LARGEST_BATCH, answer, decoded, network, options
-from service.cores import usable_cores
-from service.types import Floats, Pixels
+from rednet.service.system.cores import usable_cores
+from rednet.service.types import Floats, Pixels
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]  # it has no types

@@ -6,7 +6,7 @@ from typing import Any
 import mosec
 
 from benchmarks.rivals.shared import LARGEST_BATCH, answer, decoded, network, options
-from service.types import Pixels
+from rednet.service.types import Pixels
 
 
 class Decode(mosec.Worker):  # type: ignore[misc]  # it is not installed for type checks

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from PIL import Image, UnidentifiedImageError
 
-from model.images import jpeg, png, tiff
-from model.images.errors import DamagedImage, UnsupportedImage
-from model.images.first_frame import note_first_frame
-from model.images.signatures import REMEDY, claims, foreign_format
+from rednet.model.images import jpeg, png, tiff
+from rednet.model.images.errors import DamagedImage, UnsupportedImage
+from rednet.model.images.first_frame import note_first_frame
+from rednet.model.images.signatures import REMEDY, claims, foreign_format
 
 # The only formats that are ever opened, whatever a file is called. Pillow knows many more, and for some of them starts
 # other programs: for an EPS file, Ghostscript.

@@ -2,7 +2,7 @@
 
 import zlib
 
-from model.images.errors import DamagedImage
+from rednet.model.images.errors import DamagedImage
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 100_000

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from model.images import first_frame
-from model.images.errors import UnsupportedImage
-from model.images.signatures import REMEDY
+from rednet.model.images import first_frame
+from rednet.model.images.errors import UnsupportedImage
+from rednet.model.images.signatures import REMEDY
 
 ORIENTATION = 274  # EXIF tag
 GREY_BITS = {"L;2": 2, "L;4": 4}  # raw modes of PNG files whose samples Pillow scales to 8 bits

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.images.errors import DamagedImage, UnsupportedImage
-from model.images.signatures import REMEDY
+from rednet.model.images.errors import DamagedImage, UnsupportedImage
+from rednet.model.images.signatures import REMEDY
 
 MAX_TAGS = 512
 ORIENTATION = 274  # tag

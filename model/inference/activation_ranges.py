@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.inference.fold_batchnorm import fold_batchnorm
-from model.inference.tf32 import ieee_float32
-from model.preprocess import Preprocess
-from model.rednet import Bottleneck, RedNet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.fold_batchnorm import fold_batchnorm
+from rednet.model.inference.tf32 import ieee_float32
+from rednet.model.nn.rednet import Bottleneck, RedNet
 
 BATCH_SIZE = 16
 # Percentile calibration: a range covers the largest value of this share of the photos. A few photos go far beyond all

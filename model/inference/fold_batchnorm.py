@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.involution import ConvModule
-from model.rednet import Bottleneck, RedNet
+from rednet.model.nn.involution import ConvModule
+from rednet.model.nn.rednet import Bottleneck, RedNet
 
 
 def fold_batchnorm(net: RedNet) -> RedNet:

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from model.inference.activation_ranges import validate_ranges
-from model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
-from model.inference.native_backend import NativeBackend, ohwi_weights
-from model.native import int8_builds, int8_unavailable
-from model.preprocess import Preprocess
-from model.rednet import Bottleneck, RedNet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.activation_ranges import validate_ranges
+from rednet.model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
+from rednet.model.inference.native_backend import NativeBackend, ohwi_weights
+from rednet.model.native import int8_builds, int8_unavailable
+from rednet.model.nn.rednet import Bottleneck, RedNet
 
 MAX_UNSIGNED, MAX_SIGNED, MAX_WEIGHT = 255, 127, 127  # largest quantised values
 # The engine accumulates products in signed 32 bits. In the worst case each is 255 * 127 = 32,385, so that

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.inference.backend import Maps, Output, Stages
-from model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
-from model.involution import Involution
-from model.native import Engine, Floats, unavailable
-from model.preprocess import Preprocess
-from model.rednet import BLOCKS, Bottleneck, RedNet, RedNetConfig
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.backend import Maps, Output, Stages
+from rednet.model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
+from rednet.model.native import Engine, Floats, unavailable
+from rednet.model.nn.involution import Involution
+from rednet.model.nn.rednet import BLOCKS, Bottleneck, RedNet, RedNetConfig
 
 GROUP_CHANNELS = 16  # the group width that the engine is built for: one vector register of floats
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.inference.activation_ranges import collect_activation_ranges, validate_ranges
-from model.inference.backend import InferenceBackend, Output
-from model.inference.int8_backend import Int8Backend
-from model.inference.native_backend import NativeBackend
-from model.inference.self_check import first_valid_backend, reference_output
-from model.inference.torch_backend import TorchBackend
-from model.ops import IMPLEMENTATIONS
-from model.preprocess import Preprocess
-from model.rednet import RedNet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.activation_ranges import collect_activation_ranges, validate_ranges
+from rednet.model.inference.backend import InferenceBackend, Output
+from rednet.model.inference.int8_backend import Int8Backend
+from rednet.model.inference.native_backend import NativeBackend
+from rednet.model.inference.self_check import first_valid_backend, reference_output
+from rednet.model.inference.torch_backend import TorchBackend
+from rednet.model.nn.rednet import RedNet
+from rednet.model.ops import IMPLEMENTATIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest accepted relative error. Rounding alone stays ten times below; int8 has less margin, because the noise that it
@@ -131,7 +131,7 @@ def prepare(
             another network.
 
     Example:
-        >>> from model import create_rednet
+        >>> from rednet import create_rednet
         >>> run = prepare(create_rednet("rednet26", num_classes=10), device="cpu", precision="fp32")
         >>> run(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).logits.shape
         torch.Size([2, 10])
@@ -204,7 +204,7 @@ def _candidates(
     if device.type == "cpu" and precision == "fp32":
         yield "native engine", lambda: NativeBackend(net, preprocess)
     if "triton" in IMPLEMENTATIONS and device.type == "cuda":
-        from model.inference.cuda.backend import CudaBackend  # noqa: PLC0415  (imports Triton, which takes a second)
+        from rednet.model.inference.cuda.backend import CudaBackend  # noqa: PLC0415  (imports Triton, which takes a second)
 
         yield "CUDA graphs", lambda: CudaBackend(net, preprocess, device, dtype)
     yield "torch", lambda: TorchBackend(net, preprocess, device, dtype)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.inference.backend import InferenceBackend
-from model.inference.tf32 import ieee_float32
-from model.ops import use
-from model.preprocess import Preprocess
-from model.rednet import RedNet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.backend import InferenceBackend
+from rednet.model.inference.tf32 import ieee_float32
+from rednet.model.nn.rednet import RedNet
+from rednet.model.ops import use
 
 
 class ReferenceOutput(NamedTuple):

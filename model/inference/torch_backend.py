@@ -6,12 +6,12 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from model.inference.backend import Output, Stages
-from model.inference.fold_batchnorm import fold_batchnorm
-from model.inference.tf32 import ieee_float32
-from model.ops import implementation_name
-from model.preprocess import Preprocess
-from model.rednet import BLOCKS, RedNet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.backend import Output, Stages
+from rednet.model.inference.fold_batchnorm import fold_batchnorm
+from rednet.model.inference.tf32 import ieee_float32
+from rednet.model.nn.rednet import BLOCKS, RedNet
+from rednet.model.ops import implementation_name
 
 
 class TorchBackend:

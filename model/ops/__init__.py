@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.native import unavailable
-from model.ops import native_ops, reference, torch_ops
+from rednet.model.native import unavailable
+from rednet.model.ops import native_ops, reference, torch_ops
 
 
 class Implementation(Protocol):
@@ -32,7 +32,7 @@ def _available() -> dict[str, Implementation]:
     if not unavailable():
         available["native"] = native_ops
     if torch.cuda.is_available() and find_spec("triton"):
-        available["triton"] = import_module("model.ops.triton_ops")
+        available["triton"] = import_module("rednet.model.ops.triton_ops")
     return available
 
 

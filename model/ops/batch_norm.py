@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.native import unavailable
-from model.ops.native_ops import operators
+from rednet.model.native import unavailable
+from rednet.model.ops.native_ops import operators
 
 STATISTICS, NORMALISE, GRADIENT_SUMS, GRADIENTS = range(4)  # passes of native/batch_norm.h
 MAX_BLOCKS, ROWS_PER_BLOCK = 64, 256  # of partial sums; they depend on the map alone, and so do the results

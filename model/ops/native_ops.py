@@ -11,8 +11,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from model.native import Operators
-from model.ops import torch_ops
+from rednet.model.native import Operators
+from rednet.model.ops import torch_ops
 
 DTYPES = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)

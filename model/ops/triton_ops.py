@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops import torch_ops
+from rednet.model.ops import torch_ops
 
 # Forward, a program computes strips of outputs of one group, side by side: a pixel that several windows of a strip hold
 # is read and converted once. Four at a time take 0.59 of the instructions, seven 0.55, but half as many registers again

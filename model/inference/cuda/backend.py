@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.inference.backend import Output, Stages
-from model.inference.cuda.batch_buckets import BatchBuckets, Program, bucket_size
-from model.inference.cuda.network import TritonRedNet
-from model.inference.tf32 import ieee_float32
-from model.preprocess import Preprocess
-from model.rednet import RedNet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.backend import Output, Stages
+from rednet.model.inference.cuda.batch_buckets import BatchBuckets, Program, bucket_size
+from rednet.model.inference.cuda.network import TritonRedNet
+from rednet.model.inference.tf32 import ieee_float32
+from rednet.model.nn.rednet import RedNet
 
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # messages of the driver and of cuBLAS; torch has no class for them
 _capturing = threading.Lock()  # one process can capture only one graph at a time

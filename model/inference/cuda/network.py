@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.inference.backend import Maps
-from model.inference.cuda.conv_fallback import ConvFallback
-from model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
-from model.involution import Involution
-from model.ops import triton_ops
-from model.preprocess import Preprocess
-from model.rednet import Bottleneck, RedNet
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.backend import Maps
+from rednet.model.inference.cuda.conv_fallback import ConvFallback
+from rednet.model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
+from rednet.model.nn.involution import Involution
+from rednet.model.nn.rednet import Bottleneck, RedNet
+from rednet.model.ops import triton_ops
 
 
 class TritonRedNet:

@@ -1,0 +1,249 @@
+"""Checkpoints that describe themselves, and readers for published ones. Nothing that is read is ever executed.
+
+Ours is one safetensors file: the tensors under their official names, and in the metadata entry `rednet` a JSON text
+with architecture, labels, preprocessing, provenance and, if it was quantised, the scales of the int8 network.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.activation_ranges import validate_ranges
+from rednet.model.io.labels import Label, imagenet_labels, numbered_labels, unique_labels
+from rednet.model.io.output_files import write_atomically
+from rednet.model.io.paddle import PaddleError, read_pdparams
+from rednet.model.io.state_dicts import class_names, find_state_dict, infer_config
+from rednet.model.io.text import clean_json, clean_text
+from rednet.model.io.torch_files import TORCH_PICKLE, ZIP, read_torch_file
+from rednet.model.io.untrusted import UntrustedError, check_safetensors, unique_keys
+from rednet.model.nn.rednet import RedNet, RedNetConfig
+
+FORMAT = 1
+METADATA_KEY = "rednet"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MAX_NAME, MAX_MESSAGE = 1_000, 1_500  # characters
+ASSUMED_LABELS = "labels assumed"  # entry of the provenance: the file has tensors only, and no names of classes
+EMBEDDED = "weights/rednet26-imagenette.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file cannot be used; the message says which file and why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(clean_text(message[:MAX_MESSAGE]))  # it quotes the file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A network in evaluation mode and all that is needed to serve it."""
+
+    net: RedNet
+    labels: list[Label]  # one per class, in the order of the logits
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    name: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # data, command, seed, versions, accuracy
+    calibration: Mapping[str, float] | None = None  # int8 scales from `rednet.model.inference.activation_ranges`
+
+
+def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
+    """A checkpoint from a file of ours, an official `.pth` or a PaddleClas `.pdparams`; None: the embedded one.
+
+    Their first bytes tell them apart.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, hostile or no RedNet.
+    """
+    if path is None:
+        with resources.as_file(resources.files("rednet.model") / EMBEDDED) as embedded:
+            return load_checkpoint(embedded)
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is not a regular file")  # a pipe would keep its reader waiting
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":  # eight bytes of length, which may be any, then JSON: safetensors
+            return _load_own(path)
+        if start[:4] in (ZIP, TORCH_PICKLE):
+            return _load_torch(path)
+        if start[:1] == b"\x80":  # any other pickle
+            return _load_paddle(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UntrustedError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = False, replace: bool = True) -> None:
+    """Write our format; the file appears whole or not at all.
+
+    Args:
+        path: the file to write.
+        checkpoint: what to write.
+        half: store weight matrices as float16, half the size. What is added or divided by (biases, batch norms) stays.
+        replace: replace a file that is there, as `torch.save` does; false: raise `OutputError` instead.
+    """
+    tensors = {}
+    for key, value in checkpoint.net.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        tensors[key] = tensor.half() if half and tensor.dim() > 1 else tensor
+    description = {
+        "format": FORMAT,
+        "name": checkpoint.name,
+        "config": asdict(checkpoint.net.config),
+        "preprocess": asdict(checkpoint.preprocess),
+        "labels": checkpoint.labels,
+        "provenance": dict(checkpoint.provenance),
+    }
+    if checkpoint.calibration is not None:
+        description["calibration"] = dict(checkpoint.calibration)
+    write_atomically(Path(path), save(tensors, {METADATA_KEY: json.dumps(description)}), replace=replace)
+
+
+def fits_half(net: RedNet) -> bool:
+    """Whether `save_checkpoint` at half size would lose nothing: so with weights that were loaded from such a file."""
+    return all(torch.equal(weight, weight.half().float()) for weight in net.parameters() if weight.dim() > 1)
+
+
+def _load_own(path: Path) -> Checkpoint:
+    check_safetensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if METADATA_KEY not in metadata:
+        return _describe_tensors(path, tensors)
+    try:
+        description = json.loads(metadata[METADATA_KEY], object_pairs_hook=unique_keys)
+        if description["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {description['format']}; this version reads {FORMAT}")
+        config = RedNetConfig(**_with_tuples(description["config"]))
+        net = _without_memory(config)
+        preprocess = Preprocess(**_with_tuples(description["preprocess"]))
+        labels = [Label(_own_name(id_), _own_name(name)) for id_, name in description["labels"]]
+        name, provenance = _own_name(description["name"]), clean_json(dict(description["provenance"]))
+        calibration = description.get("calibration")
+        if calibration is not None:
+            calibration = dict(calibration)
+            validate_ranges(net, calibration)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a description that makes no sense: {error!r}") from error
+    _fill(path, net, tensors)
+    if len(labels) != config.num_classes:
+        raise CheckpointError(f"{path} names {len(labels)} classes for a network of {config.num_classes}")
+    return Checkpoint(
+        net=net, labels=labels, preprocess=preprocess, name=name, provenance=provenance, calibration=calibration
+    )
+
+
+def _load_torch(path: Path) -> Checkpoint:
+    content = read_torch_file(path)
+    try:
+        found = find_state_dict(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    return _describe_tensors(path, found.tensors, found.source, class_names(content))
+
+
+def _load_paddle(path: Path) -> Checkpoint:
+    try:
+        tensors = read_pdparams(path.read_bytes())
+    except PaddleError as error:
+        raise CheckpointError(f"{path} was not loaded: {error}") from error
+    return _describe_tensors(path, tensors)
+
+
+def _describe_tensors(
+    path: Path, tensors: dict[str, Tensor], source: str = "", classes: Sequence[str] | None = None
+) -> Checkpoint:
+    """A checkpoint from bare tensors: what they do not say is inferred or ImageNet's."""
+    try:
+        config = infer_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        net = _without_memory(config)
+        names = [_name(name) for name in classes or ()]
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a RedNet: {error}") from error
+    _fill(path, net, tensors)
+    provenance = {"converted from": clean_text(path.name)} | ({"weights": clean_text(source)} if source else {})
+    if len(names) == config.num_classes:
+        labels = unique_labels(names)
+    elif config.num_classes == 1000:
+        labels, provenance[ASSUMED_LABELS] = imagenet_labels(), "ImageNet's"
+    else:
+        labels, provenance[ASSUMED_LABELS] = numbered_labels(config.num_classes), "numbers"
+    return Checkpoint(net=net, labels=labels, name=_name(path.stem), provenance=provenance)
+
+
+def _own_name(value: object) -> str:
+    text = str(value)
+    text.encode()  # JSON can hold halves of characters, which no answer can
+    return _name(text)
+
+
+def _name(text: str) -> str:
+    """A name that can be printed, logged and sent.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    if len(text) > MAX_NAME:
+        raise ValueError(f"a name has {len(text)} characters, at most {MAX_NAME} are read")
+    return clean_text(text)
+
+
+def _without_memory(config: RedNetConfig) -> RedNet:
+    """The network's shapes alone: a file that claims a huge one costs nothing, and nothing is initialised in vain."""
+    with torch.device("meta"):
+        return RedNet(config).eval()
+
+
+def _fill(path: Path, net: RedNet, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors into a network without memory, after checking every one of them."""
+    wanted = net.state_dict()
+    counters = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}
+    tensors = counters | dict(tensors)  # some converters leave the counters out; evaluation does not read them
+    problems = [f"{key} is missing" for key in wanted.keys() - tensors.keys()]
+    problems += [f"{key} is unknown" for key in tensors.keys() - wanted.keys()]
+    problems += [
+        f"{key} is {list(tensors[key].shape)} instead of {list(wanted[key].shape)}"
+        for key in wanted.keys() & tensors.keys()
+        if tensors[key].shape != wanted[key].shape
+    ]
+    problems += [
+        f"{key} holds {tensor.dtype} instead of floating point"
+        for key, tensor in tensors.items()
+        if tensor.dtype not in ((*FLOATS, *INTEGERS) if key in counters else FLOATS)
+    ]
+    # A tensor may be a view that repeats what it stores, and several may be views of the same: of a few bytes a file
+    # could make any number of gigabytes.
+    held, size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()), path.stat().st_size
+    if held > size + 8 * len(counters):
+        problems.append(f"the tensors have {held} bytes, the file {size}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{path} does not fit {net.config.name}: {'; '.join(sorted(problems)[:3])}{more}")
+    floats = {key: tensor if key in counters else tensor.float() for key, tensor in tensors.items()}
+    for key, tensor in floats.items():
+        if not tensor.isfinite().all() or (key.endswith("running_var") and (tensor < 0).any()):
+            raise CheckpointError(f"{path} holds infinities, NaNs or negative variances in {key}")
+    net.load_state_dict(floats, assign=True)
+
+
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only; our frozen values hold tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

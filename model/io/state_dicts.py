@@ -1,0 +1,159 @@
+"""State dicts inside the files that training scripts save, and the architecture that their tensors belong to."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from math import isqrt
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rednet.model.nn.rednet import BLOCKS, RedNetConfig
+
+STEM = "backbone.stem.0.conv.weight"  # every RedNet has this tensor
+MAX_NESTING = 3  # dicts around a state dict: checkpoint, model, module
+PLAIN = ("state_dict", "model_state_dict", "model", "net", "network")  # the usual keys, the more common ones first
+AVERAGED = re.compile(r"(^|_)(ema|swa|averaged|average|shadow)(_|\d|$)")  # in a key or prefix
+COUNTERS = {"n_averaged", "steps", "num_updates"}  # entries that averaging adds beside the weights
+
+
+class StateDict(NamedTuple):
+    """A network's tensors under their official names."""
+
+    tensors: dict[str, Tensor]
+    source: str  # where in the file they were; empty: nowhere else
+
+
+def find_state_dict(content: object) -> StateDict:
+    """The state dict of a RedNet, wherever in a file's content it is, and whatever prefix its names have.
+
+    `module.` of data-parallel training, `_orig_mod.` of torch.compile, `model.` of Lightning and others, also several
+    of them, are taken off. Averaged weights (EMA) are preferred to the plain ones beside them, as timm does.
+
+    Raises:
+        ValueError: there is none, it holds other things than plain tensors, or there are several equally good ones.
+    """
+    found = list(_candidates(content, (), set()))
+    if not found:
+        raise ValueError(_why_none(content))
+    keys, held = min(found, key=lambda each: _rank(content, each[0]))
+    tensors, prefix, prefixes = _without_prefix(_tensors(held))
+    source = ".".join((*keys, prefix.rstrip("."))).strip(".")
+    beside = [".".join(other) or "the file itself" for other, _ in found if other != keys] + prefixes
+    return StateDict(tensors, f"{source} (beside {', '.join(beside)})" if beside else source)
+
+
+def class_names(content: object) -> list[str] | None:
+    """Names of classes from the `meta` entry of a checkpoint of mmcls (`CLASSES`) or mmpretrain (`dataset_meta`)."""
+    meta = content.get("meta") if isinstance(content, dict) else None
+    if not isinstance(meta, dict):
+        return None
+    inner = meta.get("dataset_meta")
+    places = (meta, inner) if isinstance(inner, dict) else (meta,)
+    for place in places:
+        for key in ("CLASSES", "classes"):
+            names = place.get(key)
+            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                return list(names)
+    return None
+
+
+def _candidates(
+    content: object, keys: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    if not isinstance(content, dict) or id(content) in seen:
+        return
+    seen.add(id(content))
+    if any(isinstance(key, str) and key.replace("_orig_mod.", "").endswith(STEM) for key in content):
+        yield keys, content
+    elif len(keys) < MAX_NESTING:
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, dict):
+                yield from _candidates(value, (*keys, key), seen)
+
+
+def _rank(content: object, keys: tuple[str, ...]) -> tuple[bool, int]:
+    """Smaller for what is better: averaged weights, then the usual keys."""
+    averaged = any(AVERAGED.search(key) for key in keys)
+    if keys == ("ema_state_dict",) and isinstance(content, dict):
+        meta = content.get("meta")
+        # mmengine swaps the two when it saves: its `state_dict` is the average, `ema_state_dict` what was averaged.
+        averaged = not (isinstance(meta, dict) and "mmengine_version" in meta)
+    usual = PLAIN.index(keys[-1]) if keys and keys[-1] in PLAIN else len(PLAIN)
+    return not averaged, usual
+
+
+def _tensors(held: Mapping[Any, Any]) -> dict[str, Tensor]:
+    if not all(isinstance(key, str) and _is_plain(value) for key, value in held.items()):
+        raise ValueError("holds no state dict of plain tensors")
+    return {key.replace("_orig_mod.", ""): value for key, value in held.items()}
+
+
+def _is_plain(value: object) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    return str(value.layout) == "torch.strided" and not (value.is_nested or value.is_meta or value.is_quantized)
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Names without what stands before `backbone.`; that prefix; and those of other networks in the same dict."""
+    prefixes = [key.removesuffix(STEM) for key in tensors if key.endswith(STEM)]
+    averaged = [prefix for prefix in prefixes if any(AVERAGED.search(part) for part in prefix.split("."))]
+    chosen = averaged if len(prefixes) > 1 and averaged else prefixes
+    if len(chosen) > 1:
+        raise ValueError(f"holds several networks: {', '.join(f'{prefix}backbone' for prefix in sorted(chosen))}")
+    prefix = chosen[0]
+    copies = {f"ema_{key.replace('.', '_')}" for key in tensors}  # mmcv's EMAHook keeps what it averaged as buffers
+    kept = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key not in copies and key not in COUNTERS and (len(prefixes) == 1 or key.startswith(prefix))
+    }
+    return kept, prefix, [f"{other}backbone" for other in prefixes if other != prefix]
+
+
+def _why_none(content: object) -> str:
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and _is_plain(each) for key, each in tensors.items()
+    ):
+        return "holds no state dict of plain tensors"
+    first = next(iter(tensors), None)
+    return f"is not a RedNet: it has no tensor {STEM}" + (f", but {first[:100]}" if first else "")
+
+
+def infer_config(shapes: Mapping[str, Sequence[int]]) -> RedNetConfig:
+    """The architecture that tensors of these names and shapes belong to.
+
+    Kernel size and group width show only as the quotient K*K / width, so the paper's 16 channels per group are taken
+    as given. Strides leave no trace in tensors; the official ones are assumed.
+
+    Raises:
+        ValueError: they belong to no RedNet.
+    """
+    blocks = tuple(
+        len({key.split(".")[2] for key in shapes if key.startswith(f"backbone.layer{stage}.")}) for stage in range(1, 5)
+    )
+    depth = next((depth for depth, layout in BLOCKS.items() if layout == blocks), None)
+    if depth is None:
+        raise ValueError(f"it has {blocks} blocks in its stages, which is no RedNet")
+    try:
+        num_classes = shapes["head.fc.weight"][0]
+        half_stem, in_channels = shapes["backbone.stem.0.conv.weight"][:2]
+        base_channels = shapes["backbone.layer1.0.conv1.weight"][0]
+        bottleneck = shapes["backbone.layer1.0.conv2.conv1.conv.weight"][0]
+        kernel = shapes["backbone.layer1.0.conv2.conv2.conv.weight"][0]
+        stem_kernel = shapes["backbone.stem.1.conv2.conv.weight"][0]
+    except KeyError as error:
+        raise ValueError(f"its tensor {error} is missing") from error
+    except (IndexError, ValueError) as error:
+        raise ValueError("the tensors that tell its width have too few dimensions") from error
+    return RedNetConfig(
+        depth=depth,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        stem_channels=2 * half_stem,
+        base_channels=base_channels,
+        kernel_size=isqrt(kernel * 16 // max(1, base_channels)),
+        stem_kernel_size=isqrt(stem_kernel * 16 // max(1, half_stem)),
+        reduction_ratio=base_channels // max(1, bottleneck),
+    )

@@ -1,0 +1,103 @@
+"""Photos read from files, in batches, ahead of their use."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rednet.model.images.opening import open_photo
+from rednet.model.images.preprocess import Pixels
+from rednet.model.training.progress import progress
+
+Item = TypeVar("Item")
+
+DECODED = 20_000  # photos; more would be decoded for minutes before the first step
+MAX_NAMED = 8  # unreadable photos that a message lists
+
+
+class PhotoError(ValueError):
+    """A folder or a photo in it cannot be used; the message says which and why."""
+
+
+class Photo(NamedTuple):
+    path: Path
+    target: int  # index of its class
+
+
+class Batch(NamedTuple):
+    pixels: Tensor  # uint8 [B, 3, H, W]
+    targets: Tensor  # int64 [B]
+
+
+def batches(
+    items: Sequence[Item],
+    read: Callable[[Item], tuple[Pixels, int]],
+    batch_size: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """Items in order, read by threads a few batches ahead (Pillow lets go of the interpreter while it decodes)."""
+    chunks = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    with ThreadPoolExecutor(workers, thread_name_prefix="photos") as pool:
+        ahead = deque([pool.submit(read, item) for item in chunk] for chunk in chunks[:2])
+        for position in range(len(chunks)):
+            if position + 2 < len(chunks):
+                ahead.append([pool.submit(read, item) for item in chunks[position + 2]])
+            read_items = [future.result() for future in ahead.popleft()]
+            yield Batch(
+                torch.from_numpy(np.stack([pixels for pixels, _ in read_items])),
+                torch.tensor([target for _, target in read_items]),
+            )
+
+
+def read_photo(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
+    """Return the photo's pixels, made by `convert` from the lazily opened file.
+
+    Raises:
+        PhotoError: the file is missing, damaged, or of a format that is not read.
+    """
+    try:
+        with open_photo(path.read_bytes()) as image:
+            return convert(image)
+    except Exception as error:  # Pillow raises nearly anything for a damaged file
+        raise PhotoError(f"{path} is not a readable photo: {error}") from error
+
+
+def check_photos(photos: Sequence[Photo], workers: int = 2) -> None:
+    """Read every photo once, so that a damaged one is named before the first epoch and not after the last.
+
+    Up to `DECODED` photos are decoded, JPEGs at an eighth of their size, which reads all of their data (0.3 ms each for
+    photos of 160 pixels). Of more, only the headers are read, in 0.06 ms each: a minute for a million.
+
+    Raises:
+        PhotoError: some cannot be read; the message names the first of them.
+    """
+    whole = len(photos) <= DECODED
+    chunks = [photos[start : start + 256] for start in range(0, len(photos), 256)]
+
+    def read(image: Image.Image) -> Pixels:
+        if whole:
+            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+        return np.empty((3, 0, 0), np.uint8)
+
+    def problems(chunk: Sequence[Photo]) -> list[PhotoError]:
+        found = []
+        for photo in chunk:
+            try:
+                read_photo(photo.path, read)
+            except PhotoError as error:
+                found.append(error)
+        return found
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="photos") as pool:
+        results = progress(pool.map(problems, chunks), total=len(chunks), describe="checking photos (256 each)")
+        bad = [problem for chunk in results for problem in chunk]
+    if bad:
+        more = f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+        raise PhotoError("; ".join(map(str, bad[:MAX_NAMED])) + more)

@@ -1,0 +1,176 @@
+"""The steps of a training run.
+
+The order of photos, every crop and every blend follow from (seed, epoch, photo) alone, so that a run that was killed
+and resumed, or read by another number of threads, sees exactly what an unbroken one sees.
+"""
+
+import ctypes
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from rednet.model.images.preprocess import Pixels, Preprocess, scaled_box
+from rednet.model.images.rgb import upright_rgb
+from rednet.model.nn.rednet import RedNet
+from rednet.model.training.loader import Batch, Photo, batches, read_photo
+from rednet.model.training.progress import progress
+from rednet.model.training.recipe import Recipe
+from rednet.model.training.resume import ResumeFile, State
+
+SMALLEST_CROP = 0.35  # of the photo's area
+SAVE_EVERY_S = 60.0
+
+
+class Run:
+    """The steps of a run.
+
+    Args:
+        state: where it is; changes.
+        recipe: what it follows.
+        preprocess: what the network will be served with.
+        photos: what it learns from.
+        device: where the network is.
+        workers: threads that read photos.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        recipe: Recipe,
+        preprocess: Preprocess,
+        photos: Sequence[Photo],
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        self.state, self.recipe, self.preprocess = state, recipe, preprocess
+        self.photos, self.device, self.workers = photos, device, workers
+        # A last photo alone is left out: batch norm could learn nothing from it.
+        full, rest = divmod(len(photos), recipe.batch_size)
+        self.steps = full + (rest > 1)  # batches in an epoch
+        bf16 = fast_bf16(device) if recipe.precision == "auto" else recipe.precision == "bf16"
+        self.precision = "bf16" if bf16 else "fp32"
+
+    def epoch(self, resume: ResumeFile) -> None:
+        """Do what is left of this epoch, saving now and then."""
+        state = self.state
+        state.net.train()
+        saved_at = time.monotonic()
+        label = f"epoch {state.epoch + 1}/{self.recipe.epochs}"
+        for batch in progress(self._batches(), total=self.steps, done=state.step, describe=label):
+            for group in state.optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate_at(state.epoch + state.step / self.steps)
+            state.loss_sum += self._step(batch)
+            state.step += 1
+            average(state.averaged, state.net, state.epoch * self.steps + state.step)
+            if time.monotonic() - saved_at > SAVE_EVERY_S:
+                resume.save(state)
+                saved_at = time.monotonic()
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """What the averaged network says of uint8 pixels [B, 3, H, W]: [B, classes]."""
+        with self._autocast():
+            logits: Tensor = self.state.averaged(self.preprocess.normalise(pixels.to(self.device)))
+        return logits.float()
+
+    def _step(self, batch: Batch) -> float:
+        state, recipe = self.state, self.recipe
+        x = self.preprocess.normalise(batch.pixels.to(self.device))
+        targets = batch.targets.to(self.device)
+        share = self._share()
+        with self._autocast():
+            logits = state.net(x.lerp(x.flip(0), 1 - share)).float()
+        loss, other = (
+            F.cross_entropy(logits, each, label_smoothing=recipe.label_smoothing) for each in (targets, targets.flip(0))
+        )
+        loss = share * loss + (1 - share) * other
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError("the loss is no longer finite; a lower learning rate may help")
+        return value
+
+    def _share(self) -> float:
+        """The larger part of a blend of two photos."""
+        if self.recipe.mixup == 0:
+            return 1.0
+        rng = np.random.default_rng((self.recipe.seed, self.state.epoch, self.state.step, 1))
+        share = float(rng.beta(self.recipe.mixup, self.recipe.mixup))
+        return max(share, 1 - share)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of this epoch that are not done yet."""
+        epoch, recipe = self.state.epoch, self.recipe
+        order = np.random.default_rng((recipe.seed, epoch)).permutation(len(self.photos))
+        size = recipe.size_at(epoch)
+
+        def read(index: int) -> tuple[Pixels, int]:
+            rng = np.random.default_rng((recipe.seed, epoch, index))
+            photo = self.photos[index]
+            return read_photo(photo.path, lambda image: augmented(upright_rgb(image), size, rng)), photo.target
+
+        end = self.steps * recipe.batch_size
+        rest = [int(index) for index in order[self.state.step * recipe.batch_size : end]]
+        return batches(rest, read, recipe.batch_size, self.workers)
+
+
+def optimizer_for(net: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in net.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in net.parameters() if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), eps=1e-6, fused=True)
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library to keep the memory of freed tensors for the next step (a fifth to a third of a step's time on a
+    CPU): it would give it back to the system, and get it again page by page. Only glibc has, and needs, the request.
+    """
+    mmap_threshold, trim_threshold, most = -3, -1, 2**31 - 1
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        if not libc.mallopt(mmap_threshold, most):  # older versions take no more than this
+            libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, most)
+
+
+@torch.no_grad()
+def average(averaged: RedNet, net: RedNet, step: int) -> None:
+    """Move the averaged weights towards those after `step` (from 1 on) steps: in effect, the mean of the last tenth.
+
+    Polynomial-decay averaging, Shamir and Zhang, 2013, https://arxiv.org/abs/1212.1824, with eta = 9.
+    """
+    for mean, new in zip(averaged.state_dict().values(), net.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(new, 10 / (step + 9))
+        else:  # a counter
+            mean.copy_(new)
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def augmented(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
+    """A random part of an upright RGB photo, of random area and aspect ratio, half of the time mirrored."""
+    width, height = image.size
+    area = width * height * rng.uniform(SMALLEST_CROP, 1)
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w, h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    pixels = scaled_box(image, (left, top, left + w, top + h), size)
+    return pixels[:, :, ::-1].copy() if rng.random() < 0.5 else pixels

@@ -1,0 +1,219 @@
+"""What each command does; its exit status: 0 done, 1 partly or wholly failed. Each imports what it needs, so that
+`rednet --help` is instant."""
+
+import argparse
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rednet.service.settings import check_files, read_settings
+from rednet.service.system.cores import usable_cores
+from rednet.service.system.terminal import printable
+
+MAX_FILE_BYTES = 1 << 28  # of a photo; 50 million pixels of 32 bits, uncompressed, are less
+
+
+def serve(options: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(options).items() if name != "run"}
+    settings = read_settings(flags, os.environ)
+    from rednet.service.http.api_keys import read_keys
+    from rednet.service.system.sockets import bind
+
+    check_files(settings)
+    # Everything that can fail at once does so before PyTorch is imported.
+    keys = read_keys(settings.api_key_file) if settings.api_key_file else None
+    sockets = bind(settings.host, settings.port)
+    from rednet.service.main import serve as run_server
+
+    return run_server(settings, sockets, keys)
+
+
+def predict(options: argparse.Namespace) -> int:
+    from rednet import load_checkpoint, prepare
+    from rednet.service.decoding.decode import decode_image
+    from rednet.service.engine.runner import PreparedRunner, set_threads
+    from rednet.service.errors import MalformedRequest, PayloadTooLarge, ServiceError
+    from rednet.service.http.routes.v1 import error_body
+    from rednet.service.http.scores import top_classes
+    from rednet.service.settings import Settings
+
+    set_threads(usable_cores())
+    checkpoint = load_checkpoint(options.checkpoint)
+    run = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
+    runner = PreparedRunner(run, largest=1)
+    names = [label.name for label in checkpoint.labels]
+    predictions: list[Any] = []
+    failed = False
+    for photo in options.photos:
+        try:
+            with photo.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+            if len(content) > MAX_FILE_BYTES:
+                raise PayloadTooLarge(f"the file has more than {MAX_FILE_BYTES} bytes")
+            pixels = decode_image(content, checkpoint.preprocess, Settings().max_pixels)
+            logits = runner.launch([pixels]).wait().logits[0]
+            predictions.append({"classes": top_classes(logits, names, options.top_k)})
+        except OSError as error:
+            failed = True
+            predictions.append(error_body(MalformedRequest(f"{error.strerror}")))
+        except ServiceError as error:
+            failed = True
+            predictions.append(error_body(error))
+        if not options.json:
+            _print_prediction(photo, predictions[-1])
+    if options.json:
+        print(json.dumps({"model": checkpoint.name, "predictions": predictions}))
+    return 1 if failed else 0
+
+
+def _print_prediction(photo: Path, prediction: Any) -> None:
+    print(printable(photo))
+    if "error" in prediction:
+        print(f"  {printable(prediction['error']['message'])}")
+    for score in prediction.get("classes", []):
+        print(f"  {score['probability']:6.1%}  {score['label']}")
+
+
+def info(options: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    from rednet import load_checkpoint, prepare
+    from rednet.service.engine.runner import set_threads
+    from rednet.service.model_description import describe
+
+    set_threads(usable_cores())
+    checkpoint = load_checkpoint(options.checkpoint)
+    prepared = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
+    model = describe(checkpoint, [prepared]).model_dump(exclude={"max_batch_size", "cost_s"})  # a server measures those
+    model["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    if options.json:
+        print(json.dumps(model))
+        return 0
+    for key, value in model.items():
+        match value:
+            case dict():
+                print(f"{key}:")
+                print("\n".join(f"  {name}: {item}" for name, item in value.items()))
+            case list():
+                names = [item["label"] if key == "labels" else item for item in value]
+                print(f"{key}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
+            case _:
+                print(f"{key}: {value}")
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from rednet import load_checkpoint, save_checkpoint
+    from rednet.model.io.checkpoint import ASSUMED_LABELS
+    from rednet.model.io.label_files import read_labels
+    from rednet.model.io.output_files import check_output
+
+    check_output(options.output, replace=options.force, inputs=[options.input, options.labels])
+    checkpoint = load_checkpoint(options.input)
+    config = checkpoint.net.config
+    if options.depth is not None and options.depth != config.depth:
+        raise ValueError(f"{options.input} is a {config.name}, not a rednet{options.depth}")
+    if options.labels is not None:
+        labels = read_labels(options.labels, checkpoint.labels, keep_ids=ASSUMED_LABELS not in checkpoint.provenance)
+        provenance = {key: value for key, value in checkpoint.provenance.items() if key != ASSUMED_LABELS}
+        checkpoint = replace(checkpoint, labels=labels, provenance=provenance)
+    save_checkpoint(options.output, checkpoint, replace=options.force)
+    print(f"{printable(options.output)}: {config.name}, {config.num_classes} classes")
+    return 0
+
+
+def quantize(options: argparse.Namespace) -> int:
+    from rednet import load_checkpoint, save_checkpoint
+    from rednet.model.io.checkpoint import fits_half
+    from rednet.model.io.output_files import check_output
+    from rednet.model.training.quantization import quantize as with_scales
+    from rednet.service.engine.runner import set_threads
+
+    set_threads(usable_cores())
+    check_output(options.output, replace=options.force, inputs=[options.checkpoint])
+    checkpoint = with_scales(load_checkpoint(options.checkpoint), options.photos, usable_cores())
+    save_checkpoint(options.output, checkpoint, half=fits_half(checkpoint.net), replace=options.force)
+    report = checkpoint.provenance["int8"]
+    print(f"{printable(options.output)}: {checkpoint.net.config.name} with int8 scales from {report['photos']} photos")
+    if "not_compared" in report:
+        print(f"int8 was not compared with float32: {report['not_compared']}")
+    else:
+        print(
+            "on {compared} other photos int8 gives float32's class for {same_class:.1%}, and features at a mean cosine "
+            "of {feature_cosine:.4f} to its own".format(**report)
+        )
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    from rednet import load_checkpoint
+    from rednet.model.inference.preparation import resolve_device
+    from rednet.model.io.output_files import check_output
+    from rednet.model.training.recipe import FINE_TUNING_RATE, Recipe
+    from rednet.model.training.trainer import train as run_training
+    from rednet.service.engine.runner import set_threads
+
+    set_threads(usable_cores())
+    fields: dict[str, Any] = {
+        name: value for name, value in vars(options).items() if name in Recipe.__dataclass_fields__
+    }
+    start = None
+    check_output(options.output, replace=True, inputs=[options.start])
+    if options.start is not None:
+        if fields.keys() & {"depth", "base_channels"}:
+            raise ValueError("--depth and --base-channels are those of the checkpoint that --from names")
+        start = load_checkpoint(options.start)
+        config = start.net.config
+        its_own = {"depth": config.depth, "base_channels": config.base_channels, "learning_rate": FINE_TUNING_RATE}
+        fields = its_own | fields
+    run_training(
+        options.data,
+        options.output,
+        Recipe(**fields),
+        device=resolve_device(options.device),
+        start=start,
+        workers=usable_cores(),
+        replace=options.force,
+    )
+    print(f"{printable(options.output)}: done")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from rednet import load_checkpoint, prepare
+    from rednet.model.io.output_files import check_output, write_atomically
+    from rednet.model.training.confusion import draw_confusion
+    from rednet.model.training.dataset import read_folder
+    from rednet.model.training.evaluation import evaluate as ask_about
+    from rednet.service.engine.runner import set_threads
+
+    set_threads(usable_cores())
+    if options.confusion is not None:
+        check_output(options.confusion, replace=options.force, inputs=[options.checkpoint])
+    checkpoint = load_checkpoint(options.checkpoint)
+    run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision, checkpoint.calibration)
+    _, photos, left_out = read_folder(options.data / "val", [label.id for label in checkpoint.labels])
+    for line in left_out.lines():
+        print(line, file=sys.stderr)
+    answers = ask_about(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
+    result: dict[str, Any] = {"model": checkpoint.name, "precision": run.precision} | answers.summary()
+    names = [label.name for label in checkpoint.labels]
+    by_class = answers.by_class(names)
+    if options.confusion is not None:
+        picture = io.BytesIO()
+        draw_confusion(answers.confusion().numpy(), names).save(picture, "png")
+        write_atomically(options.confusion, picture.getvalue(), replace=options.force)
+    if options.json:
+        print(json.dumps(result | {"classes": by_class}))
+        return 0
+    for row in sorted(by_class, key=lambda row: row["top1"]):
+        print(f"{row['top1']:8.4f}  {row['label']} ({row['images']} photos)")
+    print("{images} photos: top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**result))
+    return 0

@@ -1,0 +1,77 @@
+"""The queue, as pure state: no clock, no thread, no tensor. Time is an argument."""
+
+from collections.abc import Callable  # noqa: TC003  (types are imported plainly throughout)
+
+from rednet.service.types import Job
+
+# A window ends this early before a deadline: the predicted time of the batch, with a reserve as predictions are
+# unbiased, and what waking up and sending the answer take.
+CAUTION, ANSWER_S = 2.0, 0.01
+
+
+class Batcher:
+    """Jobs, cut into batches: those with the earliest deadline first, and of those the oldest.
+
+    Args:
+        max_batch_size: no batch is larger. May be set again at any time.
+        max_wait_s: how long a batch that is not full may wait for more, counted from its oldest job. 0: not at all; a
+            batch is cut whenever the device can take one, and grows only while the device is busy. A batch does not
+            wait so long that a job in it would miss its deadline.
+    """
+
+    def __init__(self, max_batch_size: int, max_wait_s: float = 0.0) -> None:
+        if max_batch_size < 1 or max_wait_s < 0:
+            raise ValueError(
+                f"max_batch_size must be at least 1 and max_wait_s at least 0: {max_batch_size}, {max_wait_s}"
+            )
+        self.max_batch_size = max_batch_size
+        self.batch_s: Callable[[int], float] = lambda _: 0.0  # predicted time of a batch; may be set at any time
+        self._max_wait_s = max_wait_s
+        self._jobs: dict[int, Job] = {}  # by id, oldest first
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, job: Job) -> None:
+        """Append a job; its id must be new."""
+        assert job.id not in self._jobs, "this is a bug: a job was added twice"
+        self._jobs[job.id] = job
+
+    def cancel(self, job_id: int) -> Job | None:
+        """Take a job out; None if it is no longer here."""
+        return self._jobs.pop(job_id, None)
+
+    def expire(self, now: float) -> list[Job]:
+        """Take out every job whose deadline has passed."""
+        late = [job for job in self._jobs.values() if job.deadline <= now]
+        for job in late:
+            del self._jobs[job.id]
+        return late
+
+    def next_batch(self, now: float) -> list[Job]:
+        """Take out the batch to run now; empty if there is none yet. Expire first: it does not look at deadlines."""
+        if not self._jobs or now < self._due():
+            return []
+        batch = sorted(self._jobs.values(), key=lambda job: job.deadline)[: self.max_batch_size]
+        for job in batch:
+            del self._jobs[job.id]
+        return batch
+
+    def clear(self) -> list[Job]:
+        """Take out everything."""
+        jobs, self._jobs = list(self._jobs.values()), {}
+        return jobs
+
+    def wake_at(self) -> float | None:
+        """When `expire` or `next_batch` will have something to do although nothing arrives; None: never."""
+        if not self._jobs:
+            return None
+        return min(self._due(), *(job.deadline for job in self._jobs.values()))
+
+    def _due(self) -> float:
+        """When the next batch may be cut."""
+        oldest = next(iter(self._jobs.values())).enqueued
+        if self._max_wait_s == 0 or len(self._jobs) >= self.max_batch_size:
+            return oldest
+        urgent = min(job.deadline for job in self._jobs.values())
+        return min(oldest + self._max_wait_s, urgent - CAUTION * self.batch_s(len(self._jobs)) - ANSWER_S)

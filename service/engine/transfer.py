@@ -1,0 +1,98 @@
+"""Pixels to the device and answers back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rednet.model.inference.backend import Output
+from rednet.service.types import DeviceLost, Floats, Pixels, RunnerOutput, Running
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """Torch's errors of devices as those that `ModelRunner` names."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError("the batch needs more memory than the device has") from error
+    except torch.AcceleratorError as error:  # after one of these every call fails
+        raise DeviceLost(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A batch that has run when it comes back."""
+
+    output: RunnerOutput
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> RunnerOutput:
+        return self.output
+
+
+class Direct:
+    """For the CPU, where everything is in place already."""
+
+    def upload(self, pixels: Sequence[Pixels]) -> Tensor:
+        return torch.from_numpy(np.stack(pixels))
+
+    def download(self, output: Output, grids: Mapping[int, Tensor]) -> Running:
+        return Finished(RunnerOutput(output.logits.numpy(), output.features.numpy(), _arrays(grids)))
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A batch whose answers are on their way into memory of the host."""
+
+    logits: Tensor
+    features: Tensor
+    grids: Mapping[int, Tensor]
+    arrived: torch.cuda.Event
+
+    def done(self) -> bool:
+        with named_errors():
+            return bool(self.arrived.query())
+
+    def wait(self) -> RunnerOutput:
+        with named_errors():
+            self.arrived.synchronize()
+        return RunnerOutput(self.logits.numpy(), self.features.numpy(), _arrays(self.grids))
+
+
+class Overlapped:
+    """For a CUDA device: pixels travel while it computes another batch, and nothing waits for anything else.
+
+    Both ways lead through pinned memory, which torch keeps and hands out again once a transfer is over.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._uploads = torch.cuda.Stream(device)
+
+    def upload(self, pixels: Sequence[Pixels]) -> Tensor:
+        one = torch.from_numpy(pixels[0])
+        host = torch.empty((len(pixels), *one.shape), dtype=one.dtype, pin_memory=True)
+        np.stack(pixels, out=host.numpy())
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._uploads):
+            uploaded = host.to(self._device, non_blocking=True)
+        computing.wait_stream(self._uploads)
+        uploaded.record_stream(computing)  # its memory is not to be used again before the computation has read it
+        return uploaded
+
+    def download(self, output: Output, grids: Mapping[int, Tensor]) -> Running:
+        logits, features = (each.to("cpu", non_blocking=True) for each in (output.logits, output.features))
+        grids = {index: grid.to("cpu", non_blocking=True) for index, grid in grids.items()}
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(self._device))
+        return InFlight(logits, features, grids, arrived)
+
+
+def _arrays(grids: Mapping[int, Tensor]) -> dict[int, Floats]:
+    return {index: grid.numpy() for index, grid in grids.items()}

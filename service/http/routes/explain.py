@@ -1,0 +1,124 @@
+"""Where in a photo the network looked: heat-maps out of the pass that predicts anyway."""
+
+import time
+from typing import Annotated, Any, Literal, NamedTuple
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from rednet.service.errors import MalformedRequest, ServiceError
+from rednet.service.http.routes.accept import prefers
+from rednet.service.http.routes.context import context
+from rednet.service.http.routes.parameters import StrictRoute
+from rednet.service.http.routes.respond import respond
+from rednet.service.http.routes.v1 import ERRORS, answered, body_format, error_body, ignored_parts, json_response
+from rednet.service.http.schemas import ExplainBody, described_images
+from rednet.service.http.scores import probabilities
+from rednet.service.model_description import ModelBody
+from rednet.service.pipeline import Answer
+from rednet.service.types import ClassActivation, KernelSums, Wish
+
+JSON, PNG = "application/json", "image/png"
+LISTED = 10  # so many ids stand in an error's message
+Layer = Literal["class", "stage1", "stage2", "stage3", "stage4"]
+
+
+class Asked(NamedTuple):
+    """What the parameters ask for."""
+
+    layer: Layer
+    group: int | None
+    wish: Wish
+
+
+async def _asked(
+    request: Request,
+    layer: Annotated[
+        Layer, Query(description="`class`: what each place adds to a class; `stageN`: the kernels of that stage")
+    ] = "class",
+    class_: Annotated[
+        str | None, Query(alias="class", description="for `class`: index or id of it; by default the predicted one")
+    ] = None,
+    group: Annotated[
+        int | None, Query(ge=0, description="for `stageN`: which group of channels; by default the mean of all groups")
+    ] = None,
+) -> Asked:
+    """Raises `MalformedRequest` where a parameter does not go with the layer, or names nothing that is there."""
+    model = context(request).model
+    if layer == "class":
+        if group is not None:
+            raise MalformedRequest("group: only layers stage1 to stage4 have groups")
+        return Asked(layer, None, ClassActivation(None if class_ is None else _class_index(class_, model)))
+    if class_ is not None:
+        raise MalformedRequest(f"class: only layer class has classes, not {layer}")
+    stage = int(layer.removeprefix("stage")) - 1
+    groups = (model.config["base_channels"] << stage) // model.config["group_channels"]
+    if group is not None and group >= groups:
+        raise MalformedRequest(f"group: {layer} of this network has groups 0 to {groups - 1}")
+    return Asked(layer, group, KernelSums(stage, group))
+
+
+router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
+
+
+@router.post(
+    "/explain",
+    response_model=ExplainBody,
+    responses={
+        **ERRORS,
+        200: {
+            "content": {PNG: {"schema": {"type": "string", "format": "binary"}}},
+            "description": "The photo with a heat-map over it, from the lowest value (violet) to the highest (yellow); "
+            "or the values.",
+        },
+    },
+    openapi_extra=described_images(),
+)
+async def explain(
+    request: Request,
+    asked: Annotated[Asked, Depends(_asked)],
+    accept: Annotated[str, Header(description=f"{PNG}, or {JSON} for the values of the map")] = "*/*",
+) -> Response:
+    """A heat-map over a photo, from the pass that also predicts.
+
+    `class` is the class activation map: how much each place adds to the logit of a class. For this network that is no
+    estimate: the values' mean is the logit, but for a constant. `stageN` is the sum of the involution kernel made at
+    each place, by the last layer of that stage: where the operator aggregates, not why a class was chosen.
+
+    As a picture the answer has place for one image; with `Accept: application/json` for any number of them.
+    """
+    server, as_json = context(request), prefers(accept, JSON, PNG)
+    found = await server.journey.answers(request, body_format(request), asked.wish, not as_json)
+    answers = answered(found.images)
+    started = time.monotonic()
+    if drawn := answers[0].drawn:
+        return await respond([drawn.png], PNG, answers, server, started)
+    explanations = (_explanation(answer, asked.wish, server.model) for answer in answers)
+    fields = {**ignored_parts(found), "layer": asked.layer, "group": asked.group}
+    return await json_response(server, fields, "explanations", explanations, answers, started)
+
+
+def _class_index(text: str, model: ModelBody) -> int:
+    """The class of that index, else of that id."""
+    ids = [label.id for label in model.labels]
+    if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < len(ids):
+        return int(text)
+    if text in ids:
+        return ids.index(text)
+    some = ", ".join(ids[:LISTED]) + (", ..., see /v1/model" if len(ids) > LISTED else "")
+    raise MalformedRequest(f"class: must be an index from 0 to {len(ids) - 1} or one of the ids {some}")
+
+
+def _explanation(answer: Answer, wish: Wish, model: ModelBody) -> dict[str, Any]:
+    if isinstance(answer.outcome, ServiceError):
+        return error_body(answer.outcome)
+    inference = answer.outcome
+    if isinstance(wish, KernelSums):
+        return {"grid": inference.grid}
+    index = int(inference.logits.argmax()) if wish.class_index is None else wish.class_index
+    explained = {
+        "index": index,
+        "label": model.labels[index].label,
+        "probability": float(probabilities(inference.logits)[index]),
+        "logit": float(inference.logits[index]),
+    }
+    return {"class": explained, "grid": inference.grid}

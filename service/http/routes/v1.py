@@ -1,0 +1,182 @@
+"""The native endpoints: predictions, features, and what is served."""
+
+import io
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Header, Query, Request, Response
+
+from rednet.service.errors import MalformedRequest, ServiceError
+from rednet.service.http.routes.accept import prefers
+from rednet.service.http.routes.context import Context, context
+from rednet.service.http.routes.direct import DirectRoute
+from rednet.service.http.routes.parameters import StrictRoute
+from rednet.service.http.routes.pieces import comma_separated
+from rednet.service.http.routes.respond import respond
+from rednet.service.http.schemas import (
+    ErrorBody,
+    FeaturesBody,
+    PredictBody,
+    described_errors,
+    described_images,
+)
+from rednet.service.http.scores import top_classes
+from rednet.service.model_description import ModelBody
+from rednet.service.parsing.bodies import BodyFormat
+from rednet.service.pipeline import Answer, Answers
+from rednet.service.types import Floats, Inference
+
+ERRORS = described_errors(ErrorBody)
+NPY = "application/x-npy"
+MAX_CONTENT_TYPE = 1_000  # characters; a boundary has up to 70
+
+direct = APIRouter(prefix="/v1", tags=["v1"], route_class=DirectRoute)
+router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
+
+
+@direct.post("/predict", response_model=PredictBody, responses=ERRORS, openapi_extra=described_images())
+async def predict(
+    request: Request,
+    top_k: Annotated[int, Query(ge=1, description="classes per image; all of them where there are fewer")] = 5,
+) -> Response:
+    """The likeliest classes of each image.
+
+    Send the image itself as the body, a form with any number of files, or JSON with base64. An image that cannot be
+    read has its error in its place; if none can be read, the answer's status is the error's. A part of a form is an
+    image if it has a file name, an image type or the first bytes of an image; `ignored` names the others.
+    """
+    server = context(request)
+    answers, ignored = await _answers(request, server)
+    started = time.monotonic()
+    names = [label.label for label in server.model.labels]
+    predictions = (
+        {"classes": top_classes(answer.outcome.logits, names, top_k)}
+        if isinstance(answer.outcome, Inference)
+        else error_body(answer.outcome)
+        for answer in answers
+    )
+    return await json_response(server, ignored, "predictions", predictions, answers, started)
+
+
+@router.post(
+    "/features",
+    response_model=FeaturesBody,
+    responses={**ERRORS, 200: {"content": {NPY: {"schema": {"type": "string", "format": "binary"}}}}},
+    openapi_extra=described_images(),
+)
+async def features(
+    request: Request,
+    normalize: Annotated[bool, Query(description="scale each vector to length 1")] = False,
+    accept: Annotated[str, Header(description=f"{NPY} for a float32 array [N, D] instead of JSON")] = "*/*",
+) -> Response:
+    """The feature vector of each image: the last stage, averaged over all positions.
+
+    As an array the answer has no place for errors: there, one image that cannot be read fails the request.
+    """
+    server = context(request)
+    answers, ignored = await _answers(request, server)
+    started = time.monotonic()
+    rows = [_features(answer, normalize) for answer in answers]
+    if prefers(accept, NPY, "application/json"):
+        for index, row in enumerate(rows):
+            if isinstance(row, ServiceError):
+                raise of_image(index, row, len(rows))
+        return await respond(_npy([row for row in rows if isinstance(row, np.ndarray)]), NPY, answers, server, started)
+    vectors = (error_body(row) if isinstance(row, ServiceError) else row for row in rows)
+    dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
+    fields = {**ignored, "dimension": dimension}
+    return await json_response(server, fields, "features", vectors, answers, started)
+
+
+@router.get("/model")
+async def model(request: Request) -> ModelBody:
+    """What is served: name, architecture, labels, preprocessing, device, and what batches cost here."""
+    server = context(request)
+    costs = server.client.costs
+    return server.model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
+
+
+def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
+    """An error as it stands in every answer."""
+    return {"error": {"code": error.code, "message": error.message}}
+
+
+async def _answers(request: Request, server: Context) -> tuple[Sequence[Answer], dict[str, Any]]:
+    answers = await server.journey.answers(request, body_format(request))
+    return answered(answers.images), ignored_parts(answers)
+
+
+def ignored_parts(answers: Answers) -> dict[str, Any]:
+    """The field of an answer that names the parts of a form that were not read, if there are any."""
+    return {"ignored": list(answers.ignored)} if answers.ignored else {}
+
+
+def body_format(request: Request) -> BodyFormat:
+    """How the body of a request to a `/v1` endpoint is to be parsed.
+
+    Raises:
+        MalformedRequest: the Content-Type is so long that it takes a while to read.
+    """
+    content_type = request.headers.get("content-type", "")
+    if len(content_type) > MAX_CONTENT_TYPE:
+        raise MalformedRequest(f"the Content-Type is longer than {MAX_CONTENT_TYPE} characters")
+    return BodyFormat("v1", content_type)
+
+
+def answered(answers: Sequence[Answer]) -> Sequence[Answer]:
+    """The same answers; raises the first error where not one image has an answer."""
+    errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
+    if len(errors) == len(answers):
+        raise of_image(0, errors[0], len(answers))
+    return answers
+
+
+def of_image(index: int, error: ServiceError, images: int) -> ServiceError:
+    """The error of one image, which says so where the request has several."""
+    return error.with_message(f"image {index}: {error.message}") if images > 1 else error
+
+
+def _features(answer: Answer, normalize: bool) -> Floats | ServiceError:
+    if isinstance(answer.outcome, ServiceError):
+        return answer.outcome
+    vector = answer.outcome.features
+    if not normalize:
+        return vector
+    length = float(np.linalg.norm(vector.astype(np.float64)))  # squares of large float32 numbers overflow
+    return (vector.astype(np.float64) / max(length, 1e-12)).astype(np.float32)
+
+
+async def json_response(
+    server: Context,
+    fields: dict[str, Any],
+    name: str,
+    entries: Iterable[Any],
+    answers: Sequence[Answer],
+    started: float,
+) -> Response:
+    """A response in JSON.
+
+    Args:
+        fields: that come first.
+        name: of the list that holds an entry for every image.
+        entries: may hold arrays.
+        server, answers, started: as for `respond`.
+    """
+    head = orjson.dumps({"model": server.model.name, **fields})
+    encoded = (orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY) for entry in entries)
+    body = chain([head[:-1] + f',"{name}":['.encode()], comma_separated(encoded), [b"]}"])
+    return await respond(body, "application/json", answers, server, started)
+
+
+def _npy(rows: Sequence[Floats]) -> Iterator[bytes]:
+    """The pieces of a `.npy` file of the rows."""
+    head = io.BytesIO()
+    shape = (len(rows), len(rows[0]))
+    np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    yield head.getvalue()
+    for row in rows:
+        yield row.astype("<f4").tobytes()

@@ -1,0 +1,64 @@
+"""Base64 text to bytes, in every form that libraries write it in by default."""
+
+import binascii
+
+from rednet.service.errors import MalformedRequest
+
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
+MAX_DATA_URL_HEAD = 1_000  # bytes before the comma
+
+
+def decode_base64(text: str | bytes) -> bytes | MalformedRequest:
+    """The bytes that base64 text stands for (RFC 4648), or why there are none.
+
+    Data URLs are accepted, too, and so are lines (MIME, Android, `base64 FILE`), white space around the text, missing
+    padding, and the URL-safe alphabet. Anything else is an error: if characters were skipped, damaged text could pass
+    as an image.
+    """
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)  # the usual case, in one pass
+    except ValueError:
+        pass
+    try:
+        return _decode_variant((text.encode("ascii") if isinstance(text, str) else text).strip())
+    except MalformedRequest as error:
+        return error
+    except ValueError:
+        return MalformedRequest("not base64")
+
+
+def _decode_variant(text: bytes) -> bytes:
+    if text[:8].lower().startswith((b"http://", b"https://")):
+        raise MalformedRequest("a URL instead of base64: the server does not fetch images")
+    if text[:5].lower() == b"data:":
+        text = _data_of_url(text)
+    if b"\n" in text or b"\r" in text:
+        text = _join_lines(text)
+    if b" " in text:  # "+" becomes a space where URL-encoding is decoded once too often
+        raise MalformedRequest('not base64: there are spaces in it, perhaps instead of "+"')
+    if b"-" in text or b"_" in text:
+        if b"+" in text or b"/" in text:
+            raise MalformedRequest("not base64: it mixes the standard and the URL-safe alphabet")
+        text = text.translate(URL_SAFE)
+    digits = text.rstrip(b"=")
+    padding = -len(digits) % 4
+    if padding == 3 or len(text) - len(digits) not in (0, padding):
+        raise MalformedRequest("not base64: its length is wrong, so that it may be cut off")
+    return binascii.a2b_base64(digits + b"=" * padding, strict_mode=True)
+
+
+def _data_of_url(url: bytes) -> bytes:
+    """What follows the head of a data URL (RFC 2397), such as `data:image/png;name=a.png;base64,`."""
+    comma = url.find(b",", 0, MAX_DATA_URL_HEAD)
+    if comma < 0:
+        raise MalformedRequest("a data URL without a comma before its data")
+    if not url[:comma].rstrip().lower().endswith(b";base64"):
+        raise MalformedRequest("a data URL with other data than base64")
+    return url[comma + 1 :].lstrip()
+
+
+def _join_lines(text: bytes) -> bytes:
+    """The text without line breaks, and without white space at the ends of lines."""
+    if b" " in text or b"\t" in text:
+        text = b"".join(line.strip() for line in text.split(b"\n"))
+    return text.translate(None, b"\r\n")

@@ -1,0 +1,223 @@
+"""An infer request of the Open Inference Protocol to its images, and the answer's tensors back.
+
+A body is a JSON object that describes every tensor. Values that are not in it follow as binary data, tensor by tensor
+(Triton's binary tensor data extension).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import orjson
+from pydantic import ValidationError
+
+from rednet.service.errors import MalformedRequest
+from rednet.service.parsing.base64_text import decode_base64
+from rednet.service.parsing.bodies import InferOptions, ParsedBody, Upload
+from rednet.service.parsing.json_text import load_json
+from rednet.service.parsing.multipart import too_many
+from rednet.service.parsing.oip_schemas import InferBody, InferInput, InferOutput, InputParameters, OutputParameters
+from rednet.service.types import Floats
+
+HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary data
+OUTPUTS = ("logits", "probabilities", "features")
+Row = Floats | list[str]  # of an output: numbers, or texts
+LENGTH_BYTES = 4  # of the number before each element of a BYTES tensor, which says how long it is
+
+
+def parse_infer(header_length: str | None, body: bytes, max_images: int) -> ParsedBody:
+    """Read the body of an infer request.
+
+    Args:
+        header_length: what `Inference-Header-Content-Length` says; None: the whole body is JSON.
+        body: from anyone; nothing that it claims is believed.
+        max_images: more are refused.
+
+    Raises:
+        MalformedRequest: it does not follow the protocol, or not with these tensors.
+        PayloadTooLarge: there are more than max_images.
+    """
+    json_bytes = _json_bytes(header_length, len(body))
+    try:
+        wanted = InferBody.model_validate(load_json(body[:json_bytes], unique=[b'"inputs"', b'"data"']))
+    except ValidationError as error:
+        raise MalformedRequest(first_error(error)) from None
+    (tensor,) = wanted.inputs
+    parameters = wanted.parameters.model_dump() if wanted.parameters else {}
+    if reserved := next((name for name in parameters if name.startswith("triton_")), None):
+        raise MalformedRequest(f"parameters: {reserved[:100]!r} is reserved: no name may begin with 'triton_'")
+    images = _images(tensor, memoryview(body)[json_bytes:], max_images)
+    return ParsedBody(images, _options(wanted.id, wanted.outputs or [], bool(parameters.get("binary_data_output"))))
+
+
+def _options(request_id: str | None, outputs: Sequence[InferOutput], binary: bool) -> InferOptions:
+    as_binary: dict[str, bool] = {}
+    classes: dict[str, int] = {}
+    for output in outputs:
+        if output.name in as_binary:
+            raise MalformedRequest(f"outputs: {output.name!r} is there twice")
+        parameters = output.parameters or OutputParameters()
+        _refuse_shared_memory(f"output {output.name!r}", parameters)
+        as_binary[output.name] = binary if parameters.binary_data is None else parameters.binary_data
+        if parameters.classification:  # 0 is Triton's way to ask for none
+            classes[output.name] = parameters.classification
+    return InferOptions(request_id, as_binary or dict.fromkeys(OUTPUTS, binary), classes)
+
+
+def _refuse_shared_memory(what: str, parameters: InputParameters | OutputParameters) -> None:
+    if any(name.startswith("shared_memory_") and value is not None for name, value in parameters):
+        raise MalformedRequest(f"{what}: shared memory is not supported; send and receive data, or binary data")
+
+
+def first_error(error: ValidationError) -> str:
+    """Where the first thing wrong with JSON is, and what it is."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
+
+
+def highest_values(row: Floats, labels: Sequence[str], count: int) -> list[str]:
+    """A row's highest values as `value:index:label`, best first, in the format of Triton's classification extension.
+
+    Args:
+        row: [values].
+        labels: one for each value, or none at all.
+        count: of values, at least 1; all of them where there are fewer.
+    """
+    best = np.argsort(-row, kind="stable")[:count].tolist()
+    return [f"{row[index]:f}:{index}" + (f":{labels[index]}" if labels else "") for index in best]
+
+
+def encode_infer(
+    answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Row]], binary: Mapping[str, bool]
+) -> tuple[Iterator[bytes], Iterator[bytes]]:
+    """The body of an answer: the pieces of its JSON, and of the binary data that follows. None is larger than a row.
+
+    Args:
+        answer: the fields beside `outputs`.
+        tensors: the rows of each by name, in order: numbers, or texts.
+        binary: of each, whether its values follow the JSON instead of standing in it.
+    """
+    tail = (_row_bytes(row) for name, rows in tensors.items() if binary[name] for row in rows)
+    return _json_pieces(answer, tensors, binary), tail
+
+
+def _json_pieces(
+    answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Row]], binary: Mapping[str, bool]
+) -> Iterator[bytes]:
+    yield orjson.dumps({**answer, "outputs": []})[:-2]
+    for index, (name, rows) in enumerate(tensors.items()):
+        datatype = "BYTES" if isinstance(rows[0], list) else "FP32"
+        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": [len(rows), len(rows[0])]}
+        if binary[name]:
+            output["parameters"] = {"binary_data_size": sum(_row_size(row) for row in rows)}
+        else:
+            output["data"] = []
+        whole = b"," * (index > 0) + orjson.dumps(output)
+        if binary[name]:
+            yield whole
+            continue
+        yield whole[:-2]
+        for position, row in enumerate(rows):
+            yield b"," * (position > 0) + orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        yield b"]}"
+    yield b"]}"
+
+
+def _row_size(row: Row) -> int:
+    return 4 * row.size if isinstance(row, np.ndarray) else sum(LENGTH_BYTES + len(text.encode()) for text in row)
+
+
+def _row_bytes(row: Row) -> bytes:
+    if isinstance(row, np.ndarray):
+        return row.astype("<f4").tobytes()
+    elements = [text.encode() for text in row]
+    return b"".join(len(each).to_bytes(LENGTH_BYTES, "little") + each for each in elements)
+
+
+def _json_bytes(header_length: str | None, body_bytes: int) -> int:
+    if header_length is None:
+        return body_bytes
+    digits = header_length.isascii() and header_length.isdecimal() and len(header_length) < 20
+    if not digits or int(header_length) > body_bytes:
+        raise MalformedRequest(f"{HEADER_LENGTH} must be a number of bytes, no more than the body has ({body_bytes})")
+    return int(header_length)
+
+
+def _images(tensor: InferInput, tail: memoryview, max_images: int) -> Sequence[Upload]:
+    if tensor.shape[0] == 0:
+        raise MalformedRequest("the request holds no image")
+    if tensor.shape[0] > max_images:
+        raise too_many(max_images)
+    parameters = tensor.parameters or InputParameters()
+    _refuse_shared_memory(f"input {tensor.name!r}", parameters)
+    size = parameters.binary_data_size
+    if (tensor.data is None) == (size is None):
+        raise MalformedRequest(f"input {tensor.name!r} must have either data or binary_data_size")
+    if len(tail) != (size or 0):
+        raise MalformedRequest(f"{len(tail)} bytes follow the JSON; by binary_data_size there should be {size or 0}")
+    if tensor.name == "image":
+        return _photos(tensor, tail)
+    return list(_values(tensor, tail))
+
+
+def _photos(tensor: InferInput, tail: memoryview) -> Sequence[Upload]:
+    if tensor.datatype != "BYTES" or len(tensor.shape) != 1:
+        raise MalformedRequest(f"input 'image' must be BYTES [N], not {tensor.datatype} {tensor.shape}")
+    (images,) = tensor.shape
+    if tensor.data is None:
+        return _elements(tail, images)
+    texts = [text for text in tensor.data if isinstance(text, str)]
+    if not len(texts) == len(tensor.data) == images:
+        raise MalformedRequest(f"the data of input 'image' must be {images} strings of base64")
+    return [decode_base64(text) for text in texts]
+
+
+def _elements(tail: memoryview, count: int) -> Sequence[memoryview]:
+    """The elements of a BYTES tensor, each after its length as a little-endian uint32."""
+    elements: list[memoryview] = []
+    position = 0
+    for _ in range(count):
+        start = position + LENGTH_BYTES
+        position = start + int.from_bytes(tail[position:start], "little")
+        if position > len(tail):
+            break
+        elements.append(tail[start:position])
+    if len(elements) < count or position != len(tail):
+        raise MalformedRequest(f"the binary data of input 'image' is not {count} elements, each after its length")
+    return elements
+
+
+def _values(tensor: InferInput, tail: memoryview) -> Floats:
+    """A copy of an FP32 tensor's values, in its shape."""
+    if tensor.datatype != "FP32" or len(tensor.shape) != 4 or 0 in tensor.shape:
+        raise MalformedRequest(f"input 'pixels' must be FP32 [N, 3, H, W], not {tensor.datatype} {tensor.shape}")
+    values = prod(tensor.shape)  # of any size: a Python integer
+    if tensor.data is None:
+        if len(tail) != 4 * values:
+            raise MalformedRequest(f"{tensor.shape} of FP32 take {4 * values} bytes, not {len(tail)}")
+        return np.frombuffer(tail, "<f4").astype(np.float32).reshape(tensor.shape)
+    try:
+        flat = _flat(tensor.data, tensor.shape)
+        if not {*map(type, flat)} <= {int, float}:  # NumPy would read texts and truths as numbers, too
+            raise TypeError
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            return np.fromiter(flat, np.float32, values).reshape(tensor.shape)
+    except (ValueError, TypeError, OverflowError):
+        raise MalformedRequest(f"the data of input 'pixels' must be numbers, {tensor.shape} or flat") from None
+
+
+def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
+    """As many values as the shape has, from a flat list or one nested like the shape; NumPy alone would take any list.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if len(data) == prod(shape):
+        return data
+    rows = [data]
+    for length in shape:
+        if not all(isinstance(row, list) and len(row) == length for row in rows):
+            raise ValueError
+        rows = [value for row in rows for value in row]
+    return rows

@@ -1,0 +1,114 @@
+"""The body of a `/v1` request to the images in it: one image as it is, a form, or JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from python_multipart.multipart import parse_options_header
+
+from rednet.service.errors import MalformedRequest, UnsupportedMediaType
+from rednet.service.parsing.base64_text import decode_base64
+from rednet.service.parsing.bodies import ParsedBody
+from rednet.service.parsing.content_sniffing import Content, content_of
+from rednet.service.parsing.json_text import load_json
+from rednet.service.parsing.multipart import parse_form, too_many
+
+JSON_SHAPE = 'JSON must be {"images": ["<base64>", ...]}'
+MAX_SHOWN = 5  # names of fields in a message
+ADVICE: Mapping[Content, str] = {
+    "JSON": "it needs Content-Type: application/json",
+    "form": "its Content-Type must be multipart/form-data with the boundary, which HTTP clients set by themselves",
+    "URL-encoded form": "files need multipart/form-data, such as curl -F file=@photo.jpg",
+    "base64": 'send the image as it is, or JSON {"images": ["<base64>"]}',
+    "data URL": 'send the image as it is, or JSON {"images": ["<data URL>"]}',
+}
+JSON_TYPES: Mapping[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def may_be_image(content_type: str) -> bool:
+    """Whether a body may be one image as it is, by its Content-Type."""
+    kind = _media_type(content_type)
+    return not (_is_form(kind) or _is_json(kind))
+
+
+def is_image(start: bytes | memoryview) -> bool:
+    """Whether a body that starts like this, at least `sniff.HEAD` bytes of it, is one for the decoder to judge."""
+    return content_of(start) not in ADVICE
+
+
+def parse_uploads(content_type: str, body: bytes, max_images: int) -> ParsedBody:
+    """The images of a body, at least one, in order.
+
+    Raises:
+        MalformedRequest: there are none, or the body is damaged.
+        PayloadTooLarge: there are more than max_images.
+        UnsupportedMediaType: the body is not what its Content-Type says.
+    """
+    kind = _media_type(content_type)
+    try:
+        if _is_form(kind):
+            parsed = parse_form(_boundary(content_type), body, max_images)
+        elif _is_json(kind):
+            parsed = _parse_json(body, max_images)
+        else:
+            parsed = _parse_image(body)
+    except MalformedRequest:
+        found = content_of(body)
+        if found in ("unknown", "JSON" if _is_json(kind) else "form"):
+            raise
+        raise UnsupportedMediaType(f"the body begins like {found}, which is not {kind}") from None
+    if not parsed.images:
+        raise MalformedRequest("the request holds no image")
+    return parsed
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _is_form(kind: str) -> bool:
+    return kind.startswith("multipart/")
+
+
+def _is_json(kind: str) -> bool:
+    return kind in ("application/json", "text/json") or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _boundary(content_type: str) -> bytes:
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise MalformedRequest("the form's Content-Type names no boundary; HTTP clients add it by themselves")
+    return boundary
+
+
+def _parse_image(body: bytes) -> ParsedBody:
+    """Whatever is not known to be something else is left to the decoder."""
+    found = content_of(body)
+    if found in ADVICE:
+        raise UnsupportedMediaType(f"the body is not an image file but {found}: {ADVICE[found]}")
+    return ParsedBody([body] if body else [])
+
+
+def _parse_json(body: bytes, max_images: int) -> ParsedBody:
+    found = load_json(body, unique=[b'"images"'])
+    if not isinstance(found, dict):
+        raise MalformedRequest(f"{JSON_SHAPE}, not {JSON_TYPES[type(found)]}")
+    if "images" not in found:
+        names = ", ".join(repr(name[:100]) for name in list(found)[:MAX_SHOWN])
+        raise MalformedRequest(f"{JSON_SHAPE}; there is no field 'images'" + (f" but {names}" if names else ""))
+    texts: Any = found["images"]
+    if not isinstance(texts, list):
+        raise MalformedRequest(f"{JSON_SHAPE}; images is {JSON_TYPES[type(texts)]}")
+    if len(texts) > max_images:
+        raise too_many(max_images)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise MalformedRequest(f"{JSON_SHAPE}; images.{index} is {JSON_TYPES[type(text)]}")
+    return ParsedBody([decode_base64(text) for text in texts])

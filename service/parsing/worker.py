@@ -1,0 +1,192 @@
+"""What runs in the parser process: large bodies in, what they hold out, until the connection ends.
+
+python -m rednet.service.parsing.worker LIMITS    # JSON of `BodyLimits`; the connection to the server is standard input
+
+For every body a process is forked, and ends with it. It can take no more memory and CPU time than the body may cost, it
+never sees another request's body, and all that it took goes back to the system. It runs nothing but `parse_body`, and
+what it sends back are numbers and texts, never anything that the server would execute.
+
+A request is `REQUEST` and two descriptors: the file, which holds the body and behind it its `BodyFormat` as JSON, and
+the socket for the reply. The reply is one line of JSON, see `reply_to`. Images are left in the file, behind the body.
+"""
+
+import gc
+import json
+import mmap
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import sys
+import traceback
+from contextlib import suppress
+from dataclasses import asdict, fields
+from math import ceil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import orjson
+
+from rednet.service.errors import MalformedRequest, ServiceError
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits, ParsedBody, Upload
+from rednet.service.parsing.body_parser import parse_body
+
+REQUEST = struct.Struct("<QI")  # length of the body, and of the JSON behind it
+MAX_REPLY_BYTES = 1_000_000
+ALIGNMENT = 64  # of images in the file: pixels are read as arrays
+
+# What one body may cost. A list of small integers takes the most: 32 MB of them 0.7 s and 400 MB.
+CPU_S, BYTES_PER_CPU_S = 2, 8_000_000
+MEMORY_BYTES, MEMORY_PER_BYTE = 250_000_000, 25
+
+
+def reply_to(fd: int, size: int, format_size: int, limits: BodyLimits) -> dict[str, Any]:
+    """Parse the body in a file.
+
+    Returns:
+        The fields of `ParsedBody`, with `[start, length, shape]` in the file or an error's message for each image, a
+        shape of null being that of a photo; or `{"error": [code, message]}`, or `{"defect": trace}`.
+    """
+    try:
+        body_format = BodyFormat(**json.loads(os.pread(fd, format_size, size)))
+        with mmap.mmap(fd, size) as shared:
+            reply = _stored(fd, size + format_size, parse_body(body_format, bytes(shared), limits))
+            if sys.platform == "linux":
+                shared.madvise(mmap.MADV_REMOVE)  # only now: until here it could be tried again
+            return reply
+    except ServiceError as error:
+        return {"error": [error.code, error.message]}
+    except MemoryError:
+        return {"error": ["payload_too_large", "the body takes too much memory to parse"]}
+    except Exception:  # noqa: BLE001  (the server logs it)
+        return {"defect": traceback.format_exc()}
+
+
+def _stored(fd: int, behind: int, parsed: ParsedBody) -> dict[str, Any]:
+    end = -(-behind // mmap.PAGESIZE) * mmap.PAGESIZE  # the pages of the body go back to the system
+    images: list[Any] = []
+    for image in parsed.images:
+        if isinstance(image, MalformedRequest):
+            images.append(image.message)
+            continue
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + _write(fd, image, start)
+        images.append([start, end - start, image.shape if isinstance(image, np.ndarray) else None])
+    others = {each.name: getattr(parsed, each.name) for each in fields(parsed)}
+    return others | {"images": images, "infer": parsed.infer and asdict(parsed.infer)}
+
+
+def _write(fd: int, image: Upload, start: int) -> int:
+    view = memoryview(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image).cast("B")  # type: ignore[arg-type]
+    written = 0
+    while written < len(view):
+        written += os.pwrite(fd, view[written:], start + written)
+    return written
+
+
+class Forker:
+    """Starts a process for every body, and ends it when the server does not wait for it any more.
+
+    Args:
+        control: the connection on which requests come.
+        limits: on what bodies may hold.
+    """
+
+    def __init__(self, control: socket.socket, limits: BodyLimits) -> None:
+        self._control = control
+        self._limits = limits
+        self._replies: dict[int, socket.socket] = {}  # by process
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ)
+        ended, signalled = os.pipe()
+        os.set_blocking(signalled, False)
+        self._ended = self._selector.register(ended, selectors.EVENT_READ)
+        signal.set_wakeup_fd(signalled)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def run(self) -> None:
+        """Serve until the server is gone."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._control:
+                    message, fds, _, _ = socket.recv_fds(self._control, REQUEST.size, 2)
+                    if not message:
+                        self._kill(*self._replies)
+                        return
+                    self._begin(fds[0], socket.socket(fileno=fds[1]), *REQUEST.unpack(message))
+                elif key == self._ended:
+                    os.read(key.fd, 4096)
+                    self._reap()
+                elif key.data in self._replies:  # nothing is ever sent there: the other end was closed
+                    self._selector.unregister(key.fileobj)
+                    self._kill(key.data)
+
+    def _begin(self, fd: int, reply: socket.socket, size: int, format_size: int) -> None:
+        process = os.fork()
+        if not process:
+            self._parse(fd, reply, size, format_size)
+        os.close(fd)
+        self._replies[process] = reply
+        self._selector.register(reply, selectors.EVENT_READ, process)
+
+    def _parse(self, fd: int, reply: socket.socket, size: int, format_size: int) -> NoReturn:
+        """All that a forked process does."""
+        try:
+            for other in (*self._replies.values(), self._control):  # or their ends would not be noticed
+                other.close()
+            _limit(resource.RLIMIT_CPU, CPU_S + ceil(size / BYTES_PER_CPU_S))
+            _limit(resource.RLIMIT_AS, _address_space() + MEMORY_BYTES + MEMORY_PER_BYTE * size)
+            line = orjson.dumps(reply_to(fd, size, format_size, self._limits)) + b"\n"
+            if len(line) > MAX_REPLY_BYTES:
+                line = orjson.dumps({"error": ["payload_too_large", "the body has too long an id"]}) + b"\n"
+            reply.sendall(line)
+            os._exit(0)
+        finally:
+            os._exit(1)
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                process, status = ended
+                reply = self._replies.pop(process)
+                with suppress(KeyError):
+                    self._selector.unregister(reply)
+                with suppress(OSError):  # nobody waits for it
+                    if status:
+                        reply.sendall(orjson.dumps({"died": os.waitstatus_to_exitcode(status)}) + b"\n")
+                reply.close()
+
+    def _kill(self, *processes: int) -> None:
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+
+
+def _limit(what: int, most: int) -> None:
+    with suppress(OSError, ValueError):  # a lower limit is in force
+        resource.setrlimit(what, (most, most + 1))  # SIGXCPU at the first, SIGKILL at the second
+
+
+def _address_space() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    except OSError:
+        return 2_000_000_000
+
+
+def main() -> None:
+    limits = BodyLimits(**json.loads(sys.argv[1]))
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # also sent to all processes of a server that drains
+        signal.signal(each, signal.SIG_IGN)
+    os.nice(5)  # where cores are short, the server goes first
+    with suppress(OSError):  # when memory ends, the system should take it from here
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    gc.freeze()  # processes that are forked leave these objects alone, and so share their memory
+    Forker(socket.socket(fileno=0), limits).run()
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)

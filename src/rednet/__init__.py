@@ -1,0 +1,63 @@
+"""RedNet and involution (Li et al., CVPR 2021): `rednet.model`, the network; `rednet.service`, the server.
+
+Names are imported when they are first used, so that `import rednet`, and the processes that decode images, do without
+PyTorch.
+
+Example:
+    >>> from rednet import create_rednet
+    >>> create_rednet("rednet26", num_classes=10).config.depth
+    26
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rednet import model, service
+    from rednet.model import (
+        Checkpoint,
+        CheckpointError,
+        Involution,
+        Label,
+        Output,
+        Prepared,
+        Preprocess,
+        RedNet,
+        RedNetConfig,
+        SelfCheckError,
+        create_rednet,
+        involution,
+        load_checkpoint,
+        prepare,
+        save_checkpoint,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Involution",
+    "Label",
+    "Output",
+    "Prepared",
+    "Preprocess",
+    "RedNet",
+    "RedNetConfig",
+    "SelfCheckError",
+    "create_rednet",
+    "involution",
+    "load_checkpoint",
+    "model",
+    "prepare",
+    "save_checkpoint",
+    "service",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("model", "service"):
+        return import_module(f"rednet.{name}")
+    if name in __all__:
+        return getattr(import_module("rednet.model"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
