@@ -49,7 +49,11 @@ class BuildEngine(build_ext):
 
 setup(
     ext_modules=[
-        Extension("rednet.model.native.library", ["model/native/dispatch.c", "model/native/engine.c"], optional=True),
+        Extension(
+            "rednet.model.native.library",
+            ["src/rednet/model/native/dispatch.c", "src/rednet/model/native/engine.c"],
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildEngine},
 )
