@@ -17,10 +17,10 @@ from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
 from rednet import Prepared, load_checkpoint, prepare
 from rednet.service.engine.runner import PreparedRunner
-from rednet.service.types import ClassActivation, KernelSums, Wish
+from rednet.service.types import ClassActivation, ExplainSpec, KernelSums
 
 ROUNDS = 40
-WISHES: Mapping[str, Wish | None] = {
+SPECS: Mapping[str, ExplainSpec | None] = {
     "predict": None,
     "class": ClassActivation(),
     **{f"stage{stage + 1}": KernelSums(stage) for stage in range(4)},
@@ -54,16 +54,16 @@ def rows(what: str, times: Mapping[str, list[float]]) -> list[dict[str, object]]
 
 
 def network(prepared: Prepared, batch: int) -> list[dict[str, object]]:
-    """Batches of which every image has the same wish."""
+    """Batches of which every image has the same map."""
     runner = PreparedRunner(prepared, largest=batch)
     side = prepared.preprocess.crop
     images = list(np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8))
 
-    def run(wish: Wish | None) -> Callable[[], object]:
-        wishes = dict.fromkeys(range(batch), wish) if wish else {}
-        return lambda: runner.launch(images, wishes).wait()
+    def run(explain: ExplainSpec | None) -> Callable[[], object]:
+        specs = dict.fromkeys(range(batch), explain) if explain else {}
+        return lambda: runner.launch(images, specs).wait()
 
-    return rows(f"network, batch {batch}", in_turns({name: run(wish) for name, wish in WISHES.items()}))
+    return rows(f"network, batch {batch}", in_turns({name: run(explain) for name, explain in SPECS.items()}))
 
 
 def http(base: str, photos: list[bytes]) -> list[dict[str, object]]:

@@ -21,7 +21,7 @@ from rednet.service.parsing.body_reader import Intake
 from rednet.service.parsing.memory_budget import MemoryBudget
 from rednet.service.parsing.parser import Parser, in_heap
 from rednet.service.settings import Settings
-from rednet.service.types import EngineClient, Inference, Place, Wish
+from rednet.service.types import EngineClient, ExplainSpec, Inference, Place
 
 TIMEOUT_HEADER = b"x-request-timeout-ms"
 LONGEST_TIMEOUT_MS = 3_600_000
@@ -54,7 +54,7 @@ class _Job:
 
     ends: float  # by the event loop's clock
     deadline: float  # by `time.monotonic()`
-    wish: Wish | None
+    explain: ExplainSpec | None
     draw: bool
     flow: Flow
 
@@ -88,14 +88,14 @@ class Journey:
         self._metrics = metrics
 
     async def answers(
-        self, request: Request, body_format: BodyFormat, wish: Wish | None = None, draw: bool = False
+        self, request: Request, body_format: BodyFormat, explain: ExplainSpec | None = None, draw: bool = False
     ) -> Answers:
         """An answer for every image of the request.
 
         Args:
             request: its body has not been read.
             body_format: how the body is to be parsed.
-            wish: what each answer is to hold besides.
+            explain: what each answer is to hold besides.
             draw: that over the photo, as a picture; the request must then hold one image.
 
         Raises:
@@ -119,7 +119,7 @@ class Journey:
                         f"a picture explains one image, not {len(uploads)}; for several, Accept: application/json"
                     )
                 held(len(uploads))
-                job = _Job(ends, deadline, wish, draw, Flow(ends, held.aside))
+                job = _Job(ends, deadline, explain, draw, Flow(ends, held.aside))
                 answers = await self._answer_all(uploads, job, held)
         endpoint: str = request.scope["route"].path
         for answer in answers:
@@ -161,9 +161,9 @@ class Journey:
                 raise upload
             async with asyncio.timeout_at(job.ends):
                 if isinstance(upload, np.ndarray):  # normalised and checked: there is nothing to decode or draw on
-                    return Answer(await self._client.infer(upload, job.deadline, job.wish), decode_s)
+                    return Answer(await self._client.infer(upload, job.deadline, job.explain), decode_s)
                 pixels, decode_s = await self._decode(upload, job.flow)
-                inference = await self._client.infer(pixels, job.deadline, job.wish)
+                inference = await self._client.infer(pixels, job.deadline, job.explain)
                 if job.draw and inference.grid is not None:
                     drawn = await self._decoder.draw(upload, inference.grid, job.flow)
                     self._metrics.stage("draw", drawn.draw_s)

@@ -29,7 +29,7 @@ class KernelSums(NamedTuple):
     group: int | None = None  # of channels that share a kernel; None: the mean of all groups
 
 
-Wish = ClassActivation | KernelSums  # what an image's answer is to hold besides: a map, out of the same pass
+ExplainSpec = ClassActivation | KernelSums  # which map to compute for an image, in the same forward pass
 
 
 class RunnerOutput(NamedTuple):
@@ -37,7 +37,7 @@ class RunnerOutput(NamedTuple):
 
     logits: Floats  # [B, num_classes]
     features: Floats  # [B, feature_channels]
-    grids: Mapping[int, Floats] = {}  # [h, w] each, by position in the batch: of those who wished for one
+    grids: Mapping[int, Floats] = {}  # [h, w] each, by position in the batch, of images that asked for one
 
     def finite(self, index: int) -> bool:
         """Whether everything that was computed for this image is a finite number.
@@ -59,7 +59,7 @@ class Inference:
     queue_s: float
     inference_s: float
     batch_size: int
-    grid: Floats | None = None  # [h, w], what was wished for
+    grid: Floats | None = None  # [h, w], if one was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Job:
     enqueued: float
     deadline: float
     reply: Callable[[Inference | ServiceError], None]  # called once, unless the job is cancelled; must not raise
-    wish: Wish | None = None
+    explain: ExplainSpec | None = None
 
 
 class State(StrEnum):
@@ -108,12 +108,12 @@ class ModelRunner(Protocol):
             begin: called before each step with the seconds that it should take, going by those before it.
         """
 
-    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
         """Begin one forward pass over images of one size, behind those that were launched before.
 
         Args:
             pixels: of each image.
-            wishes: by position in the batch, of those who have one. A batch without costs nothing more.
+            specs: by position in the batch, of those who have one. A batch without costs nothing more.
 
         Raises:
             MemoryError: there is no memory for so many.
@@ -187,13 +187,13 @@ class EngineClient(Protocol):
                 at all.
         """
 
-    async def infer(self, pixels: Pixels, deadline: float, wish: Wish | None = None) -> Inference:
+    async def infer(self, pixels: Pixels, deadline: float, explain: ExplainSpec | None = None) -> Inference:
         """The answer for one image. Cancelling it takes the image out of the queue.
 
         Args:
             pixels: the image.
             deadline: by `time.monotonic()`; no device time is spent on the image after it.
-            wish: what the answer is to hold besides.
+            explain: what the answer is to hold besides.
 
         Raises:
             DeadlineExceeded, DeviceFailed, Draining, Internal, NumericalOverflow: there is no answer.

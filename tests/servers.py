@@ -31,7 +31,7 @@ from rednet.service.main import Server, uvicorn_config
 from rednet.service.model_description import LabelBody, ModelBody
 from rednet.service.observability.metrics import DeviceEvents, Metrics
 from rednet.service.settings import Settings
-from rednet.service.types import ModelRunner, Pixels, RunnerOutput, Running, Wish
+from rednet.service.types import ExplainSpec, ModelRunner, Pixels, RunnerOutput, Running
 
 REDNET = Path(sys.executable).with_name("rednet")
 PATIENCE_S = 60.0
@@ -134,7 +134,7 @@ class FakeRunner:
         assert self.warm.wait(PATIENCE_S)
         return CostTable({1: 0.01, 8: 0.08}, self.max_batch_size)
 
-    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
         self.running.set()
         assert self.go_on.wait(PATIENCE_S)
         self.batches.append(len(pixels))
@@ -142,7 +142,7 @@ class FakeRunner:
             raise RuntimeError("a failure that the test asked for")
         means = np.stack([image.mean(axis=(1, 2), dtype=np.float32) for image in pixels])
         grid = np.arange(4, dtype=np.float32).reshape(2, 2)
-        return Finished(RunnerOutput(means, means[:, :2], dict.fromkeys(wishes, grid)))
+        return Finished(RunnerOutput(means, means[:, :2], dict.fromkeys(specs, grid)))
 
 
 class ServerThread:

@@ -13,7 +13,7 @@ import pytest
 from rednet.service.engine.transfer import Finished
 from rednet.service.http.connections import FREE_CHUNKS
 from rednet.service.parsing.memory_budget import SMALL_BYTES
-from rednet.service.types import Pixels, Running, Wish
+from rednet.service.types import ExplainSpec, Pixels, Running
 from tests.asking import PREDICT, assert_error, connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
@@ -86,8 +86,8 @@ def test_body_in_very_small_chunks_is_refused(running: ServerThread) -> None:
 class WideRunner(FakeRunner):
     """Its feature vectors have four megabytes, more than a connection takes at once."""
 
-    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
-        output = super().launch(pixels, wishes).wait()
+    def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
+        output = super().launch(pixels, specs).wait()
         return Finished(output._replace(features=np.arange(1_000_000, dtype=np.float32)[None].repeat(len(pixels), 0)))
 
 

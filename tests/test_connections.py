@@ -13,7 +13,7 @@ import pytest
 from rednet.service.engine.transfer import Finished
 from rednet.service.http import connections, slow_readers
 from rednet.service.http.request_head import MAX_HEAD_BYTES
-from rednet.service.types import Pixels, Running, Wish
+from rednet.service.types import ExplainSpec, Pixels, Running
 from tests.asking import connected, predict
 from tests.conftest import encoded, photo
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
@@ -93,8 +93,8 @@ def test_who_does_not_read_is_cut_off(running: ServerThread) -> None:
 class WideRunner(FakeRunner):
     """Its feature vectors have eight megabytes, more than a system takes at once."""
 
-    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
-        output = super().launch(pixels, wishes).wait()
+    def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
+        output = super().launch(pixels, specs).wait()
         return Finished(output._replace(features=np.zeros((len(pixels), 2_000_000), np.float32)))
 
 

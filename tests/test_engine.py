@@ -12,7 +12,7 @@ from rednet.service.engine.batcher import Batcher
 from rednet.service.engine.engine import Engine
 from rednet.service.engine.transfer import Finished
 from rednet.service.errors import DeadlineExceeded, DeviceFailed, Draining, Internal, NumericalOverflow, ServiceError
-from rednet.service.types import Inference, KernelSums, Pixels, RunnerOutput, Running, State, Wish
+from rednet.service.types import ExplainSpec, Inference, KernelSums, Pixels, RunnerOutput, Running, State
 from tests.servers import FakeRunner, wait_until
 
 FAR = 1e9
@@ -41,9 +41,9 @@ class Caller:
         self.engine, self.events = engine, events
         self.answers: dict[int, list[Inference | ServiceError]] = {}
 
-    def submit(self, value: int, deadline: float = FAR, wish: Wish | None = None) -> int:
+    def submit(self, value: int, deadline: float = FAR, explain: ExplainSpec | None = None) -> int:
         answers: list[Inference | ServiceError] = []
-        job_id = self.engine.submit(np.full((3, 2, 2), value, np.uint8), deadline, answers.append, wish)
+        job_id = self.engine.submit(np.full((3, 2, 2), value, np.uint8), deadline, answers.append, explain)
         self.answers[job_id] = answers
         return job_id
 
@@ -67,14 +67,14 @@ def running(runner: FakeRunner, max_wait_s: float = 0.0) -> Iterator[Caller]:
 
 
 def busy_then(
-    runner: FakeRunner, caller: Caller, values: Sequence[int], deadline: float = FAR, wish: Wish | None = None
+    runner: FakeRunner, caller: Caller, values: Sequence[int], deadline: float = FAR, explain: ExplainSpec | None = None
 ) -> list[int]:
     """Queue images while the device is held by another one."""
     runner.go_on.clear()
     runner.running.clear()
     caller.submit(0)
     assert runner.running.wait(10)
-    return [caller.submit(value, deadline, wish) for value in values]
+    return [caller.submit(value, deadline, explain) for value in values]
 
 
 def test_a_batch_grows_while_the_device_is_busy() -> None:
@@ -110,7 +110,7 @@ def test_too_few_rows_are_an_internal_error() -> None:
     """A runner that returns fewer rows than images never has them passed on as answers."""
 
     class Wrong(FakeRunner):
-        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+        def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
             logits = np.zeros((len(pixels), 3), np.float32)
             return Finished(RunnerOutput(logits[1:], logits))
 
@@ -124,8 +124,8 @@ def test_rows_that_are_not_finite_fail_alone_and_are_not_run_again(where: str, v
     """Of a batch of three the middle one overflows: its caller gets an error of its own, the others their answers."""
 
     class Overflowing(FakeRunner):
-        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
-            output = super().launch(pixels, wishes).wait()
+        def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
+            output = super().launch(pixels, specs).wait()
             output = output._replace(features=output.features.copy())
             for index, image in enumerate(pixels):
                 if image[0, 0, 0] == 66:
@@ -139,7 +139,7 @@ def test_rows_that_are_not_finite_fail_alone_and_are_not_run_again(where: str, v
 
     runner = Overflowing()
     with running(runner) as caller:
-        ids = busy_then(runner, caller, [10, 66, 30], wish=KernelSums(0))
+        ids = busy_then(runner, caller, [10, 66, 30], explain=KernelSums(0))
         runner.go_on.set()
         first, failed, last = [caller.outcome(id_) for id_ in ids]
         assert isinstance(failed, NumericalOverflow)

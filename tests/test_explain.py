@@ -19,7 +19,7 @@ from rednet.model.inference.preparation import Prepared
 from rednet.model.inference.torch_backend import TorchBackend
 from rednet.service.engine.runner import PreparedRunner
 from rednet.service.http.schemas import ExplainBody
-from rednet.service.types import ClassActivation, KernelSums, Pixels, Running, Wish
+from rednet.service.types import ClassActivation, ExplainSpec, KernelSums, Pixels, Running
 from tests.asking import CUT, TEXT, assert_error, occupy, predict, sample
 from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
@@ -78,12 +78,17 @@ def kernels_of(net: RedNet, pixels: Tensor) -> list[Tensor]:
     return sums
 
 
-def test_everyone_in_a_batch_gets_what_they_wished_for(runner: PreparedRunner, net: RedNet) -> None:
-    """Maps of a class and of kernels in one batch with images that wish for none, each its own."""
+def test_images_of_one_batch_get_their_own_maps(runner: PreparedRunner, net: RedNet) -> None:
+    """Maps of a class and of kernels in one batch with images that ask for none, each its own."""
     pixels = photos(5, 64, 64)
-    wishes: dict[int, Wish] = {0: ClassActivation(3), 2: KernelSums(1), 3: KernelSums(2, group=3), 4: ClassActivation()}
-    output = runner.launch(list(pixels.numpy()), wishes).wait()
-    assert output.grids.keys() == wishes.keys()
+    specs: dict[int, ExplainSpec] = {
+        0: ClassActivation(3),
+        2: KernelSums(1),
+        3: KernelSums(2, group=3),
+        4: ClassActivation(),
+    }
+    output = runner.launch(list(pixels.numpy()), specs).wait()
+    assert output.grids.keys() == specs.keys()
     with torch.inference_mode():
         last = net.stages(SQUARE.normalise(pixels))[-1]
         sums = kernels_of(net, pixels)
@@ -106,8 +111,8 @@ def test_the_mean_of_a_class_map_is_its_logit(runner: PreparedRunner, net: RedNe
 def test_only_the_maps_that_are_needed_are_made(runner: PreparedRunner, form: Recording) -> None:
     """None for a batch of plain images; the last stage's for a class; one stage's kernels for kernels."""
     images = list(photos(2, 64, 64).numpy())
-    wishes: list[Mapping[int, Wish]] = [{}, {0: ClassActivation()}, {1: KernelSums(2)}]
-    for each in (*wishes, {0: KernelSums(3), 1: KernelSums(0)}):
+    specs: list[Mapping[int, ExplainSpec]] = [{}, {0: ClassActivation()}, {1: KernelSums(2)}]
+    for each in (*specs, {0: KernelSums(3), 1: KernelSums(0)}):
         runner.launch(images, each).wait()
     assert form.asked == [([], []), ([3], []), ([], [2]), ([], [0, 3])]
 
@@ -242,11 +247,11 @@ def test_explained_images_share_batches_with_others() -> None:
     class Noting(FakeRunner):
         def __init__(self) -> None:
             super().__init__()
-            self.wishes: list[Mapping[int, Wish]] = []
+            self.specs: list[Mapping[int, ExplainSpec]] = []
 
-        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
-            self.wishes.append(wishes)
-            return super().launch(pixels, wishes)
+        def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
+            self.specs.append(specs)
+            return super().launch(pixels, specs)
 
     runner = Noting()
     with ServerThread(runner) as running, ThreadPoolExecutor(3) as pool:
@@ -259,8 +264,8 @@ def test_explained_images_share_batches_with_others() -> None:
         runner.go_on.set()
         assert [each.result().status_code for each in (held, plain, asked)] == [200] * 3
         assert runner.batches == [1, 2]
-        assert list(runner.wishes[0]) == []
-        assert list(runner.wishes[1].values()) == [ClassActivation(None)]
+        assert list(runner.specs[0]) == []
+        assert list(runner.specs[1].values()) == [ClassActivation(None)]
         assert asked.result().json()["explanations"][0]["grid"] == [[0, 1], [2, 3]]
 
 
@@ -268,7 +273,7 @@ def test_an_answer_without_its_map_is_a_defect() -> None:
     """500, and neither a picture of nothing nor an answer that the document does not describe."""
 
     class Forgetful(FakeRunner):
-        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+        def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
             return super().launch(pixels, {})
 
     with ServerThread(Forgetful()) as running:

@@ -10,7 +10,7 @@ import pytest
 
 from rednet.service.cost_table import CostTable
 from rednet.service.errors import DeviceFailed, Internal
-from rednet.service.types import DeviceLost, Inference, Pixels, RunnerOutput, Running, State, Wish
+from rednet.service.types import DeviceLost, ExplainSpec, Inference, Pixels, RunnerOutput, Running, State
 from tests.servers import PATIENCE_S, FakeRunner, wait_until
 from tests.test_engine import running
 
@@ -44,8 +44,8 @@ class Device(FakeRunner):
     def warm_up(self, begin: Callable[[float], None]) -> CostTable:
         return CostTable({1: self.batch_s, 8: self.batch_s}, self.max_batch_size)
 
-    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
-        output = super().launch(pixels, wishes).wait()
+    def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
+        output = super().launch(pixels, specs).wait()
         ticket = Ticket(output, MemoryError() if len(pixels) > self.room else None)
         self.tickets.append(ticket)
         if not self.held:
@@ -121,7 +121,7 @@ def test_a_device_that_is_lost_ends_the_engine() -> None:
             raise AssertionError
 
     class Lost(Device):
-        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+        def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
             return LostTicket()
 
     with running(Lost()) as caller:
@@ -158,8 +158,8 @@ def test_a_failing_image_fails_alone(bad: int) -> None:
     """Also where it shows only when the device has run."""
 
     class Poisoned(Device):
-        def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
-            ticket = super().launch(pixels, wishes)
+        def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
+            ticket = super().launch(pixels, specs)
             assert isinstance(ticket, Ticket)
             if any(image[0, 0, 0] == 66 for image in pixels):
                 ticket.error = RuntimeError("a failure that the test asked for")

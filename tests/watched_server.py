@@ -19,7 +19,7 @@ import numpy as np
 
 from rednet.service.engine.transfer import Finished
 from rednet.service.observability import log
-from rednet.service.types import Pixels, RunnerOutput, Running, Wish
+from rednet.service.types import ExplainSpec, Pixels, RunnerOutput, Running
 from tests.servers import FakeRunner, ServerThread
 
 HELD_S = 0.02
@@ -29,10 +29,10 @@ CLASSES, FEATURES, GRID = 1000, 2048, 56  # of an ImageNet network: answers of 2
 class WideRunner(FakeRunner):
     """Its answers are as large as those of the largest networks."""
 
-    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
         random = np.random.default_rng(0)
         logits, features = (random.random((len(pixels), width), np.float32) for width in (CLASSES, FEATURES))
-        return Finished(RunnerOutput(logits, features, dict.fromkeys(wishes, random.random((GRID, GRID), np.float32))))
+        return Finished(RunnerOutput(logits, features, dict.fromkeys(specs, random.random((GRID, GRID), np.float32))))
 
 
 class PauseWatch:

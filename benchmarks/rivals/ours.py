@@ -19,14 +19,14 @@ from rednet.service.model_description import describe
 from rednet.service.observability import log
 from rednet.service.observability.metrics import DeviceEvents, Metrics
 from rednet.service.settings import Settings
-from rednet.service.types import Pixels, RunnerOutput, Running, Wish
+from rednet.service.types import ExplainSpec, Pixels, RunnerOutput, Running
 
 
 class NullRunner:
     def warm_up(self, begin: Callable[[float], None]) -> CostTable:
         return CostTable({1: 1e-5, LARGEST_BATCH: 8e-5}, LARGEST_BATCH)
 
-    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish]) -> Running:
+    def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
         logits = null_network(pixels)
         return Finished(RunnerOutput(logits, logits))
 

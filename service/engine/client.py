@@ -10,7 +10,7 @@ from rednet.service.cost_table import CostTable
 from rednet.service.engine.admission import Admission
 from rednet.service.engine.engine import Engine
 from rednet.service.errors import DeviceFailed, Draining, NotReady, ServiceError
-from rednet.service.types import Inference, Pixels, Place, State, Wish
+from rednet.service.types import ExplainSpec, Inference, Pixels, Place, State
 
 STARTING_RETRY_S = 2.0
 LAST_BATCH_S = 1.0  # how long closing waits for the batch that is running, whose callers have been told already
@@ -69,7 +69,7 @@ class LocalClient:
         self._refuse_unless_ready()
         return self._admission.admit(deadline)
 
-    async def infer(self, pixels: Pixels, deadline: float, wish: Wish | None = None) -> Inference:
+    async def infer(self, pixels: Pixels, deadline: float, explain: ExplainSpec | None = None) -> Inference:
         if self._closed:
             raise self._why_closed()
         loop = asyncio.get_running_loop()
@@ -82,7 +82,7 @@ class LocalClient:
 
         engine = min(self._engines, key=lambda engine: engine.backlog_s(self._loads[engine] + 1))
         self._loads[engine] += 1
-        job_id = engine.submit(pixels, deadline, reply, wish)
+        job_id = engine.submit(pixels, deadline, reply, explain)
         try:
             return await future
         except asyncio.CancelledError:

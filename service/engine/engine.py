@@ -16,7 +16,7 @@ from rednet.service.engine.batcher import Batcher
 from rednet.service.engine.executor import Executor
 from rednet.service.engine.watchdog import HangWatch
 from rednet.service.errors import DeadlineExceeded, DeviceFailed, Draining, ServiceError
-from rednet.service.types import EngineEvents, Inference, Job, ModelRunner, Pixels, State, Wish
+from rednet.service.types import EngineEvents, ExplainSpec, Inference, Job, ModelRunner, Pixels, State
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,10 @@ class Engine:
         pixels: Pixels,
         deadline: float,
         reply: Callable[[Inference | ServiceError], None],
-        wish: Wish | None = None,
+        explain: ExplainSpec | None = None,
     ) -> int:
         """Queue an image; `reply` is called exactly once, unless it is cancelled. Returns the id to cancel it by."""
-        job = Job(next(self._ids), pixels, time.monotonic(), deadline, reply, wish)
+        job = Job(next(self._ids), pixels, time.monotonic(), deadline, reply, explain)
         if not self._send(job):
             reply(self._why_closed())
         return job.id

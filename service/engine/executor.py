@@ -90,8 +90,8 @@ class Executor:
         """Give a batch to the device; None if that is over already."""
         launched = time.monotonic()
         try:
-            wishes = {index: job.wish for index, job in enumerate(batch) if job.wish is not None}
-            running = runner.launch([job.pixels for job in batch], wishes)
+            specs = {index: job.explain for index, job in enumerate(batch) if job.explain is not None}
+            running = runner.launch([job.pixels for job in batch], specs)
             over = running.done()
         except DeviceLost:
             raise
@@ -152,5 +152,5 @@ class Executor:
 def _check(output: RunnerOutput, jobs: Sequence[Job]) -> None:
     if not len(output.logits) == len(output.features) == len(jobs):
         raise RuntimeError(f"this is a bug: {len(output.logits)} answers for {len(jobs)} images")
-    if output.grids.keys() != {index for index, job in enumerate(jobs) if job.wish is not None}:
-        raise RuntimeError("this is a bug: maps for other images than those that wished for one")
+    if output.grids.keys() != {index for index, job in enumerate(jobs) if job.explain is not None}:
+        raise RuntimeError("this is a bug: maps for other images than those that asked for one")

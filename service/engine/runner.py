@@ -12,10 +12,10 @@ from rednet.model.inference.cam import class_activation
 from rednet.model.inference.preparation import Prepared
 from rednet.service.cost_table import CostTable, measure
 from rednet.service.engine.transfer import Direct, Overlapped, named_errors
-from rednet.service.types import ClassActivation, KernelSums, Pixels, Running, Wish
+from rednet.service.types import ClassActivation, ExplainSpec, KernelSums, Pixels, Running
 
 LAST_STAGE = (3,)
-NO_WISHES: Mapping[int, Wish] = {}
+NO_SPECS: Mapping[int, ExplainSpec] = {}
 MEASURED_S = 0.1  # runs of one batch size go on for so long; a batch that takes longer by itself runs once
 
 
@@ -55,24 +55,24 @@ class PreparedRunner:
         batch_s(1)  # what is slow only once
         return measure(batch_s, self._largest, self._auto, self._least)
 
-    def launch(self, pixels: Sequence[Pixels], wishes: Mapping[int, Wish] = NO_WISHES) -> Running:
+    def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec] = NO_SPECS) -> Running:
         if any(image.dtype == np.float32 for image in pixels):  # a batch has one type
             pixels = [self._normalised(image) for image in pixels]
         with named_errors():
-            maps = LAST_STAGE if any(isinstance(wish, ClassActivation) for wish in wishes.values()) else ()
-            summed = sorted({wish.stage for wish in wishes.values() if isinstance(wish, KernelSums)})
+            maps = LAST_STAGE if any(isinstance(spec, ClassActivation) for spec in specs.values()) else ()
+            summed = sorted({spec.stage for spec in specs.values() if isinstance(spec, KernelSums)})
             output = self._prepared(self._transfer.upload(pixels), stages=maps, kernel_sums=summed)
             sums = dict(zip(summed, output.kernel_sums or (), strict=True))
-            grids = {index: self._grid(output, sums, index, wish) for index, wish in wishes.items()}
+            grids = {index: self._grid(output, sums, index, spec) for index, spec in specs.items()}
             return self._transfer.download(output, grids)
 
-    def _grid(self, output: Output, sums: Mapping[int, Tensor], index: int, wish: Wish) -> Tensor:
-        """What an image of the batch wished for, [h, w], on the device.
+    def _grid(self, output: Output, sums: Mapping[int, Tensor], index: int, explain: ExplainSpec) -> Tensor:
+        """The map [h, w] that an image of the batch asked for, on the device.
 
         Args:
             sums: of kernels, by stage.
         """
-        match wish:
+        match explain:
             case ClassActivation(class_index):
                 assert output.stages is not None
                 head = self._prepared.head

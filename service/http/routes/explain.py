@@ -15,7 +15,7 @@ from rednet.service.http.schemas import ExplainBody, described_images
 from rednet.service.http.scores import probabilities
 from rednet.service.model_description import ModelBody
 from rednet.service.pipeline import Answer
-from rednet.service.types import ClassActivation, KernelSums, Wish
+from rednet.service.types import ClassActivation, ExplainSpec, KernelSums
 
 JSON, PNG = "application/json", "image/png"
 LISTED = 10  # so many ids stand in an error's message
@@ -27,7 +27,7 @@ class Asked(NamedTuple):
 
     layer: Layer
     group: int | None
-    wish: Wish
+    explain: ExplainSpec
 
 
 async def _asked(
@@ -87,12 +87,12 @@ async def explain(
     As a picture the answer has place for one image; with `Accept: application/json` for any number of them.
     """
     server, as_json = context(request), prefers(accept, JSON, PNG)
-    found = await server.journey.answers(request, body_format(request), asked.wish, not as_json)
+    found = await server.journey.answers(request, body_format(request), asked.explain, not as_json)
     answers = answered(found.images)
     started = time.monotonic()
     if drawn := answers[0].drawn:
         return await respond([drawn.png], PNG, answers, server, started)
-    explanations = (_explanation(answer, asked.wish, server.model) for answer in answers)
+    explanations = (_explanation(answer, asked.explain, server.model) for answer in answers)
     fields = {**ignored_parts(found), "layer": asked.layer, "group": asked.group}
     return await json_response(server, fields, "explanations", explanations, answers, started)
 
@@ -108,13 +108,13 @@ def _class_index(text: str, model: ModelBody) -> int:
     raise MalformedRequest(f"class: must be an index from 0 to {len(ids) - 1} or one of the ids {some}")
 
 
-def _explanation(answer: Answer, wish: Wish, model: ModelBody) -> dict[str, Any]:
+def _explanation(answer: Answer, explain: ExplainSpec, model: ModelBody) -> dict[str, Any]:
     if isinstance(answer.outcome, ServiceError):
         return error_body(answer.outcome)
     inference = answer.outcome
-    if isinstance(wish, KernelSums):
+    if isinstance(explain, KernelSums):
         return {"grid": inference.grid}
-    index = int(inference.logits.argmax()) if wish.class_index is None else wish.class_index
+    index = int(inference.logits.argmax()) if explain.class_index is None else explain.class_index
     explained = {
         "index": index,
         "label": model.labels[index].label,
