@@ -1,178 +1,172 @@
-"""One request's journey: body -> encoded images -> pixels -> answers, before its deadline, while its caller waits."""
+"""Takes images to answers: admit, decode, infer, draw. HTTP and the command line call it; it knows no protocol."""
 
 import asyncio
-import re
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
-from starlette.requests import ClientDisconnect, Request
 
 from rednet.service.decoding.decoder import Decoded, Decoder, Drawn
 from rednet.service.decoding.fair_queue import Flow
-from rednet.service.errors import DeadlineExceeded, MalformedRequest, ServiceError
-from rednet.service.observability import log
+from rednet.service.errors import DeadlineExceeded, ServiceError
+from rednet.service.model_description import ModelBody
 from rednet.service.observability.metrics import Metrics
-from rednet.service.parsing.bodies import BodyFormat, InferOptions, ParsedBody, Upload
-from rednet.service.parsing.body_file import BodyFile
-from rednet.service.parsing.body_reader import Intake
-from rednet.service.parsing.memory_budget import MemoryBudget
-from rednet.service.parsing.parser import Parser, in_heap
-from rednet.service.settings import Settings
-from rednet.service.types import EngineClient, ExplainSpec, Inference, Place
+from rednet.service.types import EngineClient, ExplainSpec, Inference, Permit, State, Upload
 
-TIMEOUT_HEADER = b"x-request-timeout-ms"
-LONGEST_TIMEOUT_MS = 3_600_000
-MAX_DIGITS = 10  # of a timeout: longer numbers are not even looked at
-ARRIVAL_S = 60.0  # for a body to arrive, where its caller would wait for longer: meanwhile it takes room from others
-REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # fit for a header, and for a line of the log
-STARTED_AT_ONCE = 16  # images of one request; the event loop sees to others before the next ones
+STARTED_AT_ONCE = 16  # images of one request; the event loop serves others before it starts the next ones
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that was admitted.
+
+    Attributes:
+        permit: what it holds of the queue.
+        deadline: by `time.monotonic()`.
+        ends: the same by the event loop's clock.
+    """
+
+    permit: Permit
+    deadline: float
+    ends: float
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of one image."""
+    """The result for one image, with the time that decoding took, and the map drawn over the image if that was asked
+    for."""
 
     outcome: Inference | ServiceError
     decode_s: float
     drawn: Drawn | None = None
 
 
-class Answers(NamedTuple):
-    """What came of one request."""
-
-    images: Sequence[Answer]  # in order
-    infer: InferOptions | None  # what else the body asked for, where it was an infer request
-    ignored: Sequence[str]  # the names of those parts of a form that are not images
-
-
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is the same for all images of a request."""
+    """What the images of a request have in common."""
 
-    ends: float  # by the event loop's clock
-    deadline: float  # by `time.monotonic()`
+    request: Admitted
+    flow: Flow
     explain: ExplainSpec | None
     draw: bool
-    flow: Flow
 
 
-class Journey:
-    """Takes requests that carry images to their answers.
+class Pipeline:
+    """Answers images before a deadline, whatever the protocol. Used from one event loop.
 
     Args:
-        settings: limits on bodies and deadlines.
+        model: describes the network.
         client: the engine.
         decoder: for the images.
-        parser: for large bodies.
-        budget: for the memory of all bodies.
-        metrics: told of every image.
+        metrics: records stages and outcomes.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        client: EngineClient,
-        decoder: Decoder,
-        parser: Parser,
-        budget: MemoryBudget,
-        metrics: Metrics,
-    ) -> None:
-        self._settings = settings
-        self._intake = Intake(settings.max_body_bytes, budget)
-        self._parser = parser
-        self._client = client
+    def __init__(self, model: ModelBody, client: EngineClient, decoder: Decoder, metrics: Metrics) -> None:
+        self.model = model
+        self.client = client
+        self.metrics = metrics
         self._decoder = decoder
-        self._metrics = metrics
+        metrics.watch(client, lambda: self.state)
 
-    async def answers(
-        self, request: Request, body_format: BodyFormat, explain: ExplainSpec | None = None, draw: bool = False
-    ) -> Answers:
-        """An answer for every image of the request.
+    async def start(self) -> None:
+        """Start the decoders, then the engine, whose warm-up measures what batches cost here."""
+        await self._decoder.start()
+        self.client.start()
+
+    async def close(self) -> None:
+        """Stop, and fail what is still waiting."""
+        await self.client.close()
+        self._decoder.close()
+
+    @property
+    def state(self) -> State:
+        """The engine's state, but not ready while no photo can be decoded."""
+        state = self.client.state
+        return State.NO_DECODER if state is State.READY and not self._decoder.available else state
+
+    @contextmanager
+    def admit(self, timeout_s: float) -> Iterator[Admitted]:
+        """Admit a request, before its images have arrived, for as long as the context lasts.
 
         Args:
-            request: its body has not been read.
-            body_format: how the body is to be parsed.
-            explain: what each answer is to hold besides.
-            draw: that over the photo, as a picture; the request must then hold one image.
+            timeout_s: until its deadline.
 
         Raises:
-            ServiceError: there is none for the request as a whole.
-            ClientDisconnect: the caller left; what was being done for them was dropped.
+            Refused: the queue is full, the answer would come too late, or the server takes no work.
         """
-        headers = dict(request.scope["headers"])
-        timeout_s = self._timeout_s(headers.get(TIMEOUT_HEADER))
         ends = asyncio.get_running_loop().time() + timeout_s
         deadline = time.monotonic() + timeout_s
-        place = self._client.admit(deadline)
-        arrival_s = min(timeout_s, max(ARRIVAL_S, self._settings.request_timeout_s))
-        arriving = self._intake.body(request.stream(), headers, in_heap(body_format), arrival_s)
-        with place as held:  # refuse before the body is read
-            async with arriving as body, _WhileConnected(request):
-                parsed = await self._parsed(body_format, body, ends)
-                uploads = parsed.images
-                log.note(images=len(uploads))
-                if draw and len(uploads) > 1:
-                    raise MalformedRequest(
-                        f"a picture explains one image, not {len(uploads)}; for several, Accept: application/json"
-                    )
-                held(len(uploads))
-                job = _Job(ends, deadline, explain, draw, Flow(ends, held.aside))
-                answers = await self._answer_all(uploads, job, held)
-        endpoint: str = request.scope["route"].path
+        with self.client.admit(deadline) as permit:
+            yield Admitted(permit, deadline, ends)
+
+    async def run(
+        self,
+        request: Admitted,
+        images: Sequence[Upload],
+        endpoint: str,
+        explain: ExplainSpec | None = None,
+        draw: bool = False,
+    ) -> Sequence[Answer]:
+        """Answer every image of a request, in order. If cancelled, it drops what is still waiting.
+
+        Args:
+            request: admitted by `admit`.
+            images: at least one.
+            endpoint: where they came in, for the metrics.
+            explain: the map to compute for each image.
+            draw: draw the map over the image, as a PNG.
+
+        Raises:
+            Overloaded: there is no room for so many images.
+        """
+        request.permit.hold(len(images))
+        job = _Job(request, Flow(request.ends, request.permit.set_aside), explain, draw)
+        answers = await self._answer_all(images, job)
         for answer in answers:
             outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
-            self._metrics.image(endpoint, outcome)
-        return Answers(answers, parsed.infer, parsed.ignored)
+            self.metrics.image(endpoint, outcome)
+        return answers
 
-    async def _parsed(self, body_format: BodyFormat, body: bytes | BodyFile, ends: float) -> ParsedBody:
-        if parsed := self._parser.parse_quickly(body_format, body):
-            return parsed
-        try:
-            async with asyncio.timeout_at(ends):
-                return await self._parser.parse(body_format, body)
-        except TimeoutError:
-            raise DeadlineExceeded("no answer before the deadline") from None
+    async def _answer_all(self, images: Sequence[Upload], job: _Job) -> Sequence[Answer]:
+        if len(images) == 1:
+            return [await self._answer(images[0], job)]
 
-    async def _answer_all(self, uploads: Sequence[Upload], job: "_Job", held: Place) -> Sequence[Answer]:
-        if len(uploads) == 1:
-            return [await self._answer(uploads[0], job)]
-
-        async def answer_one(upload: Upload) -> Answer:
+        async def answer_one(image: Upload) -> Answer:
             try:
-                return await self._answer(upload, job)
+                return await self._answer(image, job)
             finally:
-                held.add(-1)  # the others may take minutes
+                job.request.permit.release(1)  # the others may take minutes
 
         tasks: list[asyncio.Task[Answer]] = []
-        async with asyncio.TaskGroup() as group:  # a defect over one image ends the work on the others, too
-            for upload in uploads:
-                tasks.append(group.create_task(answer_one(upload)))
+        async with asyncio.TaskGroup() as group:  # a defect over one image also ends the work on the others
+            for image in images:
+                tasks.append(group.create_task(answer_one(image)))
                 if len(tasks) % STARTED_AT_ONCE == 0:
                     await asyncio.sleep(0)
         return [task.result() for task in tasks]
 
-    async def _answer(self, upload: Upload, job: "_Job") -> Answer:
+    async def _answer(self, image: Upload, job: _Job) -> Answer:
         decode_s = 0.0
+        request = job.request
         try:
-            if isinstance(upload, ServiceError):
-                raise upload
-            async with asyncio.timeout_at(job.ends):
-                if isinstance(upload, np.ndarray):  # normalised and checked: there is nothing to decode or draw on
-                    return Answer(await self._client.infer(upload, job.deadline, job.explain), decode_s)
-                pixels, decode_s = await self._decode(upload, job.flow)
-                inference = await self._client.infer(pixels, job.deadline, job.explain)
+            if isinstance(image, ServiceError):
+                raise image
+            async with asyncio.timeout_at(request.ends):
+                if isinstance(image, np.ndarray):  # normalised and checked: there is nothing to decode or to draw on
+                    return Answer(await self.client.infer(image, request.deadline, job.explain), decode_s)
+                pixels, decode_s = await self._decode(image, job.flow)
+                inference = await self.client.infer(pixels, request.deadline, job.explain)
                 if job.draw and inference.grid is not None:
-                    drawn = await self._decoder.draw(upload, inference.grid, job.flow)
-                    self._metrics.stage("draw", drawn.draw_s)
+                    drawn = await self._decoder.draw(image, inference.grid, job.flow)
+                    self.metrics.stage("draw", drawn.draw_s)
                     return Answer(inference, decode_s, drawn)
                 return Answer(inference, decode_s)
         except TimeoutError:
             return Answer(DeadlineExceeded("no answer before the deadline"), decode_s)
         except ServiceError as error:
-            # Its traceback refers to frames that hold the body, in a cycle with the future that raised it: the body's
+            # Its traceback refers to frames that hold the image, in a cycle with the future that raised it: the image's
             # memory would be kept until the garbage collector runs.
             return Answer(error.with_traceback(None), decode_s)
 
@@ -180,52 +174,7 @@ class Journey:
         try:
             decoded = await self._decoder.decode(data, flow)
         except asyncio.CancelledError:
-            self._metrics.dropped("decode", 1)
+            self.metrics.dropped("decode", 1)
             raise
-        self._metrics.stage("decode", decoded.decode_s)
+        self.metrics.stage("decode", decoded.decode_s)
         return decoded
-
-    def has_short_deadline(self, request: Request) -> bool:
-        """Whether the client gave a request less time than the server would have."""
-        asked = request.headers.get("x-request-timeout-ms", "")
-        return asked.isdigit() and len(asked) < MAX_DIGITS and int(asked) < 1000 * self._settings.request_timeout_s
-
-    def _timeout_s(self, asked: bytes | None) -> float:
-        if asked is None:
-            return self._settings.request_timeout_s
-        if not (asked.isdigit() and len(asked) < MAX_DIGITS and 1 <= int(asked) <= LONGEST_TIMEOUT_MS):
-            raise MalformedRequest(f"X-Request-Timeout-Ms must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}")
-        return int(asked) / 1000
-
-
-def callers_id(headers: Mapping[bytes, bytes]) -> bytes | None:
-    """The id that the caller gave the request, if it is one."""
-    given = headers.get(b"x-request-id", b"")
-    return given if REQUEST_ID.fullmatch(given) else None
-
-
-class _WhileConnected:
-    """Cancels what is inside as soon as the caller hangs up, and raises `ClientDisconnect`. The body must have been
-    read: the next message can then only be a disconnect."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._hung_up = False
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._leaving = asyncio.ensure_future(self._request.receive())
-        self._leaving.add_done_callback(self._left)
-
-    def _left(self, leaving: "asyncio.Future[MutableMapping[str, Any]]") -> None:
-        if not leaving.cancelled():
-            self._hung_up = True
-            self._task.cancel()
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._leaving.remove_done_callback(self._left)
-        self._leaving.cancel()
-        if self._hung_up and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise ClientDisconnect from None

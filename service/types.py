@@ -1,19 +1,20 @@
 """The values that travel through the server, and the seams along the way."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rednet.service.cost_table import CostTable
-from rednet.service.errors import ServiceError
+from rednet.service.errors import MalformedRequest, ServiceError
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8] | Floats  # [3, H, W], RGB; float32: normalised already
+# An image as it arrives: an encoded photo, or normalised and checked pixels [3, side, side]; or why it cannot be read.
+Upload = bytes | memoryview | Floats | MalformedRequest
 
 
 class ClassActivation(NamedTuple):
@@ -131,17 +132,21 @@ class EngineEvents(Protocol):
     def dropped(self, stage: Literal["queue"], count: int) -> None: ...
 
 
-class Place(Protocol):
-    """What an admitted request holds in the queue."""
+class Permit(Protocol):
+    """The share of the queue that an admitted request holds. It is given back when the context ends."""
 
-    def __call__(self, images: int) -> None:
-        """Hold a place for each of its images; raises `Overloaded` where there is no room."""
+    def __enter__(self) -> Self: ...
 
-    def add(self, images: int) -> None:
-        """Hold so many places more, or fewer, without a check: an image that has been answered needs none."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
-    def aside(self, images: int) -> None:
-        """So many images more, or fewer, wait for slow decoding, and hold no places meanwhile."""
+    def hold(self, images: int) -> None:
+        """Hold a slot for each of the request's images; raises `Overloaded` if they do not fit."""
+
+    def release(self, images: int) -> None:
+        """Give back the slots of so many images: they are answered."""
+
+    def set_aside(self, change: int) -> None:
+        """Change by how many images wait for slow decoding, during which they hold no slots."""
 
 
 class EngineClient(Protocol):
@@ -173,27 +178,23 @@ class EngineClient(Protocol):
     def max_images(self) -> int:
         """How many images one request may hold: for more there would never be room."""
 
-    def admit(self, deadline: float) -> AbstractContextManager[Place]:
-        """Let a request in, before anything is done for it.
-
-        Calling what comes with it holds places in the queue, once the request's images have been counted. What was
-        admitted is answered even when a drain begins.
+    def admit(self, deadline: float) -> Permit:
+        """Admit a request before its body is read. An admitted request is answered even if a drain begins.
 
         Args:
-            deadline: by `time.monotonic()`, of the request.
+            deadline: of the request, by `time.monotonic()`.
 
         Raises:
-            Refused: there is no room (now, or for so many), the answer would come too late, or the server takes no work
-                at all.
+            Refused: the queue is full, the answer would come too late, or the server takes no work.
         """
 
     async def infer(self, pixels: Pixels, deadline: float, explain: ExplainSpec | None = None) -> Inference:
-        """The answer for one image. Cancelling it takes the image out of the queue.
+        """Run the network on one image. Cancelling takes the image out of the queue.
 
         Args:
             pixels: the image.
             deadline: by `time.monotonic()`; no device time is spent on the image after it.
-            explain: what the answer is to hold besides.
+            explain: the map to compute with it.
 
         Raises:
             DeadlineExceeded, DeviceFailed, Draining, Internal, NumericalOverflow: there is no answer.
@@ -203,4 +204,4 @@ class EngineClient(Protocol):
         """Take no more work; what was accepted is still answered."""
 
     async def close(self) -> None:
-        """Stop; whoever still waits is told so. May be called again."""
+        """Stop, and fail what is still waiting. May be called again."""

@@ -18,18 +18,14 @@ import httpx
 import numpy as np
 
 from rednet import Preprocess
+from rednet.service.build import Network, build
 from rednet.service.cost_table import CostTable
-from rednet.service.decoding.decoder import Decoder
 from rednet.service.decoding.limits import DecodeLimits
-from rednet.service.engine.batcher import Batcher
-from rednet.service.engine.client import LocalClient
-from rednet.service.engine.engine import Engine
 from rednet.service.engine.transfer import Finished
 from rednet.service.http.api_keys import read_keys
 from rednet.service.http.app import create_app
-from rednet.service.main import Server, uvicorn_config
+from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.model_description import LabelBody, ModelBody
-from rednet.service.observability.metrics import DeviceEvents, Metrics
 from rednet.service.settings import Settings
 from rednet.service.types import ExplainSpec, ModelRunner, Pixels, RunnerOutput, Running
 
@@ -157,18 +153,13 @@ class ServerThread:
     ) -> None:
         settings = Settings.model_validate({"port": 0} | options)
         preprocess = Preprocess(resize=32, crop=32)
-        metrics = Metrics()
-        batcher = Batcher(1, settings.max_wait_ms / 1000)
-        engine = Engine(lambda: runner, batcher, DeviceEvents(metrics, "fake"), hung_s)
-        self.engine_client = LocalClient([engine], settings.max_queue)
-        labels = [LabelBody(index=index, id=name, label=name) for index, name in enumerate(classes)]
         model = ModelBody(
             name="fake",
             architecture="none",
             parameters=0,
             config={},
             feature_channels=2,
-            labels=labels,
+            labels=[LabelBody(index=index, id=name, label=name) for index, name in enumerate(classes)],
             preprocess=asdict(preprocess),
             provenance={},
             device="cpu",
@@ -177,11 +168,14 @@ class ServerThread:
             passed_over=[],
             deviation=0.0,
         )
-        decoder = Decoder(preprocess, DecodeLimits.derive(settings.max_pixels, DECODER_BYTES, 2), 2)
+        network = Network(model, preprocess, {"fake": lambda: runner})
+        limits = DecodeLimits.derive(settings.max_pixels, DECODER_BYTES, 2)
+        pipeline = build(settings, network, limits, hung_s)
+        self.engine_client = pipeline.client
         keys = read_keys(settings.api_key_file) if settings.api_key_file else None
-        self.app = create_app(settings, self.engine_client, decoder, metrics, model, keys)
+        self.app = create_app(settings, pipeline, keys)
         config = uvicorn_config(self.app, settings)
-        self._server = Server(config, self.engine_client, settings.drain_timeout_s)
+        self._server = Server(config, pipeline.client, settings.drain_timeout_s)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self) -> "ServerThread":

@@ -1,13 +1,13 @@
 """Who is let in, as pure state with a clock of the test's own."""
 
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 
 import pytest
 
 from rednet.service.engine.admission import Admission
 from rednet.service.errors import Overloaded
-from rednet.service.types import Place
+from rednet.service.types import Permit
 
 FAR = 1e9
 
@@ -30,22 +30,19 @@ def admission(clock: Clock) -> Admission:
     return Admission(10, float, clock)
 
 
-Holding = AbstractContextManager[Place]
-
-
-def accepted(holding: Holding, stack: ExitStack, images: int = 1) -> None:
-    stack.enter_context(holding)(images)
+def accepted(permit: Permit, stack: ExitStack, images: int = 1) -> None:
+    stack.enter_context(permit).hold(images)
 
 
 def test_places_are_held_while_a_request_lasts(admission: Admission) -> None:
     """None while its images are not counted, then one for each, none when it has ended, in whatever way."""
-    with admission.admit(FAR) as hold:
+    with admission.admit(FAR) as permit:
         assert (admission.requests, admission.accepted) == (1, 0)
-        hold(4)
+        permit.hold(4)
         assert (admission.requests, admission.accepted) == (1, 4)
         assert admission.backlog_s == 4
-    with suppress(KeyError), admission.admit(FAR) as hold:
-        hold(2)
+    with suppress(KeyError), admission.admit(FAR) as permit:
+        permit.hold(2)
         raise KeyError
     assert (admission.requests, admission.accepted) == (0, 0)
 
@@ -64,8 +61,8 @@ def test_a_large_request_waits_for_room_for_all_of_it(admission: Admission) -> N
     """Nine are waiting and seven more would come: six have to go first."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=9)
-        with pytest.raises(Overloaded) as refused, admission.admit(FAR) as hold:
-            hold(7)
+        with pytest.raises(Overloaded) as refused, admission.admit(FAR) as permit:
+            permit.hold(7)
         assert refused.value.retry_after_s == 6
         assert admission.accepted == 9
 
@@ -147,15 +144,15 @@ def test_retry_after_follows_the_backlog_down(admission: Admission, clock: Clock
 
 def test_a_free_device_tries_anything(admission: Admission) -> None:
     """A prediction may be wrong; with nobody ahead there is nothing to wait for."""
-    with admission.admit(0.1) as hold:
-        hold(1)
+    with admission.admit(0.1) as permit:
+        permit.hold(1)
 
 
 def test_predictions_learn_from_answers(admission: Admission, clock: Clock) -> None:
     """Where answers take three times the device's time, so do predictions, before long; failures teach nothing."""
     for _ in range(100):
-        with admission.admit(FAR) as hold:
-            hold(2)
+        with admission.admit(FAR) as permit:
+            permit.hold(2)
             clock.now += 6
     assert admission.predicted_s(2) == pytest.approx(6, rel=0.1)
     for _ in range(100):
@@ -167,15 +164,15 @@ def test_predictions_learn_from_answers(admission: Admission, clock: Clock) -> N
 
 def test_images_set_aside_or_answered_hold_no_place(admission: Admission, clock: Clock) -> None:
     """Others are admitted meanwhile; at the end all places are free, and its time teaches nothing."""
-    with admission.admit(FAR) as place:
-        place(10)
-        place.aside(6)
+    with admission.admit(FAR) as permit:
+        permit.hold(10)
+        permit.set_aside(6)
         assert admission.accepted == 4
         with admission.admit(FAR) as other:
-            other(6)
-            place.aside(-6)  # decoded: they are taken back without a check
+            other.hold(6)
+            permit.set_aside(-6)  # decoded: they are taken back without a check
             assert admission.accepted == 16
-        place.add(-3)
+        permit.release(3)
         assert admission.accepted == 7
         predicted_s = admission.predicted_s(1)
         clock.now += 1000

@@ -108,8 +108,8 @@ def test_backlog_is_worked_off_together() -> None:
     for client in (one, two):
         client.start()
         wait_until(lambda client=client: client.state is State.READY, "readiness")  # type: ignore[misc]
-        with client.admit(FAR) as hold:
-            hold(16)
+        with client.admit(FAR) as permit:
+            permit.hold(16)
             assert client.queue_depth == 16
             assert client.backlog_s == pytest.approx(0.16 if client is one else 0.08)
         assert client.backlog_s == 0
@@ -122,10 +122,10 @@ def test_backlog_of_unequal_devices_is_that_of_both_together() -> None:
         client = client_of(*runners)
         client.start()
         wait_until(lambda client=client: client.state is State.READY, "readiness")  # type: ignore[misc]
-        with client.admit(FAR) as hold:
-            hold(16)
+        with client.admit(FAR) as permit:
+            permit.hold(16)
             assert client.backlog_s == pytest.approx(0.12)
-        with client.admit(FAR) as hold:
-            hold(1)
+        with client.admit(FAR) as permit:
+            permit.hold(1)
             assert client.backlog_s == pytest.approx(0.01, rel=0.1)  # it has learned a little
         asyncio.run(client.close())

@@ -27,7 +27,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
     monkeypatch.setattr(connections, "HEAD_S", LIMIT_S)
     monkeypatch.setattr(connections, "LINGER_S", LIMIT_S)
     monkeypatch.setattr(slow_readers, "UNREAD_S", LIMIT_S)
-    monkeypatch.setattr("rednet.service.main.KEEP_ALIVE_S", 2 * LIMIT_S)
+    monkeypatch.setattr("rednet.service.http.server.KEEP_ALIVE_S", 2 * LIMIT_S)
     with ServerThread(FakeRunner(), max_body_mb=0.1) as server:
         yield server
 

@@ -115,7 +115,7 @@ def test_uploads_that_do_not_come_keep_nobody_out() -> None:
 
 def test_a_body_that_takes_too_long_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its caller would wait for an hour: its bytes take room from others."""
-    monkeypatch.setattr("rednet.service.pipeline.ARRIVAL_S", 0.3)
+    monkeypatch.setattr("rednet.service.http.image_requests.MAX_ARRIVAL_S", 0.3)
     with ServerThread(FakeRunner(), request_timeout_s=0.3) as running:
 
         def body() -> Iterator[bytes]:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rednet.service.errors import MalformedRequest, PayloadTooLarge, UnsupportedMediaType
-from rednet.service.parsing.bodies import Upload
 from rednet.service.parsing.uploads import parse_uploads
+from rednet.service.types import Upload
 from tests.conftest import encoded, photo
 
 FORM = "multipart/form-data; boundary=frontier"

@@ -5,19 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.rivals.shared import LARGEST_BATCH, MAX_PIXELS, checkpoint, null_network, options
 from rednet import prepare
+from rednet.service.build import Network, build
 from rednet.service.cli import parser as cli
 from rednet.service.cost_table import CostTable
-from rednet.service.decoding.decoder import Decoder
 from rednet.service.decoding.limits import DecodeLimits, memory_for_decoders
-from rednet.service.engine.batcher import Batcher
-from rednet.service.engine.client import LocalClient
-from rednet.service.engine.engine import Engine
 from rednet.service.engine.transfer import Finished
 from rednet.service.http.app import create_app
-from rednet.service.main import Server, uvicorn_config
+from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.model_description import describe
 from rednet.service.observability import log
-from rednet.service.observability.metrics import DeviceEvents, Metrics
 from rednet.service.settings import Settings
 from rednet.service.types import ExplainSpec, Pixels, RunnerOutput, Running
 
@@ -34,13 +30,11 @@ class NullRunner:
 def serve_null(port: int, workers: int) -> int:
     settings = Settings(port=port)
     log.configure(settings.log_level, settings.log_format)
-    metrics = Metrics()
-    engine = Engine(NullRunner, Batcher(LARGEST_BATCH), DeviceEvents(metrics, "null"))
-    client = LocalClient([engine], settings.max_queue)
-    described = describe(checkpoint(), [prepare(checkpoint().net, checkpoint().preprocess)])
-    decoder = Decoder(checkpoint().preprocess, DecodeLimits.derive(MAX_PIXELS, memory_for_decoders(), workers), workers)
-    app = create_app(settings, client, decoder, metrics, described)
-    server = Server(uvicorn_config(app, settings), client, settings.drain_timeout_s)
+    served = checkpoint()
+    described = describe(served, [prepare(served.net, served.preprocess)])
+    limits = DecodeLimits.derive(MAX_PIXELS, memory_for_decoders(), workers)
+    pipeline = build(settings, Network(described, served.preprocess, {"null": NullRunner}), limits)
+    server = Server(uvicorn_config(create_app(settings, pipeline), settings), pipeline.client, settings.drain_timeout_s)
     server.run()
     return server.exit_code
 

@@ -3,8 +3,7 @@ one thread."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from rednet.service.engine.retry_scheduler import RetryScheduler
 from rednet.service.errors import Overloaded
@@ -22,32 +21,44 @@ LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
 CAUTION = 2.0
 
 
-class Place:
-    """What an admitted request holds in the queue: a `rednet.service.types.Place`.
+class Permit:
+    """The share of the queue that an admitted request holds: a `rednet.service.types.Permit`.
 
     Args:
-        hold: called with the number of images; raises `Overloaded` where they do not fit.
-        count: adds to the images that are accepted.
+        admission: to which it is given back.
+        deadline: of the request, by the admission's clock.
     """
 
-    def __init__(self, hold: Callable[[int], None], count: Callable[[int], None]) -> None:
-        self._hold = hold
-        self._count = count
-        self.held = 0
-        self.set_aside = False
+    def __init__(self, admission: "Admission", deadline: float) -> None:
+        self._admission = admission
+        self._deadline = deadline
+        self._slots = 0
+        self._since, self._work_s = 0.0, 0.0
+        self._was_set_aside = False
 
-    def __call__(self, images: int) -> None:
-        self._hold(images)
-        self.add(images)
+    def __enter__(self) -> "Permit":
+        return self
 
-    def add(self, images: int) -> None:
-        self.held += images
-        self._count(images)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._admission.end(self._slots)
+        # The time of a request that waited for slow decoding says nothing about the queue.
+        if kind is None and not self._was_set_aside:
+            self._admission.learn(self._since, self._work_s)
 
-    def aside(self, images: int) -> None:
-        # Nothing is learned from how long such a request takes: it says nothing about the queue.
-        self.set_aside = True
-        self.add(-images)
+    def hold(self, images: int) -> None:
+        self._since, self._work_s = self._admission.check(images, self._deadline)
+        self._change(images)
+
+    def release(self, images: int) -> None:
+        self._change(-images)
+
+    def set_aside(self, change: int) -> None:
+        self._was_set_aside = True
+        self._change(-change)
+
+    def _change(self, slots: int) -> None:
+        self._slots += slots
+        self._admission.count(slots)
 
 
 class Admission:
@@ -81,37 +92,38 @@ class Admission:
         """Predicted time until the last of so many images is answered."""
         return self._work_s(images) * self._factor
 
-    @contextmanager
-    def admit(self, deadline: float) -> Iterator[Place]:
-        """Let a request in if there is room for an image; calling the place holds one for each image until the end.
+    def admit(self, deadline: float) -> Permit:
+        """Admit a request if there is room for an image. Its permit holds a slot for each image, once they are counted.
 
-        Until they are counted, as long as the body is coming, it holds none: slow uploads would keep all others out.
-        Where nobody is ahead, every deadline is tried.
+        Until then, while the body is arriving, it holds none: slow uploads would keep other requests out. If the queue
+        is empty, every deadline is tried.
 
         Raises:
-            Overloaded: there is no room, or no answer before the deadline; also from the place.
+            Overloaded: there is no room, or no answer before the deadline; also from `Permit.hold`.
         """
-        since, work_s = 0.0, 0.0
-
-        def check(images: int) -> None:
-            nonlocal since, work_s
-            since, work_s = self._clock(), self._work_s(self.accepted + images)
-            if self.accepted:
-                self._check(images, since, deadline)
-
-        check(1)
+        self.check(1, deadline)
         self._rejected_share -= self._rejected_share * SMOOTHING
         self.requests += 1
-        place = Place(check, self._count)
-        try:
-            yield place
-            if not place.set_aside:
-                self._learn(self._clock() - since, work_s)
-        finally:
-            self.requests -= 1
-            self._count(-place.held)
+        return Permit(self, deadline)
 
-    def _count(self, images: int) -> None:
+    def check(self, images: int, deadline: float) -> tuple[float, float]:
+        """The present time, and the device's work until so many images more are answered.
+
+        Raises:
+            Overloaded: they do not fit, or would be answered after the deadline.
+        """
+        now = self._clock()
+        if self.accepted:
+            self._check(images, now, deadline)
+        return now, self._work_s(self.accepted + images)
+
+    def end(self, slots: int) -> None:
+        """An admitted request has ended, and gives back the slots that it still holds."""
+        self.requests -= 1
+        self.count(-slots)
+
+    def count(self, images: int) -> None:
+        """Add to the images that are accepted and not yet answered."""
         now = self._clock()
         self._load = self._load_at(now)
         self._load_known_at = now
@@ -141,8 +153,8 @@ class Admission:
         )
         raise error.for_short_deadline() if hopeless else error
 
-    def _learn(self, took_s: float, work_s: float) -> None:
-        """Compare an answer's time with the device's work that was ahead when its images were counted."""
+    def learn(self, since: float, work_s: float) -> None:
+        """Compare the time of an answer with the device's work that was ahead when its images were counted."""
         if work_s > 0:
-            ratio = min(LARGEST_FACTOR, max(SMALLEST_FACTOR, took_s / work_s))
+            ratio = min(LARGEST_FACTOR, max(SMALLEST_FACTOR, (self._clock() - since) / work_s))
             self._factor += (ratio - self._factor) * SMOOTHING

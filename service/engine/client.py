@@ -4,13 +4,13 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 
 from rednet.service.cost_table import CostTable
 from rednet.service.engine.admission import Admission
 from rednet.service.engine.engine import Engine
 from rednet.service.errors import DeviceFailed, Draining, NotReady, ServiceError
-from rednet.service.types import ExplainSpec, Inference, Pixels, Place, State
+from rednet.service.types import ExplainSpec, Inference, Permit, Pixels, State
 
 STARTING_RETRY_S = 2.0
 LAST_BATCH_S = 1.0  # how long closing waits for the batch that is running, whose callers have been told already
@@ -65,7 +65,7 @@ class LocalClient:
     def costs(self) -> CostTable:
         return self._engines[0].costs
 
-    def admit(self, deadline: float) -> AbstractContextManager[Place]:
+    def admit(self, deadline: float) -> Permit:
         self._refuse_unless_ready()
         return self._admission.admit(deadline)
 

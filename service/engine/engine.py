@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 # A first batch of a new size compiles kernels and grows memory pools: it may take that many times `hung_s` at least.
 WARM_UP_PATIENCE = 10.0
+HUNG_S = 30.0
 
 
 class Engine:
@@ -35,7 +36,7 @@ class Engine:
     """
 
     def __init__(
-        self, load: Callable[[], ModelRunner], batcher: Batcher, events: EngineEvents, hung_s: float = 30.0
+        self, load: Callable[[], ModelRunner], batcher: Batcher, events: EngineEvents, hung_s: float = HUNG_S
     ) -> None:
         self._load = load
         self._batcher = batcher

@@ -7,13 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rednet.service.errors import MalformedRequest
-from rednet.service.types import Floats
+from rednet.service.types import Upload
 
 OVERSHOOT = 4.0  # how far pixels that a caller normalised may go beyond the largest that a photo can have
-
-# An encoded photo, or normalised and checked pixels [3, side, side], or why this one of several cannot be read.
-Upload = bytes | memoryview | Floats | MalformedRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ import numpy as np
 
 from rednet.service.errors import MalformedRequest
 from rednet.service.parsing import uploads
-from rednet.service.parsing.bodies import BodyFormat, BodyLimits, ParsedBody, Upload
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits, ParsedBody
 from rednet.service.parsing.oip import parse_infer
-from rednet.service.types import Floats
+from rednet.service.types import Floats, Upload
 
 # A body of fewer bytes is quick to parse, whatever it is; in others so many values of JSON, or parts of a form, take
 # about a millisecond. Parts are counted at the beginning only: the check itself must be quick.

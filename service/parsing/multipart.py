@@ -13,8 +13,9 @@ from python_multipart.multipart import parse_options_header
 
 from rednet.service.errors import MalformedRequest, PayloadTooLarge
 from rednet.service.parsing.base64_text import decode_base64
-from rednet.service.parsing.bodies import ParsedBody, Upload
+from rednet.service.parsing.bodies import ParsedBody
 from rednet.service.parsing.content_sniffing import begins_like_image, is_encoded_image
+from rednet.service.types import Upload
 
 MAX_FIELDS = 100  # parts that are not images
 MAX_BOUNDARY = 256  # bytes; RFC 2046 allows 70

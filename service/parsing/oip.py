@@ -14,11 +14,11 @@ from pydantic import ValidationError
 
 from rednet.service.errors import MalformedRequest
 from rednet.service.parsing.base64_text import decode_base64
-from rednet.service.parsing.bodies import InferOptions, ParsedBody, Upload
+from rednet.service.parsing.bodies import InferOptions, ParsedBody
 from rednet.service.parsing.json_text import load_json
 from rednet.service.parsing.multipart import too_many
 from rednet.service.parsing.oip_schemas import InferBody, InferInput, InferOutput, InputParameters, OutputParameters
-from rednet.service.types import Floats
+from rednet.service.types import Floats, Upload
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary data
 OUTPUTS = ("logits", "probabilities", "features")

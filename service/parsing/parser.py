@@ -19,11 +19,12 @@ import numpy as np
 import orjson
 
 from rednet.service.errors import Draining, Internal, MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
-from rednet.service.parsing.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody, Upload
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody
 from rednet.service.parsing.body_file import BodyFile
 from rednet.service.parsing.body_parser import is_image, is_quick, may_be_image, parse_body
 from rednet.service.parsing.content_sniffing import HEAD
 from rednet.service.parsing.worker import MAX_REPLY_BYTES, REQUEST
+from rednet.service.types import Upload
 
 logger = logging.getLogger(__name__)
 

@@ -31,8 +31,9 @@ import numpy as np
 import orjson
 
 from rednet.service.errors import MalformedRequest, ServiceError
-from rednet.service.parsing.bodies import BodyFormat, BodyLimits, ParsedBody, Upload
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits, ParsedBody
 from rednet.service.parsing.body_parser import parse_body
+from rednet.service.types import Upload
 
 REQUEST = struct.Struct("<QI")  # length of the body, and of the JSON behind it
 MAX_REPLY_BYTES = 1_000_000

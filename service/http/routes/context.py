@@ -1,7 +1,7 @@
 """What handlers work with; `create_app` puts it into the application's state.
 
-One value, looked up by hand: FastAPI would resolve parameters one by one for every request, which costs as much as all
-the rest of its way to a handler.
+Handlers look up this one value themselves: FastAPI would resolve dependencies one by one for every request, which costs
+as much as all the rest of the request's way to a handler.
 """
 
 from dataclasses import dataclass
@@ -10,33 +10,21 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from rednet.service.decoding.decoder import Decoder
 from rednet.service.errors import Unauthorized
 from rednet.service.http.api_keys import Keys
-from rednet.service.model_description import ModelBody
-from rednet.service.observability.metrics import Metrics
+from rednet.service.http.image_requests import ImageRequests
 from rednet.service.parsing.memory_budget import MemoryBudget
-from rednet.service.pipeline import Journey
-from rednet.service.types import EngineClient, State
+from rednet.service.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The parts of a server that answer requests."""
+    """What handlers work with."""
 
-    journey: Journey
-    client: EngineClient
-    decoder: Decoder
-    metrics: Metrics
+    pipeline: Pipeline
+    images: ImageRequests
     budget: MemoryBudget
-    model: ModelBody
-    keys: Keys | None  # None: anyone may ask
-
-    @property
-    def state(self) -> State:
-        """The engine's, but not ready while no photo can be decoded."""
-        state = self.client.state
-        return State.NO_DECODER if state is State.READY and not self.decoder.available else state
+    keys: Keys | None  # None: requests need no key
 
 
 def context(request: Request) -> Context:

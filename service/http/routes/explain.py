@@ -43,7 +43,7 @@ async def _asked(
     ] = None,
 ) -> Asked:
     """Raises `MalformedRequest` where a parameter does not go with the layer, or names nothing that is there."""
-    model = context(request).model
+    model = context(request).pipeline.model
     if layer == "class":
         if group is not None:
             raise MalformedRequest("group: only layers stage1 to stage4 have groups")
@@ -87,12 +87,12 @@ async def explain(
     As a picture the answer has place for one image; with `Accept: application/json` for any number of them.
     """
     server, as_json = context(request), prefers(accept, JSON, PNG)
-    found = await server.journey.answers(request, body_format(request), asked.explain, not as_json)
+    found = await server.images.answer(request, body_format(request), asked.explain, not as_json)
     answers = answered(found.images)
     started = time.monotonic()
     if drawn := answers[0].drawn:
         return await respond([drawn.png], PNG, answers, server, started)
-    explanations = (_explanation(answer, asked.explain, server.model) for answer in answers)
+    explanations = (_explanation(answer, asked.explain, server.pipeline.model) for answer in answers)
     fields = {**ignored_parts(found), "layer": asked.layer, "group": asked.group}
     return await json_response(server, fields, "explanations", explanations, answers, started)
 

@@ -14,7 +14,7 @@ scraped = APIRouter(tags=["health"])
 @router.get("/livez", responses={503: {"model": StatusBody}})
 async def livez(request: Request, response: Response) -> StatusBody:
     """200 while the process is worth keeping, 503 once its engine has failed."""
-    state = context(request).state
+    state = context(request).pipeline.state
     response.status_code = 503 if state is State.FAILED else 200
     return StatusBody(status=state)
 
@@ -23,7 +23,7 @@ async def livez(request: Request, response: Response) -> StatusBody:
 async def readyz(request: Request, response: Response) -> StatusBody:
     """200 while requests are taken: not before warm-up has ended, and not after the first moment of a drain, and not
     while no decoder process is alive."""
-    state = context(request).state
+    state = context(request).pipeline.state
     response.status_code = 200 if state is State.READY else 503
     return StatusBody(status=state)
 
@@ -31,7 +31,7 @@ async def readyz(request: Request, response: Response) -> StatusBody:
 @router.get("/v2/health/live", responses={503: {"model": LiveBody}})
 async def live(request: Request, response: Response) -> LiveBody:
     """`/livez` for the Open Inference Protocol."""
-    alive = context(request).state is not State.FAILED
+    alive = context(request).pipeline.state is not State.FAILED
     response.status_code = 200 if alive else 503
     return LiveBody(live=alive)
 
@@ -39,7 +39,7 @@ async def live(request: Request, response: Response) -> LiveBody:
 @router.get("/v2/health/ready", responses={503: {"model": ReadyBody}})
 async def ready(request: Request, response: Response) -> ReadyBody:
     """`/readyz` for the Open Inference Protocol."""
-    takes_work = context(request).state is State.READY
+    takes_work = context(request).pipeline.state is State.READY
     response.status_code = 200 if takes_work else 503
     return ReadyBody(ready=takes_work, live=takes_work)
 
@@ -47,4 +47,4 @@ async def ready(request: Request, response: Response) -> ReadyBody:
 @scraped.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
-    return Response(context(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(context(request).pipeline.metrics.text(), media_type=CONTENT_TYPE_LATEST)

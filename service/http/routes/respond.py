@@ -29,7 +29,7 @@ async def respond(
         headers: more of them.
     """
     pieces = [piece async for piece in in_turns(body)]
-    server.metrics.stage("respond", time.monotonic() - started)
+    server.pipeline.metrics.stage("respond", time.monotonic() - started)
     inferences = [answer.outcome for answer in answers if isinstance(answer.outcome, Inference)]
     times = {  # the slowest image's
         "decode": max(answer.decode_s for answer in answers),
@@ -41,7 +41,7 @@ async def respond(
     batch = max(inference.batch_size for inference in inferences)
     log.note_ms(**times)
     log.note(batch_size=batch)
-    timing = _timing(times, batch, server.model.precision)
+    timing = _timing(times, batch, server.pipeline.model.precision)
     return PiecesResponse(pieces, media_type, {"Server-Timing": timing, **(headers or {})}, server.budget)
 
 

@@ -11,6 +11,7 @@ import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from rednet.service.errors import MalformedRequest, ServiceError
+from rednet.service.http.image_requests import Answers
 from rednet.service.http.routes.accept import prefers
 from rednet.service.http.routes.context import Context, context
 from rednet.service.http.routes.direct import DirectRoute
@@ -27,7 +28,7 @@ from rednet.service.http.schemas import (
 from rednet.service.http.scores import top_classes
 from rednet.service.model_description import ModelBody
 from rednet.service.parsing.bodies import BodyFormat
-from rednet.service.pipeline import Answer, Answers
+from rednet.service.pipeline import Answer
 from rednet.service.types import Floats, Inference
 
 ERRORS = described_errors(ErrorBody)
@@ -52,7 +53,7 @@ async def predict(
     server = context(request)
     answers, ignored = await _answers(request, server)
     started = time.monotonic()
-    names = [label.label for label in server.model.labels]
+    names = [label.label for label in server.pipeline.model.labels]
     predictions = (
         {"classes": top_classes(answer.outcome.logits, names, top_k)}
         if isinstance(answer.outcome, Inference)
@@ -95,9 +96,9 @@ async def features(
 @router.get("/model")
 async def model(request: Request) -> ModelBody:
     """What is served: name, architecture, labels, preprocessing, device, and what batches cost here."""
-    server = context(request)
-    costs = server.client.costs
-    return server.model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
+    pipeline = context(request).pipeline
+    costs = pipeline.client.costs
+    return pipeline.model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
 
 
 def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
@@ -106,7 +107,7 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
 
 
 async def _answers(request: Request, server: Context) -> tuple[Sequence[Answer], dict[str, Any]]:
-    answers = await server.journey.answers(request, body_format(request))
+    answers = await server.images.answer(request, body_format(request))
     return answered(answers.images), ignored_parts(answers)
 
 
@@ -166,7 +167,7 @@ async def json_response(
         entries: may hold arrays.
         server, answers, started: as for `respond`.
     """
-    head = orjson.dumps({"model": server.model.name, **fields})
+    head = orjson.dumps({"model": server.pipeline.model.name, **fields})
     encoded = (orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY) for entry in entries)
     body = chain([head[:-1] + f',"{name}":['.encode()], comma_separated(encoded), [b"]}"])
     return await respond(body, "application/json", answers, server, started)

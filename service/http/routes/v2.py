@@ -41,7 +41,7 @@ NO_MODEL: Described = {404: {"model": InferErrorBody, "description": "not_found:
 
 
 async def _named(request: Request, name: Annotated[str, Path(description="the model's")]) -> None:
-    served = context(request).model.name
+    served = context(request).pipeline.model.name
     if name != served:
         raise NotFound(f"there is no model of that name; this server has {served!r}")
 
@@ -65,7 +65,7 @@ async def server_metadata() -> ServerBody:
 
 async def metadata(request: Request) -> ModelMetadataBody:
     """Inputs and outputs. A request has one of the inputs, and gets all outputs unless it names some."""
-    model = context(request).model
+    model = context(request).pipeline.model
     side, classes = model.preprocess["crop"], len(model.labels)
     return ModelMetadataBody(
         name=model.name,
@@ -86,9 +86,9 @@ async def metadata(request: Request) -> ModelMetadataBody:
 async def ready(request: Request, response: Response) -> ModelReadyBody:
     """200 while requests are taken."""
     server = context(request)
-    takes_work = server.state is State.READY
+    takes_work = server.pipeline.state is State.READY
     response.status_code = 200 if takes_work else 503
-    return ModelReadyBody(name=server.model.name, ready=takes_work)
+    return ModelReadyBody(name=server.pipeline.model.name, ready=takes_work)
 
 
 async def infer(request: Request) -> Response:
@@ -103,15 +103,15 @@ async def infer(request: Request) -> Response:
     """
     server = context(request)
     header_length = request.headers.get(HEADER_LENGTH)
-    answers, asked, _ = await server.journey.answers(request, BodyFormat("v2", header_length=header_length))
+    answers, asked, _ = await server.images.answer(request, BodyFormat("v2", header_length=header_length))
     assert asked, "this is a bug: an infer request was parsed as something else"
     started = time.monotonic()
     available = await _tensors(answers)
-    fields = {"model_name": server.model.name, "model_version": VERSION}
+    fields = {"model_name": server.pipeline.model.name, "model_version": VERSION}
     if asked.id is not None:
         fields["id"] = asked.id
     tensors: dict[str, Sequence[Row]] = {name: available[name] for name in asked.outputs}
-    labels = [label.label for label in server.model.labels]
+    labels = [label.label for label in server.pipeline.model.labels]
     for name, count in asked.classes.items():
         known = () if name == "features" else labels
         tensors[name] = [highest_values(row, known, count) async for row in in_turns(available[name])]

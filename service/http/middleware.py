@@ -1,0 +1,88 @@
+"""ASGI middleware around every request."""
+
+import asyncio
+import logging
+import re
+import time
+
+import structlog
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rednet.service.errors import Draining, Internal
+from rednet.service.http.error_responses import error_response
+from rednet.service.observability import log
+from rednet.service.observability.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+requests = structlog.get_logger()
+
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # fit for a header, and for a line of the log
+WITH_FINAL_SLASH = ("/v1/", "/v2/", "/livez/", "/readyz/")  # not /metrics/: proxies may hide /metrics only
+PROBES = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}  # requested every few seconds
+CLIENT_CLOSED_REQUEST = 499  # nginx's status, for metrics and the log: the client is gone
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """The request as the routes know it.
+
+    HEAD is routed as GET: uvicorn, which has the scope as it came, leaves out the body. A final slash in the path of
+    an API endpoint is ignored: a redirect would make clients send the photo again, and need the public address.
+    """
+    path: str = scope["path"]
+    if scope["method"] == "HEAD":
+        scope = {**scope, "method": "GET"}
+    if path.endswith("/") and path.startswith(WITH_FINAL_SLASH):
+        scope = {**scope, "path": path[:-1]}
+    return scope
+
+
+class RequestContextMiddleware:
+    """ASGI middleware: assigns the request id, records metrics, writes the access log, turns unhandled exceptions into
+    500s."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given.decode() if REQUEST_ID.fullmatch(given) else log.new_id()
+        routed = _as_routed(scope)
+        log.begin_request(request_id)
+        started = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = message["headers"] = list(message["headers"])
+                headers.append((b"x-request-id", request_id.encode()))
+                headers.append((b"server-timing", b"total;dur=%.1f" % (1000 * (time.monotonic() - started))))
+                if not any(name == b"cache-control" for name, _ in headers):
+                    headers.append((b"cache-control", b"no-store"))
+            await send(message)
+
+        self._metrics.request_started()
+        try:
+            await self._app(routed, receive, send_with_id)
+        except ClientDisconnect:
+            status = CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:  # uvicorn ends what is left when the drain is over: an upload, most likely
+            if not status:
+                await error_response(scope, Draining())(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("a defect")
+            if not status:
+                await error_response(scope, Internal())(scope, receive, send_with_id)
+        finally:
+            duration_s = time.monotonic() - started
+            endpoint = getattr(routed.get("route"), "path", "unmatched")
+            self._metrics.request_done(endpoint, status, duration_s)
+            log.note(method=scope["method"], endpoint=endpoint, status=status)
+            log.note_ms(duration=duration_s)
+            requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)

@@ -1,0 +1,102 @@
+"""uvicorn with a drain."""
+
+import gc
+import logging
+import math
+import signal
+import socket
+import threading
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from rednet.service.http.connections import Connection
+from rednet.service.settings import Settings
+from rednet.service.system.sockets import url
+from rednet.service.types import EngineClient, State
+
+logger = logging.getLogger(__name__)
+
+# How long a drain refuses requests at least, even with nothing to do: a client that is about to send another request
+# over an open connection gets an answer that closes it, instead of a connection that breaks under the request.
+MIN_DRAIN_S = 1.0
+
+# Longer than proxies keep idle connections: the side that closes first must not be the one that cannot know whether a
+# request is already on its way. nginx keeps them for 60 s.
+KEEP_ALIVE_S = 75
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with a drain: after SIGTERM, SIGINT or SIGHUP the port stays open, and new requests are refused, until
+    all accepted ones are answered. A second SIGTERM or SIGINT stops at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._client = client
+        self._drain_timeout_s = drain_timeout_s
+        self._drain_since: float | None = None
+        self._min_drain_s = MIN_DRAIN_S
+        self._failed = False
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        gc.collect()
+        gc.freeze()  # a million objects that stay: traversing them again and again would delay requests
+        # Unless it is ignored, as by `nohup`. Uvicorn itself handles SIGTERM and SIGINT.
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, self.handle_exit)
+        super().run(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            logger.info("running on %s (press Ctrl-C to quit)", url(each))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.started:  # nothing has been accepted, and what startup waits for may take long
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        elif self._drain_since is None:
+            if self._client.state is State.STARTING:  # nothing has been accepted
+                self._min_drain_s = 0.0
+            self._drain_since = time.monotonic()
+            self._client.begin_drain()
+        elif sig != signal.SIGHUP:  # when a terminal is closed, the kernel sends it, and so does the shell
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._client.state is State.FAILED:
+            self._failed = True  # for good: a device that hung may come back while the server stops
+            await self._client.close()  # an engine that hangs would keep its callers waiting, and them the server
+            self.config.timeout_graceful_shutdown = 1
+            return True
+        if self._drain_since is not None:
+            drained_s = time.monotonic() - self._drain_since
+            left_s = self._drain_timeout_s - drained_s
+            if left_s <= 0 or (drained_s >= self._min_drain_s and not self._client.requests):
+                await self._client.close()  # fails what is still waiting
+                self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for answers still being sent
+                return True
+        return await super().on_tick(counter)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.force_exit or self._failed else 0
+
+
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=Connection,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        headers=[("X-Content-Type-Options", "nosniff")],  # of every answer
+        proxy_headers=False,  # nothing here uses a client's address
+    )
