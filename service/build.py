@@ -83,7 +83,8 @@ def build(
         Engine(runner, Batcher(1, settings.max_wait_ms / 1000), DeviceEvents(metrics, device), hung_s)
         for device, runner in network.runners.items()
     ]
-    decoder = Decoder(network.preprocess, decode_limits or _decode_limits(settings), usable_cores())
+    decoders = usable_cores() if settings.decoders == "auto" else settings.decoders
+    decoder = Decoder(network.preprocess, decode_limits or _decode_limits(settings, decoders), decoders)
     return Pipeline(network.description, LocalClient(engines, settings.max_queue), decoder, metrics)
 
 
@@ -119,13 +120,13 @@ def _threads(settings: Settings) -> int:
     return min(settings.threads, cores)
 
 
-def _decode_limits(settings: Settings) -> DecodeLimits:
+def _decode_limits(settings: Settings, decoders: int) -> DecodeLimits:
     """The limits of decoding on this machine.
 
     Raises:
         ValueError: the memory does not suffice for an image of --max-pixels, which was asked for.
     """
-    limits = DecodeLimits.derive(settings.max_pixels, memory_for_decoders(), usable_cores())
+    limits = DecodeLimits.derive(settings.max_pixels, memory_for_decoders(), decoders)
     if limits.largest_pixels < limits.max_pixels:
         found = f"there is memory to decode {limits.largest_pixels} pixels in every format, not {limits.max_pixels}"
         if "max_pixels" in settings.model_fields_set:

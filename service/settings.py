@@ -48,6 +48,9 @@ class Settings(BaseModel):
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_THREADS)] = Field(
         "auto", description="cores that one batch may use on the CPU; auto: all that this process may use"
     )
+    decoders: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_THREADS)] = Field(
+        "auto", description="processes that decode images of everyday sizes; auto: one for each core that may be used"
+    )
     max_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description="images in one batch; auto: what warm-up finds best"
     )

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rednet.service.cost_table import CostTable
-from rednet.service.errors import MalformedRequest, ServiceError
+from rednet.service.errors import ServiceError
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8] | Floats  # [3, H, W], RGB; float32: normalised already
 # An image as it arrives: an encoded photo, or normalised and checked pixels [3, side, side]; or why it cannot be read.
-Upload = bytes | memoryview | Floats | MalformedRequest
+Upload = bytes | memoryview | Floats | ServiceError
 
 
 class ClassActivation(NamedTuple):

@@ -151,7 +151,7 @@ class ServerThread:
         classes: Sequence[str] = ("red", "green", "blue"),
         **options: object,
     ) -> None:
-        settings = Settings.model_validate({"port": 0} | options)
+        settings = Settings.model_validate({"port": 0, "decoders": 2} | options)
         preprocess = Preprocess(resize=32, crop=32)
         model = ModelBody(
             name="fake",

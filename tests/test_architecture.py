@@ -28,11 +28,12 @@ SERVICE = {
     "engine": "cost_table errors types model.inference",
     "parsing": "errors types",
     "observability": "model_description types",
-    "pipeline": "decoding errors observability parsing settings types",
-    "http": "decoding errors model_description observability parsing pipeline settings types",
-    "main": "decoding engine http model_description observability settings system types model model.inference",
-    "cli": "decoding engine errors http main model_description settings system model model.inference model.io "
-    "model.training",
+    "pipeline": "decoding errors model_description observability types",
+    "build": "decoding engine model_description observability pipeline settings system types model model.inference",
+    "http": "errors model_description observability parsing pipeline settings system types",
+    "main": "build http observability settings",
+    "cli": "build engine errors http main model_description pipeline settings system types model model.inference "
+    "model.io model.training",
 }
 TABLES = {"model": MODEL, "service": SERVICE}
 

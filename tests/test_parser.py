@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from rednet.service.errors import MalformedRequest, NotReady, PayloadTooLarge, ServiceError
+from rednet.service.errors import NotReady, PayloadTooLarge, ServiceError
 from rednet.service.parsing import parser as parser_module
 from rednet.service.parsing.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody
 from rednet.service.parsing.body_file import BodyFile
@@ -59,7 +59,7 @@ def plain(parsed: ParsedBody) -> dict[str, object]:
         match image:
             case np.ndarray():
                 images.append((image.shape, image.tobytes()))
-            case MalformedRequest():
+            case ServiceError():
                 images.append(image.message)
             case _:
                 images.append(bytes(image))

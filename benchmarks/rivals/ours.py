@@ -28,7 +28,7 @@ class NullRunner:
 
 
 def serve_null(port: int, workers: int) -> int:
-    settings = Settings(port=port)
+    settings = Settings(port=port, decoders=workers)
     log.configure(settings.log_level, settings.log_format)
     served = checkpoint()
     described = describe(served, [prepare(served.net, served.preprocess)])

@@ -6,14 +6,11 @@ import io
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from rednet.service.settings import check_files, read_settings
 from rednet.service.system.cores import usable_cores
 from rednet.service.system.terminal import printable
-
-MAX_FILE_BYTES = 1 << 28  # of a photo; 50 million pixels of 32 bits, uncompressed, are less
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -32,49 +29,9 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    from rednet import load_checkpoint, prepare
-    from rednet.service.decoding.decode import decode_image
-    from rednet.service.engine.runner import PreparedRunner, set_threads
-    from rednet.service.errors import MalformedRequest, PayloadTooLarge, ServiceError
-    from rednet.service.http.routes.v1 import error_body
-    from rednet.service.http.scores import top_classes
-    from rednet.service.settings import Settings
+    from rednet.service.cli.predict import predict as run
 
-    set_threads(usable_cores())
-    checkpoint = load_checkpoint(options.checkpoint)
-    run = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
-    runner = PreparedRunner(run, largest=1)
-    names = [label.name for label in checkpoint.labels]
-    predictions: list[Any] = []
-    failed = False
-    for photo in options.photos:
-        try:
-            with photo.open("rb") as file:
-                content = file.read(MAX_FILE_BYTES + 1)
-            if len(content) > MAX_FILE_BYTES:
-                raise PayloadTooLarge(f"the file has more than {MAX_FILE_BYTES} bytes")
-            pixels = decode_image(content, checkpoint.preprocess, Settings().max_pixels)
-            logits = runner.launch([pixels]).wait().logits[0]
-            predictions.append({"classes": top_classes(logits, names, options.top_k)})
-        except OSError as error:
-            failed = True
-            predictions.append(error_body(MalformedRequest(f"{error.strerror}")))
-        except ServiceError as error:
-            failed = True
-            predictions.append(error_body(error))
-        if not options.json:
-            _print_prediction(photo, predictions[-1])
-    if options.json:
-        print(json.dumps({"model": checkpoint.name, "predictions": predictions}))
-    return 1 if failed else 0
-
-
-def _print_prediction(photo: Path, prediction: Any) -> None:
-    print(printable(photo))
-    if "error" in prediction:
-        print(f"  {printable(prediction['error']['message'])}")
-    for score in prediction.get("classes", []):
-        print(f"  {score['probability']:6.1%}  {score['label']}")
+    return run(options)
 
 
 def info(options: argparse.Namespace) -> int:
