@@ -1,10 +1,11 @@
-"""Prints which package imports which: python -m tests.architecture
+"""Prints which package imports which: python -m tests.architecture [--picture]
 
 A package is a folder of `model/` or `service/`, with its subfolders, or a module directly in `service/`. An arrow is an
 import from one package into another, anywhere in a module.
 """
 
 import ast
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,7 +54,27 @@ def arrows(folder: str) -> Mapping[str, set[str]]:
     return found
 
 
+def picture() -> str:
+    """The packages as a Mermaid diagram, without the arrows that follow from others."""
+    found = {package: set(imported) for folder in ("model", "service") for package, imported in arrows(folder).items()}
+    found["model"] = {package_of(each) for each in imported_modules(Path("model", "__init__.py"))}
+    reached = {package: _reached(found, package) for package in found}
+    lines = ["flowchart TD"]
+    for package, imported in sorted(found.items()):
+        indirect = set().union(*(reached[each] for each in imported))
+        lines += [f"    {package} --> {each}" for each in sorted(imported - indirect)]
+    return "\n".join(lines)
+
+
+def _reached(found: Mapping[str, set[str]], package: str) -> set[str]:
+    """The packages that a package imports, and those that they import, and so on."""
+    return found[package].union(*(_reached(found, each) for each in found[package]))
+
+
 def main() -> None:
+    if "--picture" in sys.argv:
+        print(picture())
+        return
     for folder in ("model", "service"):
         packages = arrows(folder)
         for package, imported in packages.items():

@@ -1,11 +1,12 @@
 """Which package imports which: the structure that the code is held to. `python -m tests.architecture` prints it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.architecture import ROOT, arrows
+from tests.architecture import ROOT, arrows, picture
 
 # From the bottom up: a package imports only packages above it in its table. An arrow that is not used is not allowed.
 MODEL = {
@@ -57,6 +58,18 @@ def test_no_import_points_back_up(folder: str) -> None:
     for package in TABLES[folder]:
         assert allowed(folder, package) <= above
         above.add(f"{folder}.{package}")
+
+
+def test_the_picture_in_the_docs_shows_the_packages() -> None:
+    """`python -m tests.architecture --picture` prints what to put there."""
+    assert f"```mermaid\n{picture()}\n```" in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_files_named_in_the_docs_exist() -> None:
+    """Paths are below the repository's root, or below `service/`."""
+    named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md)|(?:\w+/)+)`", (ROOT / "docs" / "architecture.md").read_text()))
+    assert len(named) > 40
+    assert not [name for name in named if not any((ROOT / folder / name).exists() for folder in ("", "service"))]
 
 
 @pytest.mark.parametrize("folder", TABLES)
