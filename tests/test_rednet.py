@@ -1,6 +1,7 @@
 """The network, against outputs of the official code."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rednet import RedNetConfig, create_rednet, load_checkpoint
+from rednet import Checkpoint, RedNet, RedNetConfig, create_rednet, load_checkpoint, prepare, save_checkpoint
 from rednet.model.nn.rednet import BLOCKS
 from tests.shared import REFERENCE, deterministic, needs_shared
 
@@ -96,6 +97,77 @@ def test_the_logits_are_the_head_of_the_features() -> None:
     assert features.shape == (2, net.config.feature_channels) == (2, 512)
     torch.testing.assert_close(net(x), net.head(features))
     torch.testing.assert_close(features, net.stages(x)[-1].mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def small() -> RedNet:
+    torch.manual_seed(0)
+    return create_rednet("rednet26", num_classes=3, base_channels=16, stem_channels=32).eval()
+
+
+@torch.inference_mode()
+def test_timm_forward_features_is_the_last_stage_map(small: RedNet) -> None:
+    """[B, num_features, ceil(H / 32), ceil(W / 32)], not pooled."""
+    x = torch.randn(2, 3, 64, 97)
+    last_map = small.forward_features(x)
+    assert last_map.shape == (2, small.num_features, 2, 4) == (2, 512, 2, 4)
+    torch.testing.assert_close(last_map, small.stages(x)[-1], rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_timm_forward_head_pools_and_classifies(small: RedNet) -> None:
+    """Both halves together are `forward`; with `pre_logits` the result is that of `features`."""
+    x = torch.randn(2, 3, 64, 64)
+    last_map = small.forward_features(x)
+    torch.testing.assert_close(small.forward_head(last_map), small(x), rtol=0, atol=0)
+    torch.testing.assert_close(small.forward_head(last_map, pre_logits=True), small.features(x), rtol=0, atol=0)
+    torch.testing.assert_close(small.features(x), last_map.mean(dim=(2, 3)), rtol=0, atol=0)
+
+
+def test_timm_num_features_and_num_classes() -> None:
+    """RedNet-50's are those of ResNet-50."""
+    with torch.device("meta"):
+        net = create_rednet("rednet50")
+    assert (net.num_features, net.num_classes) == (2048, 1000)
+    assert net.get_classifier() is net.head.fc
+
+
+def test_timm_reset_classifier_replaces_the_last_layer(small: RedNet) -> None:
+    """New weights of the new size in the old dtype, under the official names; the backbone stays as it was."""
+    before = {key: tensor.clone() for key, tensor in small.double().state_dict().items()}
+    small.reset_classifier(7)
+    after = small.state_dict()
+    assert list(after) == list(before)
+    assert after["head.fc.weight"].shape == (7, 512)
+    assert after["head.fc.weight"].dtype == torch.float64
+    assert after["head.fc.weight"].std().item() == pytest.approx(0.01, rel=0.1)
+    assert after["head.fc.bias"].tolist() == [0] * 7
+    assert all(torch.equal(after[key], before[key]) for key in before if not key.startswith("head."))
+    assert (small.num_classes, small.config.num_classes) == (7, 7)
+    assert not small.head.training
+    assert small(torch.zeros(1, 3, 32, 32, dtype=torch.float64)).shape == (1, 7)
+
+
+def test_timm_reset_classifier_to_zero_gives_features(small: RedNet, tmp_path: Path) -> None:
+    """As in timm. Such a network cannot be served or stored, and says so; a new classifier can be added later."""
+    x = torch.randn(1, 3, 32, 32)
+    features = small.features(x)
+    small.reset_classifier(0)
+    assert small.num_classes == 0
+    torch.testing.assert_close(small(x), features, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="reset_classifier"):
+        prepare(small, device="cpu")
+    with pytest.raises(ValueError, match="reset_classifier"):
+        save_checkpoint(tmp_path / "net.safetensors", Checkpoint(net=small, labels=[], name="small"))
+    small.reset_classifier(2)
+    assert small(x).shape == (1, 2)
+
+
+def test_timm_reset_classifier_refuses_a_negative_number(small: RedNet) -> None:
+    """The network stays as it was."""
+    with pytest.raises(ValueError, match="at least 1"):
+        small.reset_classifier(-1)
+    assert small.num_classes == small.head.fc.out_features == 3
 
 
 def test_every_field_of_the_configuration_shapes_the_network() -> None:

@@ -127,8 +127,8 @@ def prepare(
 
     Raises:
         SelfCheckError: no backend agrees with the network; its weights are probably broken.
-        ValueError: the device or precision is not available, the network is not for RGB, or `calibration` belongs to
-            another network.
+        ValueError: the device or precision is not available, the network is not for RGB or has no classifier, or
+            `calibration` belongs to another network.
 
     Example:
         >>> from rednet import create_rednet
@@ -138,6 +138,8 @@ def prepare(
     """
     if net.config.in_channels != 3:
         raise ValueError(f"only networks for RGB can be prepared, this one has {net.config.in_channels} input channels")
+    if not net.num_classes:
+        raise ValueError("a network without a classifier cannot be prepared; reset_classifier adds one")
     if precision not in ("auto", *TOLERANCE):
         raise ValueError(f"precision must be auto, {', '.join(TOLERANCE)}, got {precision!r}")
     device = resolve_device(device)

@@ -94,6 +94,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
         half: store weight matrices as float16, half the size. What is added or divided by (biases, batch norms) stays.
         replace: replace a file that is there, as `torch.save` does; false: raise `OutputError` instead.
     """
+    if not checkpoint.net.num_classes:
+        raise ValueError("a network without a classifier cannot be saved; reset_classifier adds one")
     tensors = {}
     for key, value in checkpoint.net.state_dict().items():
         tensor = value.detach().cpu().contiguous()

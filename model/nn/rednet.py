@@ -1,7 +1,7 @@
 """RedNet: ResNet with its 3x3 convolutions replaced by involution (Li et al., CVPR 2021, section 4 and table 1)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -150,42 +150,118 @@ class Head(nn.Module):
 
 
 class RedNet(nn.Module):
-    """The classifier. Inputs are normalised pixels x [B, 3, H, W]; any H and W of at least one pixel are defined."""
+    """The classifier. It also has the method names of timm's ResNets.
+
+    Inputs are normalised images x [B, 3, H, W], float32. Every H and W of at least one pixel is defined: a map at
+    stride s is [ceil(H / s), ceil(W / s)].
+
+    Args:
+        config: the architecture.
+
+    Example:
+        >>> import torch
+        >>> net = RedNet(RedNetConfig(depth=26, num_classes=10)).eval()
+        >>> with torch.inference_mode():
+        ...     logits = net(torch.zeros(2, 3, 64, 64))
+        >>> logits.shape
+        torch.Size([2, 10])
+    """
 
     def __init__(self, config: RedNetConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
         self.head = Head(config)
-        if not self.head.fc.weight.is_meta:  # for weights without memory torch would load its compiler: a second
-            self._initialise()
+        _initialise(self)
+
+    @property
+    def num_classes(self) -> int:
+        """Length of the logits; 0 after `reset_classifier(0)`."""
+        return self.config.num_classes if isinstance(self.get_classifier(), nn.Linear) else 0
+
+    @property
+    def num_features(self) -> int:
+        """Length of a feature vector, the channels of the last stage."""
+        return self.config.feature_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, num_classes]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
+        """Return the logits, [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """The last stage map, averaged over all positions: [B, config.feature_channels]."""
-        return self.stages(x)[-1].mean(dim=(2, 3))
+        """Return the last stage's map averaged over all positions, [B, num_features]."""
+        return self.forward_head(self.forward_features(x), pre_logits=True)
 
     def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The maps after each stage, at strides 4, 8, 16 and 32."""
+        """Return the map of each stage, [B, C, ceil(H / s), ceil(W / s)] at strides s of 4, 8, 16 and 32.
+
+        Example:
+            >>> import torch
+            >>> net = create_rednet("rednet26").eval()
+            >>> [list(stage.shape) for stage in net.stages(torch.zeros(1, 3, 64, 64))]
+            [[1, 256, 16, 16], [1, 512, 8, 8], [1, 1024, 4, 4], [1, 2048, 2, 2]]
+        """
         maps: tuple[Tensor, Tensor, Tensor, Tensor] = self.backbone(x)
         return maps
 
-    def _initialise(self) -> None:
-        """He initialisation, and each block starts as the identity: its last batch norm scales by zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last stage's map, [B, num_features, ceil(H / 32), ceil(W / 32)]. Name and meaning are timm's.
+
+        Example:
+            >>> import torch
+            >>> net = create_rednet("rednet26").eval()
+            >>> net.forward_features(torch.zeros(1, 3, 224, 224)).shape
+            torch.Size([1, 2048, 7, 7])
+        """
+        return self.stages(x)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool a map and classify it. Name and meaning are timm's.
+
+        Args:
+            x: a map of `forward_features`, [B, num_features, h, w].
+            pre_logits: return the pooled features instead.
+
+        Returns:
+            Logits [B, num_classes], or features [B, num_features].
+
+        Example:
+            >>> import torch
+            >>> net = create_rednet("rednet26", num_classes=10).eval()
+            >>> last_map = net.forward_features(torch.zeros(1, 3, 64, 64))
+            >>> net.forward_head(last_map).shape, net.forward_head(last_map, pre_logits=True).shape
+            (torch.Size([1, 10]), torch.Size([1, 2048]))
+        """
+        x = x.mean(dim=(2, 3))
+        return x if pre_logits else self.head(x)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer: `nn.Linear`, or `nn.Identity` after `reset_classifier(0)`. The name is timm's."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last layer by a new one with random weights, on the same device. Name and meaning are timm's.
+
+        Args:
+            num_classes: length of the new logits; 0: no classifier, the network returns features. Such a network
+                cannot be prepared or saved.
+
+        Raises:
+            ValueError: `num_classes` is negative or too large.
+
+        Example:
+            >>> net = create_rednet("rednet26", num_classes=1000)
+            >>> net.reset_classifier(10)
+            >>> net.get_classifier()
+            Linear(in_features=2048, out_features=10, bias=True)
+        """
+        if num_classes == 0:
+            self.head.set_submodule("fc", nn.Identity())
+            return
+        self.config = replace(self.config, num_classes=num_classes)
+        weight = next(self.parameters())
+        self.head = Head(self.config).to(weight.device, weight.dtype).train(self.training)
+        _initialise(self.head)
 
 
 def create_rednet(name: str, **fields: Any) -> RedNet:
@@ -202,3 +278,19 @@ def create_rednet(name: str, **fields: Any) -> RedNet:
     if name not in depths:
         raise ValueError(f"unknown network {name!r}; there are {', '.join(depths)}")
     return RedNet(RedNetConfig(depth=depths[name], **fields))
+
+
+def _initialise(root: nn.Module) -> None:
+    """He initialisation; every block starts as the identity, because its last batch norm scales by zero."""
+    if next(root.parameters()).is_meta:  # random numbers without memory would load torch's compiler, for a second
+        return
+    for module in root.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Bottleneck):
+            nn.init.zeros_(module.bn3.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
