@@ -20,7 +20,7 @@ from tests.conftest import encoded, photo
 from tests.servers import FakeRunner, ServerProcess, ServerThread
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "service" / "page"
+PAGE = ROOT / "service" / "http" / "page"
 CHROMIUM = shutil.which("chromium")
 KEY = "correct-horse-battery"
 
@@ -58,9 +58,8 @@ def test_the_page_can_be_switched_off() -> None:
 
 def test_the_package_carries_the_page() -> None:
     """Every file, and none that is large."""
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "rednet.service.http"
-    ]
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = setuptools["package-data"]["rednet.service.http"]
     files = [path for path in PAGE.rglob("*") if path.is_file()]
     assert len(files) >= 8
     for path in files:
