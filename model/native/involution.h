@@ -22,9 +22,9 @@ struct window {
 };
 
 #ifdef INT8
-#include "involve_int8.h"
+#include "involution_int8.h"
 #else
-#include "involve_float32.h"
+#include "involution_float32.h"
 #endif
 
 typedef void involve_function(const struct window *);

@@ -1,7 +1,7 @@
 /* The register tile of the matrix product, in int8. Included by matmul.h. Sums are exact. */
 #pragma once
 
-#include "codes.h"
+#include "vector_int8.h"
 
 /* One register tile. Always inlined into functions where rows and vectors are constants. */
 ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct tile *tile) {

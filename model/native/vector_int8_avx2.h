@@ -1,5 +1,5 @@
 /* Codes on AVX2: 16 bits for each, of which one instruction multiplies and adds two in each 32-bit lane, exactly. (The
- * instruction for bytes cuts its sums off at 16 bits.) Weights are stored as bytes. Included by codes.h. */
+ * instruction for bytes cuts its sums off at 16 bits.) Weights are stored as bytes. Included by vector_int8.h. */
 #pragma once
 
 typedef __m256i products;

@@ -11,8 +11,8 @@
 
 #if VL == 16
 #define TOGETHER 4
-#include "codes_avx512.h"
+#include "vector_int8_avx512.h"
 #else
 #define TOGETHER 2
-#include "codes_avx2.h"
+#include "vector_int8_avx2.h"
 #endif

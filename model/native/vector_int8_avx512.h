@@ -1,5 +1,5 @@
 /* Codes on AVX-512 with VNNI: bytes, of which one instruction multiplies and adds four in each 32-bit lane. Included by
- * codes.h. */
+ * vector_int8.h. */
 #pragma once
 
 typedef __m512i products;

@@ -4,12 +4,12 @@
  * window may read, and not use, up to WIDE - 1 pixels to the right of itself. */
 #pragma once
 
-#include "codes.h"
+#include "vector_int8.h"
 
 #if VL == 16
-#include "window_avx512.h"
+#include "involution_int8_avx512.h"
 #else
-#include "window_avx2.h"
+#include "involution_int8_avx2.h"
 #endif
 
 /* Taps in a row, the padding included. */

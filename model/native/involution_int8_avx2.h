@@ -1,4 +1,4 @@
-/* Windows on AVX2. Included by involve_int8.h.
+/* Windows on AVX2. Included by involution_int8.h.
  *
  * A pixel and the one below it, channel by channel, are what vpmaddwd multiplies with a tap and the one below. Two
  * unpackings join them within 128-bit halves: channels 0-3 and 8-11 in one vector, 4-7 and 12-15 in the other. */

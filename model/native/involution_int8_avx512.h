@@ -1,4 +1,4 @@
-/* Windows on AVX-512 with VNNI. Included by involve_int8.h.
+/* Windows on AVX-512 with VNNI. Included by involution_int8.h.
  *
  * Four neighbouring pixels of a plane are 64 bytes, [pixel][channel]; permuted to [channel][pixel] they are what
  * vpdpbusd multiplies with four taps of a row. */
