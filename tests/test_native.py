@@ -184,8 +184,8 @@ def test_what_does_not_fit_is_refused_at_the_boundary() -> None:
     for given, outputs, message in (
         (pixels[0], [logits, features], "uint8 or float32"),
         (pixels.astype(np.float64), [logits, features], "uint8 or float32"),
-        (pixels, [logits[:, :6].copy(), features], "another length"),
-        (pixels, [logits, None], "another length"),
+        (pixels, [logits[:, :6].copy(), features], "wrong length"),
+        (pixels, [logits, None], "wrong length"),
         (pixels, [logits, read_only], "contiguous float32"),
         (pixels, [logits.astype(np.float64), features], "contiguous float32"),
         (pixels, [np.zeros((1, 14), np.float32)[:, ::2], features], "contiguous float32"),

@@ -1,27 +1,29 @@
-/* Batch norm in training, in bfloat16, with the ReLU and the addition around it: each pass reads and writes a map once.
+/* Batch norm for training in bfloat16, fused with the residual add and the ReLU after it: each pass reads and writes a
+ * map once.
  *
- * Maps are [rows, channels]: channels-last, a row a pixel. The sums over rows are left to the caller in parts, one for
- * each block of rows; blocks depend on the number of rows alone, so results do not depend on the number of threads. */
+ * Maps are [rows, channels] in channels-last order, one row per pixel. Passes that sum over rows return one partial sum
+ * per block of rows. The blocks depend only on the number of rows, so results do not depend on the number of threads.
+ */
 #pragma once
 
 #include "bfloat16.h"
 #include "threads.h"
 
-enum { STATISTICS, NORMALISE, GRADIENT_SUMS, GRADIENTS }; /* the passes */
+enum { STATISTICS, NORMALISE, GRADIENT_SUMS, GRADIENTS }; /* passes */
 
 struct batch_norm {
     int pass;
     int64_t rows;
     int channels, blocks;
     const bfloat16 *x;
-    const bfloat16 *grad; /* of y */
-    const bfloat16 *y; /* the output, where a ReLU came last; else NULL */
-    const bfloat16 *shortcut; /* NULL: none is added */
-    const float *a, *b, *c; /* of each channel */
+    const bfloat16 *grad; /* gradient of y */
+    const bfloat16 *y; /* the output, if there was a ReLU; else NULL */
+    const bfloat16 *shortcut; /* NULL if there is none */
+    const float *a, *b, *c; /* [channels] */
     bool relu;
     float *sums; /* [blocks, 2, channels] */
-    bfloat16 *out; /* y or the gradient of x */
-    bfloat16 *grad_shortcut; /* NULL: there is none */
+    bfloat16 *out; /* y, or the gradient of x */
+    bfloat16 *grad_shortcut; /* NULL if there is none */
 };
 
 ALWAYS_INLINE float wide(bfloat16 value) {
@@ -30,7 +32,7 @@ ALWAYS_INLINE float wide(bfloat16 value) {
     return result;
 }
 
-/* Sums of x - a and of their squares; a is near the mean, so that the variance keeps its digits. */
+/* Sums x - a and its square. `a` is close to the mean, so that the variance loses no precision to cancellation. */
 static void statistics(const struct batch_norm *n, int64_t first, int64_t last, float *restrict sum,
                        float *restrict squares) {
     for (int64_t row = first; row < last; row++) {
@@ -43,7 +45,7 @@ static void statistics(const struct batch_norm *n, int64_t first, int64_t last, 
     }
 }
 
-/* y = a * x + b, plus the shortcut, and ReLU, which lets NaN pass. */
+/* y = relu(a * x + b + shortcut). The ReLU keeps NaN. */
 ALWAYS_INLINE void normalise(const struct batch_norm *n, int64_t first, int64_t last, const bool added,
                              const bool relu) {
     const float *restrict a = n->a, *restrict b = n->b;
@@ -59,7 +61,7 @@ ALWAYS_INLINE void normalise(const struct batch_norm *n, int64_t first, int64_t 
     }
 }
 
-/* Sums of the gradient before the ReLU, and of its products with x - a, where a is the mean. */
+/* Sums the gradient before the ReLU, and its products with x - a, where `a` is the mean. */
 ALWAYS_INLINE void gradient_sums(const struct batch_norm *n, int64_t first, int64_t last, const bool relu,
                                  float *restrict sum, float *restrict products) {
     for (int64_t row = first; row < last; row++) {
@@ -74,7 +76,8 @@ ALWAYS_INLINE void gradient_sums(const struct batch_norm *n, int64_t first, int6
     }
 }
 
-/* The gradient of x, a * g + b * x + c, where g is that before the ReLU, which is also the shortcut's. */
+/* The gradient of x is a * g + b * x + c, where g is the gradient before the ReLU, which is also that of the shortcut.
+ */
 ALWAYS_INLINE void gradients(const struct batch_norm *n, int64_t first, int64_t last, const bool relu,
                              const bool added) {
     const float *restrict a = n->a, *restrict b = n->b, *restrict shift = n->c;
@@ -121,5 +124,5 @@ static void batch_norm_block(const struct batch_norm *n, int block) {
 static void batch_norm_thread(void *context, int thread) {
     (void)thread;
     const struct batch_norm_call *call = context;
-    for (int block; (block = take(call->all)) < call->norm->blocks;) batch_norm_block(call->norm, block);
+    for (int block; (block = next_item(call->all)) < call->norm->blocks;) batch_norm_block(call->norm, block);
 }

@@ -13,7 +13,7 @@ static inline void widen(const bfloat16 *restrict from, float *restrict to, int 
     }
 }
 
-/* Rounds to the nearest value, ties to even; NaN stays NaN. */
+/* Rounds to nearest, ties to even; NaN stays NaN. */
 static inline void narrow(const float *restrict from, bfloat16 *restrict to, int count) {
     for (int i = 0; i < count; i++) {
         uint32_t bits;

@@ -1,5 +1,5 @@
-/* Which builds of the engine this machine can run, best first. setup.py compiles the same ones, with the flags that are
- * asked for here. */
+/* Lists the builds that this machine can run, best first. Each check here matches the compiler flags of that build in
+ * setup.py. */
 #pragma GCC visibility push(default)
 const char *rednet_builds(void);
 const char *rednet_int8_builds(void);
@@ -20,7 +20,7 @@ const char *rednet_int8_builds(void) {
     return vnni ? "int8_vnni int8_avx2" : avx2() ? "int8_avx2" : "";
 }
 #else
-/* vectors of four floats: NEON where the compiler targets it */
+/* The compiler turns vectors of four floats into NEON on ARM. */
 const char *rednet_builds(void) { return "generic"; }
 const char *rednet_int8_builds(void) { return ""; }
 #endif

@@ -1,17 +1,17 @@
 /* Sums over windows in float32. Included by involution.h. */
 #pragma once
 
-ALWAYS_INLINE void finish(const struct window *w, int pixel, int channel, vec sum) {
-    vec value = sum * load(w->scale + channel) + load(w->shift + channel);
+ALWAYS_INLINE void epilogue(const struct window *w, int pixel, int channel, vec sum) {
+    vec value = sum * load(w->bn_scale + channel) + load(w->bn_shift + channel);
     store(w->out + (size_t)pixel * w->out_pixel + channel, w->relu ? relu(value) : value);
 }
 
-/* A run of `pixels` outputs. Always inlined into functions where the first three arguments are constants. */
-ALWAYS_INLINE void involve_run(const int size, const int stride, const int pixels, const struct window *w) {
+/* Computes a strip. Callers are functions with constants for the first three arguments, into which this is inlined. */
+ALWAYS_INLINE void involve_strip(const int size, const int stride, const int pixels, const struct window *w) {
     UNROLL
     for (int channel = 0; channel < GROUP; channel += VL) {
-        const float *x = w->x + channel, *kernel[RUN];
-        vec sum[RUN];
+        const float *x = w->x + channel, *kernel[STRIP];
+        vec sum[STRIP];
         UNROLL
         for (int p = 0; p < pixels; p++) {
             kernel[p] = w->kernel + (size_t)p * w->kernel_pixel;
@@ -32,11 +32,11 @@ ALWAYS_INLINE void involve_run(const int size, const int stride, const int pixel
             x += w->x_row;
         }
         UNROLL
-        for (int p = 0; p < pixels; p++) finish(w, p, channel, sum[p]);
+        for (int p = 0; p < pixels; p++) epilogue(w, p, channel, sum[p]);
     }
 }
 
-/* Any kernel size and stride, one pixel after the other. */
+/* Computes pixels one at a time, for any kernel size and stride. */
 static void involve_any(int size, int stride, int pixels, const struct window *w) {
     for (int p = 0; p < pixels; p++) {
         const float *kernel = w->kernel + (size_t)p * w->kernel_pixel;
@@ -48,7 +48,7 @@ static void involve_any(int size, int stride, int pixels, const struct window *w
                     sum += load(x + column * GROUP) * broadcast(kernel[row * size + column]);
                 }
             }
-            finish(w, p, channel, sum);
+            epilogue(w, p, channel, sum);
         }
     }
 }

@@ -1,7 +1,7 @@
 /* Sums over windows in int8. Included by involution.h.
  *
- * Taps are multiplied TOGETHER: TALL rows and WIDE columns of them. Kernels are padded with zeros to whole ones, so a
- * window may read, and not use, up to WIDE - 1 pixels to the right of itself. */
+ * One instruction multiplies KR taps, TAP_ROWS rows by TAP_COLUMNS columns. Kernels are padded with zero taps to
+ * multiples of both, so a window may read, without using them, up to TAP_COLUMNS - 1 pixels to its right. */
 #pragma once
 
 #include "vector_int8.h"
@@ -12,65 +12,69 @@
 #include "involution_int8_avx2.h"
 #endif
 
-/* Taps in a row, the padding included. */
-ALWAYS_INLINE int padded(int size) { return (size + WIDE - 1) / WIDE * WIDE; }
+/* Taps in a row, padding included. */
+ALWAYS_INLINE int padded_row(int size) { return (size + TAP_COLUMNS - 1) / TAP_COLUMNS * TAP_COLUMNS; }
 
-ALWAYS_INLINE int taps_of(int size) { return (size + TALL - 1) / TALL * TALL * padded(size); }
+/* Taps of a kernel, padding included. */
+ALWAYS_INLINE int padded_taps(int size) { return (size + TAP_ROWS - 1) / TAP_ROWS * TAP_ROWS * padded_row(size); }
 
-/* Where a kernel has the tap of a row and a column. */
-ALWAYS_INLINE int tap_at(int size, int row, int column) {
-    return (row / TALL * padded(size) + column / WIDE * WIDE) * TALL + row % TALL * WIDE + column % WIDE;
+/* Index of a tap in a padded kernel. */
+ALWAYS_INLINE int tap_index(int size, int row, int column) {
+    return (row / TAP_ROWS * padded_row(size) + column / TAP_COLUMNS * TAP_COLUMNS) * TAP_ROWS +
+           row % TAP_ROWS * TAP_COLUMNS + column % TAP_COLUMNS;
 }
 
-/* Whether taps that are multiplied together begin in a column of a window. */
-ALWAYS_INLINE bool has_taps(int size, int column) { return 0 <= column && column < padded(size) && column % WIDE == 0; }
+/* Whether a column of the window is the first of TAP_COLUMNS columns. */
+ALWAYS_INLINE bool starts_taps(int size, int column) {
+    return 0 <= column && column < padded_row(size) && column % TAP_COLUMNS == 0;
+}
 
-/* Elements to the row below; where the window ends there, none: the padding's zero is multiplied with something. */
+/* Offset to the row below. In the last row of a window it is 0: the zero taps below may multiply any pixels. */
 ALWAYS_INLINE size_t row_below(const struct window *w, int size, int row) { return row + 1 < size ? w->x_row : 0; }
 
-/* A run of `pixels` outputs. Always inlined into functions where the first three arguments are constants. */
-ALWAYS_INLINE void involve_run(const int size, const int stride, const int pixels, const struct window *w) {
-    const element *x = w->x, *kernel[RUN];
-    window_sum sum[RUN];
+/* Computes a strip. Callers are functions with constants for the first three arguments, into which this is inlined. */
+ALWAYS_INLINE void involve_strip(const int size, const int stride, const int pixels, const struct window *w) {
+    const element *x = w->x, *kernel[STRIP];
+    window_sum sum[STRIP];
     UNROLL
     for (int p = 0; p < pixels; p++) {
         kernel[p] = w->kernel + (size_t)p * w->kernel_pixel;
-        sum[p] = no_window();
+        sum[p] = zero_window_sum();
     }
-    for (int row = 0; row < size; row += TALL) {
+    for (int row = 0; row < size; row += TAP_ROWS) {
         size_t below = row_below(w, size, row);
         UNROLL
-        for (int column = 0; column <= stride * (pixels - 1) + padded(size) - WIDE; column++) {
+        for (int column = 0; column <= stride * (pixels - 1) + padded_row(size) - TAP_COLUMNS; column++) {
             bool used = false;
             UNROLL
-            for (int p = 0; p < pixels; p++) used |= has_taps(size, column - stride * p);
+            for (int p = 0; p < pixels; p++) used |= starts_taps(size, column - stride * p);
             if (!used) continue;
-            joined codes = join(x + column * GROUP, below);
+            interleaved values = interleave(x + column * GROUP, below);
             UNROLL
             for (int p = 0; p < pixels; p++) {
                 int tap = column - stride * p;
-                if (has_taps(size, tap)) add_taps_of(&sum[p], codes, kernel[p] + tap * TALL);
+                if (starts_taps(size, tap)) accumulate_taps(&sum[p], values, kernel[p] + tap * TAP_ROWS);
             }
         }
         UNROLL
-        for (int p = 0; p < pixels; p++) kernel[p] += padded(size) * TALL;
-        x += TALL * w->x_row;
+        for (int p = 0; p < pixels; p++) kernel[p] += padded_row(size) * TAP_ROWS;
+        x += TAP_ROWS * w->x_row;
     }
     UNROLL
-    for (int p = 0; p < pixels; p++) finish(w, p, sum[p]);
+    for (int p = 0; p < pixels; p++) epilogue(w, p, sum[p]);
 }
 
-/* Any kernel size and stride, one pixel after the other. */
+/* Computes pixels one at a time, for any kernel size and stride. */
 static void involve_any(int size, int stride, int pixels, const struct window *w) {
     for (int p = 0; p < pixels; p++) {
         const element *x = w->x + (size_t)(p * stride) * GROUP, *kernel = w->kernel + (size_t)p * w->kernel_pixel;
-        window_sum sum = no_window();
-        for (int row = 0; row < size; row += TALL, x += TALL * w->x_row) {
+        window_sum sum = zero_window_sum();
+        for (int row = 0; row < size; row += TAP_ROWS, x += TAP_ROWS * w->x_row) {
             size_t below = row_below(w, size, row);
-            for (int tap = 0; tap < padded(size); tap += WIDE, kernel += TOGETHER) {
-                add_taps_of(&sum, join(x + tap * GROUP, below), kernel);
+            for (int tap = 0; tap < padded_row(size); tap += TAP_COLUMNS, kernel += KR) {
+                accumulate_taps(&sum, interleave(x + tap * GROUP, below), kernel);
             }
         }
-        finish(w, p, sum);
+        epilogue(w, p, sum);
     }
 }

