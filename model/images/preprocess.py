@@ -29,16 +29,25 @@ FILTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How photos become network inputs. Travels with the weights, because the weights were trained for it.
+    """How photos become network inputs. Stored with the weights, because the weights were trained for it.
 
     Attributes:
         resize: length of the photo's short side after scaling, in pixels.
-        crop: side of the square cut from the middle, in pixels.
-        interpolation: how it is scaled.
-        mean, std: of RGB values in 0..1; the network sees (value - mean) / std.
+        crop: side of the square that is cut from the middle, in pixels.
+        interpolation: the resampling filter, with antialiasing.
+        mean, std: of RGB values in 0..1. The network's input is (value - mean) / std.
 
     Raises:
-        ValueError: the numbers do not describe a crop.
+        ValueError: the fields do not describe a crop and a normalisation.
+
+    Example:
+        >>> preprocess = Preprocess(resize=256, crop=224)
+        >>> pixels = preprocess.pixels(Image.new("RGB", (640, 480)))
+        >>> pixels.shape, pixels.dtype
+        ((3, 224, 224), dtype('uint8'))
+        >>> import torch
+        >>> preprocess.normalise(torch.from_numpy(pixels)[None]).dtype
+        torch.float32
     """
 
     resize: int = 256

@@ -10,12 +10,25 @@ Maps = tuple[Tensor, ...]  # one per requested stage, in ascending order
 
 
 class Output(NamedTuple):
-    """The result of one forward pass: float32, on the device that ran it."""
+    """The result of one forward pass: float32, on the device that ran it.
 
-    logits: Tensor  # [B, num_classes]
-    features: Tensor  # [B, feature_channels]
-    stages: Maps | None = None  # each [B, C, h, w]
-    kernel_sums: Maps | None = None  # each [B, G, h, w]: the stage's last kernels, summed over their K*K taps
+    Attributes:
+        logits: [B, num_classes].
+        features: [B, num_features].
+        stages: the maps of the requested stages, [B, C, h, w] each; None: not requested.
+        kernel_sums: the kernels of each requested stage's last involution, summed over their K*K taps, [B, G, h, w]
+            each; None: not requested.
+
+    Example:
+        >>> import torch
+        >>> Output(logits=torch.zeros(2, 10), features=torch.zeros(2, 2048)).stages is None
+        True
+    """
+
+    logits: Tensor
+    features: Tensor
+    stages: Maps | None = None
+    kernel_sums: Maps | None = None
 
 
 class InferenceBackend(Protocol):

@@ -31,7 +31,7 @@ STAGES = range(4)
 
 
 class SelfCheckError(ValueError):
-    """No inference backend agrees with the network."""
+    """No inference backend agrees with the network. The message lists each one's reason."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class Prepared:
         max_relative_error: largest relative error against the network itself on the self-check's input.
         rejected_backends: why faster backends were not used, one line each.
         check_s: time to make the backend and to run the self-check, on this machine.
+
+    Example:
+        >>> from rednet import create_rednet
+        >>> run = prepare(create_rednet("rednet26", num_classes=10), device="cpu", precision="fp32")
+        >>> run.precision, run.max_relative_error < 1e-4
+        ('fp32', True)
     """
 
     implementation: InferenceBackend
@@ -87,10 +93,17 @@ class Prepared:
             kernel_sums: also return the summed kernels of every stage's last involution, or of these stages.
 
         Returns:
-            float32 logits and features, on the device.
+            Logits, features, and the maps that were requested.
 
         Raises:
             ValueError: `pixels` has another shape or dtype.
+
+        Example:
+            >>> from rednet import create_rednet
+            >>> run = prepare(create_rednet("rednet26"), device="cpu", precision="fp32")
+            >>> output = run(torch.zeros(1, 3, 224, 224, dtype=torch.uint8), stages=[3])
+            >>> output.stages[0].shape
+            torch.Size([1, 2048, 7, 7])
         """
         supported = pixels.dtype in (torch.uint8, torch.float32) and pixels.dim() == 4 and pixels.shape[1] == 3
         if not supported or 0 in pixels.shape[2:]:

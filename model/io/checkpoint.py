@@ -37,31 +37,56 @@ EMBEDDED = "weights/rednet26-imagenette.safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint file cannot be used; the message says which file and why."""
+    """A checkpoint file cannot be used. The message names the file and the reason."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(clean_text(message[:MAX_MESSAGE]))  # it quotes the file
+        super().__init__(clean_text(message[:MAX_MESSAGE]))  # it quotes the file, which may hold control characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A network in evaluation mode and all that is needed to serve it."""
+    """A network in evaluation mode and everything that serving it needs.
+
+    Attributes:
+        net: the network.
+        labels: one per class, in the order of the logits.
+        preprocess: how photos become inputs.
+        name: of the model, as the server reports it.
+        provenance: data, command, seed, versions, accuracy.
+        calibration: activation ranges for int8, from `collect_activation_ranges`; None: not quantised.
+
+    Example:
+        >>> from rednet import create_rednet
+        >>> labels = [Label("cat", "cat"), Label("dog", "dog")]
+        >>> Checkpoint(net=create_rednet("rednet26", num_classes=2).eval(), labels=labels, name="pets").preprocess.crop
+        224
+    """
 
     net: RedNet
-    labels: list[Label]  # one per class, in the order of the logits
+    labels: list[Label]
     preprocess: Preprocess = field(default_factory=Preprocess)
     name: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # data, command, seed, versions, accuracy
-    calibration: Mapping[str, float] | None = None  # int8 scales from `rednet.model.inference.activation_ranges`
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, float] | None = None
 
 
 def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
-    """A checkpoint from a file of ours, an official `.pth` or a PaddleClas `.pdparams`; None: the embedded one.
+    """Load a checkpoint. The format is recognised by the first bytes; nothing in the file is executed.
 
-    Their first bytes tell them apart.
+    Args:
+        path: our `.safetensors`, an official `.pth`, or a PaddleClas `.pdparams`; None: the embedded checkpoint.
+
+    Returns:
+        A network in evaluation mode on the CPU, with its labels and preprocessing. What the file does not contain is
+        inferred from the tensors, or ImageNet's.
 
     Raises:
-        CheckpointError: the file is missing, damaged, hostile or no RedNet.
+        CheckpointError: the file is missing, damaged or hostile, or does not hold a RedNet.
+
+    Example:
+        >>> checkpoint = load_checkpoint()
+        >>> checkpoint.net.config.name, checkpoint.labels[0].name
+        ('rednet26', 'tench')
     """
     if path is None:
         with resources.as_file(resources.files("rednet.model") / EMBEDDED) as embedded:
@@ -86,13 +111,26 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = False, replace: bool = True) -> None:
-    """Write our format; the file appears whole or not at all.
+    """Write a checkpoint as safetensors. The write is atomic: the file appears complete or not at all.
 
     Args:
         path: the file to write.
         checkpoint: what to write.
-        half: store weight matrices as float16, half the size. What is added or divided by (biases, batch norms) stays.
-        replace: replace a file that is there, as `torch.save` does; false: raise `OutputError` instead.
+        half: store weight matrices as float16, which halves the file. Biases and batch norms are stored as they are.
+        replace: replace an existing file, as `torch.save` does; false: raise `OutputError` instead.
+
+    Raises:
+        ValueError: the network has no classifier.
+        OutputError: `path` exists and must not be replaced, or another process is writing it.
+        OSError: `path` cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> checkpoint = load_checkpoint()
+        >>> with TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/copy.safetensors", checkpoint, half=True)
+        ...     load_checkpoint(f"{folder}/copy.safetensors").labels == checkpoint.labels
+        True
     """
     if not checkpoint.net.num_classes:
         raise ValueError("a network without a classifier cannot be saved; reset_classifier adds one")

@@ -7,6 +7,17 @@ from typing import NamedTuple
 
 
 class Label(NamedTuple):
+    """A class.
+
+    Attributes:
+        id: short and unique: the folder of its photos, or a WordNet id.
+        name: for people.
+
+    Example:
+        >>> Label("n02102040", "English springer").name
+        'English springer'
+    """
+
     id: str
     name: str
 

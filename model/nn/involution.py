@@ -17,22 +17,30 @@ from rednet.model.ops.batch_norm import batch_norm
 
 
 def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
-    """Weigh the KxK neighbourhood of each position by that position's own kernel and sum (paper, equation 4).
-
-    Args:
-        x: [B, C, H, W].
-        kernel: [B, G, K*K, h, w] with odd K, h = ceil(H / stride), w = ceil(W / stride); the C // G channels of a group
-            share a kernel; taps run row by row. Outside of x lie zeros.
-        stride: distance between neighbouring outputs, in pixels of x.
+    """Weight the KxK neighbourhood of each position by that position's own kernel and sum (paper, equation 4).
 
     Under `torch.autocast` both tensors are cast to its dtype, float64 excepted, as for a convolution.
 
+    Args:
+        x: [B, C, H, W], padded with zeros.
+        kernel: [B, G, K*K, h, w] with odd K, h = ceil(H / stride), w = ceil(W / stride). The C // G channels of a group
+            share a kernel. Taps are in row-major order.
+        stride: distance between neighbouring outputs, in pixels of x.
+
     Returns:
-        [B, C, h, w], in the dtype of x, under autocast in that of autocast.
+        [B, C, h, w] in the dtype of x; under autocast in autocast's dtype.
 
     Raises:
         ValueError: the shapes, dtypes or devices do not fit together.
         NotImplementedError: x or kernel carries a tangent (forward-mode differentiation).
+
+    Example:
+        >>> x = torch.ones(1, 16, 3, 3)
+        >>> mean_filter = torch.full((1, 1, 9, 3, 3), 1 / 9)  # K = 3, one group, the same kernel at every position
+        >>> involution(x, mean_filter)[0, 0]
+        tensor([[0.4444, 0.6667, 0.4444],
+                [0.6667, 1.0000, 0.6667],
+                [0.4444, 0.6667, 0.4444]])
     """
     if has_torch_function((x, kernel)):  # torch.fx traces a call, not the checks, which need sizes
         result: Tensor = handle_torch_function(involution, (x, kernel), x, kernel, stride)
@@ -92,17 +100,25 @@ class ConvModule(nn.Module):
 
 
 class Involution(nn.Module):
-    """The layer: two 1x1 convolutions make a kernel per position from x, and involution applies it to x.
+    """The layer: two 1x1 convolutions generate a kernel per position from x, and `involution` applies it to x.
 
-    At stride 2 the kernels come from averages over 2x2 pixels; at an odd border the average is over the pixels that
-    exist, so that every input size is well defined (the official code fails there, or reads foreign memory).
+    At stride 2 the kernels are generated from averages over 2x2 pixels. At an odd border the average is over the pixels
+    that exist, so every input size is well defined (the official code fails there, or reads out of bounds).
 
     Args:
         channels: C of the input and the output.
         kernel_size: K, odd.
         stride: 1 or more.
         reduction_ratio: the bottleneck of the kernel generator has C // reduction_ratio channels.
-        group_channels: how many channels share a kernel.
+        group_channels: number of channels that share a kernel.
+
+    Raises:
+        ValueError: an argument is below 1, K is even, or `channels` is not a multiple of the ratio and the group.
+
+    Example:
+        >>> layer = Involution(32, kernel_size=7, stride=2)
+        >>> layer(torch.zeros(1, 32, 15, 15)).shape
+        torch.Size([1, 32, 8, 8])
     """
 
     def __init__(

@@ -23,17 +23,31 @@ EXPANSION = 4  # a bottleneck's output has this many times the channels of its m
 
 @dataclass(frozen=True, kw_only=True)
 class RedNetConfig:
-    """The shape of a RedNet. The defaults are the official RedNet-50.
+    """The architecture of a RedNet. The defaults are the official RedNet-50.
+
+    Attributes:
+        depth: 26, 38, 50, 101 or 152.
+        num_classes: length of the logits.
+        in_channels: channels of the input.
+        stem_channels: channels of the stem's output.
+        base_channels: channels inside the first stage's blocks. They double from stage to stage.
+        strides: of each stage's first block.
+        kernel_size, stem_kernel_size: K of the involutions, odd.
+        reduction_ratio, group_channels: as for `Involution`.
 
     Raises:
         ValueError: the fields do not describe a network.
+
+    Example:
+        >>> RedNetConfig(depth=26, base_channels=32).feature_channels
+        1024
     """
 
     depth: int = 50
     num_classes: int = 1000
     in_channels: int = 3
     stem_channels: int = 64
-    base_channels: int = 64  # in the middle of the first stage's blocks; doubles from stage to stage
+    base_channels: int = 64
     strides: tuple[int, int, int, int] = (1, 2, 2, 2)
     kernel_size: int = 7
     stem_kernel_size: int = 3
@@ -265,14 +279,23 @@ class RedNet(nn.Module):
 
 
 def create_rednet(name: str, **fields: Any) -> RedNet:
-    """A RedNet with fresh weights: `create_rednet("rednet26", num_classes=10)`.
+    """Make a RedNet with random weights.
 
     Args:
         name: rednet26, rednet38, rednet50, rednet101 or rednet152.
         fields: any other field of `RedNetConfig`.
 
+    Returns:
+        A network in training mode, float32, on the CPU.
+
     Raises:
         ValueError: there is no network of that name, or the fields do not describe one.
+
+    Example:
+        >>> import torch
+        >>> net = create_rednet("rednet26", num_classes=10)
+        >>> net(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
     """
     depths = {f"rednet{depth}": depth for depth in BLOCKS}
     if name not in depths:
