@@ -110,7 +110,7 @@ class ModelRunner(Protocol):
         """
 
     def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
-        """Begin one forward pass over images of one size, behind those that were launched before.
+        """Begin one forward pass over images of one size and dtype, behind those that were launched before.
 
         Args:
             pixels: of each image.

@@ -1,6 +1,7 @@
 """The queue as pure state."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,6 +38,17 @@ def test_the_earliest_deadline_goes_first() -> None:
         batcher.add(job(id_, deadline=deadline))
     assert [job.id for job in batcher.next_batch(0.0)] == [4, 2]
     assert [job.id for job in batcher.next_batch(0.0)] == [1, 3]
+
+
+def test_a_batch_holds_pixels_of_one_dtype() -> None:
+    """That of the most urgent job; the others come next, by their deadlines."""
+    batcher = Batcher(max_batch_size=2)
+    floats = np.zeros((3, 1, 1), np.float32)
+    for id_ in range(5):
+        batcher.add(replace(job(id_, deadline=10.0 + id_), pixels=floats if id_ % 2 else PIXELS))
+    assert [job.id for job in batcher.next_batch(0.0)] == [0, 2]
+    assert [job.id for job in batcher.next_batch(0.0)] == [1, 3]
+    assert [job.id for job in batcher.next_batch(0.0)] == [4]
 
 
 def test_a_window_counts_from_the_oldest_job() -> None:

@@ -256,16 +256,16 @@ def test_refusals_and_deadlines_are_those_of_v1() -> None:
         running.wait_for_end()
 
 
-def test_photos_and_pixels_share_batches(tiny_path: Path) -> None:
-    """In one batch, whatever their order, each gets the answer that it gets alone."""
+def test_photos_and_their_normalised_pixels_have_the_same_features(tiny_path: Path) -> None:
+    """Each in a batch of its own; a batch of both would be a bug."""
     checkpoint = load_checkpoint(tiny_path)
     runner = PreparedRunner(prepare(checkpoint.net, checkpoint.preprocess, "cpu"), largest=4)
-    pixels = [PREPROCESS.pixels(photo(0)), *normalised(1, 0), PREPROCESS.pixels(photo(1))]
-    alone = [runner.launch([image]).wait() for image in pixels]
-    together = runner.launch(pixels).wait()
-    for index, each in enumerate(alone):
-        np.testing.assert_allclose(together.logits[index], each.logits[0], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(alone[0].features, alone[2].features, rtol=1e-3, atol=1e-4)
+    photos, pixels = [PREPROCESS.pixels(photo(0)), PREPROCESS.pixels(photo(1))], normalised(0, 1)
+    as_photos, as_pixels = runner.launch(photos).wait(), runner.launch(list(pixels)).wait()
+    np.testing.assert_allclose(as_photos.features, as_pixels.features, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(as_photos.logits, as_pixels.logits, rtol=1e-3, atol=1e-4)
+    with pytest.raises(AssertionError, match="one dtype"):
+        runner.launch([photos[0], pixels[0]])
 
 
 def test_the_description_knows_both_ways_to_name_the_model(server: ServerProcess) -> None:

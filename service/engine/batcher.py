@@ -49,10 +49,16 @@ class Batcher:
         return late
 
     def next_batch(self, now: float) -> list[Job]:
-        """Take out the batch to run now; empty if there is none yet. Expire first: it does not look at deadlines."""
+        """Take out the batch to run now; empty if there is none yet. Expire first: it does not look at deadlines.
+
+        A batch holds pixels of one kind, that of the most urgent job: float32 pixels beside photos would turn the whole
+        batch to float32, which takes longer.
+        """
         if not self._jobs or now < self._due():
             return []
-        batch = sorted(self._jobs.values(), key=lambda job: job.deadline)[: self.max_batch_size]
+        jobs = sorted(self._jobs.values(), key=lambda job: job.deadline)
+        kind = jobs[0].pixels.dtype
+        batch = [job for job in jobs if job.pixels.dtype == kind][: self.max_batch_size]
         for job in batch:
             del self._jobs[job.id]
         return batch

@@ -56,8 +56,7 @@ class PreparedRunner:
         return measure(batch_s, self._largest, self._auto, self._least)
 
     def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec] = NO_SPECS) -> Running:
-        if any(image.dtype == np.float32 for image in pixels):  # a batch has one type
-            pixels = [self._normalised(image) for image in pixels]
+        assert len({image.dtype for image in pixels}) == 1, "this is a bug: a batch must have one dtype"
         with named_errors():
             maps = LAST_STAGE if any(isinstance(spec, ClassActivation) for spec in specs.values()) else ()
             summed = sorted({spec.stage for spec in specs.values() if isinstance(spec, KernelSums)})
@@ -82,10 +81,6 @@ class PreparedRunner:
             case KernelSums(stage, group):
                 every = sums[stage][index]  # [G, h, w]
                 return every.mean(dim=0) if group is None else every[group].clone()
-
-    def _normalised(self, image: Pixels) -> Pixels:
-        normalise = self._prepared.preprocess.normalise
-        return normalise(torch.from_numpy(image)).numpy() if image.dtype == np.uint8 else image
 
     def _time(self, pixels: Sequence[Pixels]) -> float:
         started = time.monotonic()
