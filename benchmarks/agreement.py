@@ -23,7 +23,7 @@ from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
 from rednet import Checkpoint, load_checkpoint, prepare
 from rednet.model.training.dataset import read_folder
-from rednet.model.training.evaluation import Answers, evaluate
+from rednet.model.training.evaluation import Predictions, evaluate
 from rednet.model.training.loader import Photo
 
 CLIENTS = 4
@@ -34,7 +34,7 @@ def plainly(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
     return lambda pixels: checkpoint.net(checkpoint.preprocess.normalise(pixels))
 
 
-def over_http(photos: Sequence[Photo], classes: int, options: Sequence[object]) -> Answers:
+def over_http(photos: Sequence[Photo], classes: int, options: Sequence[object]) -> Predictions:
     """What a running server answers; logarithms of its probabilities serve as logits."""
     local = threading.local()
 
@@ -49,7 +49,7 @@ def over_http(photos: Sequence[Photo], classes: int, options: Sequence[object]) 
     with serving(*options) as url, ThreadPoolExecutor(CLIENTS) as pool:
         post_when_ready(f"{url}/v1/predict", photos[0].path.read_bytes())
         logits = torch.tensor(list(pool.map(ask, photos)))
-    return Answers(logits, torch.tensor([photo.target for photo in photos]))
+    return Predictions(logits, torch.tensor([photo.target for photo in photos]))
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def test_convert_with_labels_for_bare_tensors_makes_names_ids(tiny_path: Path, t
 def test_quantize_stores_scales_beside_the_same_weights(
     tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From photos in any folder; what is no photo is named and left out, few photos are told; what int8 gives, too."""
+    """At any depth. Unreadable files and a small number of photos give warnings; int8's accuracy is stored."""
     (tmp_path / "photos" / "a" / "b").mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 256, (4, 72, 72, 3), dtype=np.uint8)  # as in the check at start
     for seed, image in enumerate([*map(photo, range(4)), *map(Image.fromarray, noise)]):
@@ -156,7 +156,7 @@ def test_quantize_stores_scales_beside_the_same_weights(
     assert all(torch.equal(original.net.state_dict()[key], value) for key, value in written.net.state_dict().items())
     told = capsys.readouterr()
     assert "bad.jpg is not a readable photo" in told.err
-    assert "from 6 photos only" in told.err
+    assert "come from only 6 photos" in told.err
     assert "rednet26 with int8 scales from 6 photos" in told.out
     report = written.provenance["int8"]
     assert report["photos"] == 6
@@ -187,7 +187,7 @@ def test_quantize_without_photos_or_a_place_to_write_is_one_line(
     """Status 2, and nothing is written."""
     (tmp_path / "empty").mkdir()
     for folder, output, message in (
-        (tmp_path / "empty", tmp_path / "x.safetensors", "holds no photos"),
+        (tmp_path / "empty", tmp_path / "x.safetensors", "has no photos"),
         (tmp_path / "nowhere", tmp_path / "x.safetensors", "nowhere is not a folder"),
         (tmp_path, tmp_path / "nowhere" / "x.safetensors", "cannot be written"),
     ):

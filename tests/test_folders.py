@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rednet import load_checkpoint
-from rednet.model.training.dataset import all_photos, read_folder
+from rednet.model.training.dataset import find_photos, read_folder
 from rednet.model.training.loader import Photo, PhotoError, check_photos
 from rednet.service.cli.parser import main
 from tests.conftest import encoded, photo
@@ -48,9 +48,9 @@ def test_folders_without_photos_are_no_classes(data: Path, capsys: pytest.Captur
     assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 0
     assert [label.id for label in load_checkpoint(data / "x.safetensors").labels] == ["church", "tench"]
     said = capsys.readouterr().err
-    assert "2 classes, 6 photos to learn from, 2 for validation" in said
-    assert "left out: folders without photos: @eaDir, __MACOSX" in said
-    assert "left out: folders without photos: empty" in said
+    assert "2 classes, 6 photos for training, 2 for validation" in said
+    assert "skipped: folders without photos: @eaDir, __MACOSX" in said
+    assert "skipped: folders without photos: empty" in said
     assert said.index("2 classes") < said.index("epoch 1")
 
 
@@ -73,9 +73,9 @@ def test_photos_are_recognised_by_content(data: Path) -> None:
         "d.img",
         "e.x",
     ]
-    assert found.left_out.lines() == [
-        f"left out: 2 .heic files, the first is {folder / 'tench' / 'f.HEIC'}",
-        f"left out: 1 files without an extension that are not images, the first is {folder / 'tench' / 'notes'}",
+    assert found.skipped.lines() == [
+        f"skipped: 2 .heic files, the first is {folder / 'tench' / 'f.HEIC'}",
+        f"skipped: 1 files without an extension that are not images, the first is {folder / 'tench' / 'notes'}",
     ]
 
 
@@ -85,9 +85,9 @@ def test_photos_outside_class_folders_are_counted(data: Path) -> None:
     add(data / "train" / "tench" / "more" / "deep" / "1.png")
     found = read_folder(data / "train")
     assert len(found.photos) == 6
-    assert found.left_out.lines() == [
-        f"left out: 1 files beside the class folders, the first is {data / 'train' / 'stray.png'}",
-        "left out: 1 photos deeper than in class folders, the first is "
+    assert found.skipped.lines() == [
+        f"skipped: 1 files outside class folders, the first is {data / 'train' / 'stray.png'}",
+        "skipped: 1 photos in subfolders of class folders, the first is "
         f"{data / 'train' / 'tench' / 'more' / 'deep' / '1.png'}",
     ]
 
@@ -95,7 +95,7 @@ def test_photos_outside_class_folders_are_counted(data: Path) -> None:
 def test_photos_all_one_level_too_deep_are_an_error_that_says_so(tmp_path: Path) -> None:
     """An archive unpacked into a folder of its own name."""
     add(tmp_path / "train" / "train" / "tench" / "0.png")
-    with pytest.raises(PhotoError, match=r"holds no photos.*1 photos deeper than in class folders"):
+    with pytest.raises(PhotoError, match=r"has no photos.*1 photos in subfolders of class folders"):
         read_folder(tmp_path / "train")
 
 
@@ -105,7 +105,7 @@ def test_system_and_hidden_files_are_not_mentioned(data: Path) -> None:
         (data / "train" / "tench" / name).write_bytes(b"x")
     (data / "train" / ".cache").mkdir()
     add(data / "train" / ".cache" / "0.png")
-    assert read_folder(data / "train").left_out.lines() == []
+    assert read_folder(data / "train").skipped.lines() == []
     assert len(read_folder(data / "train").photos) == 6
 
 
@@ -155,7 +155,7 @@ def test_links_are_followed_once(data: Path) -> None:
     (data / "elsewhere" / "loop").symlink_to(data / "elsewhere")
     (data / "elsewhere" / "self").symlink_to("self")
     assert read_folder(data / "train").classes == ["church", "linked", "tench"]
-    assert len(all_photos(data / "train")[0]) == 7
+    assert len(find_photos(data / "train")[0]) == 7
     (data / "elsewhere" / "gone.png").symlink_to(data / "nowhere")
     with pytest.raises(PhotoError, match=r"gone\.png is not a readable photo"):
         check_photos(read_folder(data / "train").photos)
@@ -205,7 +205,7 @@ def test_headers_alone_are_read_of_very_many_photos(data: Path, monkeypatch: pyt
     whole = encoded(photo(3, 200, 160), "JPEG")
     cut = data / "cut.jpg"
     cut.write_bytes(whole[: len(whole) // 2])
-    monkeypatch.setattr("rednet.model.training.loader.DECODED", 0)
+    monkeypatch.setattr("rednet.model.training.loader.MAX_DECODED", 0)
     check_photos([Photo(cut, 0)])
     cut.write_bytes(b"no photo")
     with pytest.raises(PhotoError, match="and 292 more"):
@@ -216,12 +216,12 @@ def test_classes_without_validation_photos_are_named(data: Path, capsys: pytest.
     """Their accuracy stays unknown."""
     (data / "val" / "tench" / "0.png").unlink()
     assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 0
-    assert "without photos for validation: tench" in capsys.readouterr().err
+    assert "classes without validation photos: tench" in capsys.readouterr().err
 
 
 def test_class_folder_that_fits_two_classes_is_refused(data: Path) -> None:
     """A network whose ids are not unique cannot be evaluated by folder names."""
-    with pytest.raises(PhotoError, match="several classes of this id"):
+    with pytest.raises(PhotoError, match="several classes with this id"):
         read_folder(data / "val", ["church", "tench", "church"])
 
 

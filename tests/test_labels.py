@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rednet.model.io.label_files import read_labels
-from rednet.model.io.labels import Label, named
+from rednet.model.io.labels import Label, labels_of
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_folders_named_by_wordnet_get_imagenets_names() -> None:
     """Others keep their own."""
-    assert named(["n01440764", "cats"]) == [Label("n01440764", "tench"), Label("cats", "cats")]
+    assert labels_of(["n01440764", "cats"]) == [Label("n01440764", "tench"), Label("cats", "cats")]
 
 
 TRAINED = [Label(f"n{index}", f"thing {index}") for index in range(12)]

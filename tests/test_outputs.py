@@ -259,15 +259,15 @@ def test_absurd_top_k_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_accuracy_says_what_it_is_of(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
-    """With few photos none is held out: the number is of photos that were watched, and no temperature was fitted."""
+    """Too few photos to hold some out: the validation photos monitor the training, and no temperature is fitted."""
     provenance = load_checkpoint(trained).provenance
     assert provenance["held out"] == 0
     assert provenance["temperature"] == 1.0
     assert provenance["accuracy of"] == (
-        "validation photos, the same that were watched after every epoch; no temperature is fitted"
+        "validation photos, which also monitored the training; no temperature is fitted"
     )
     said = capsys.readouterr().err
-    assert "of fewer than 2000 photos none are held out" in said
+    assert "with fewer than 2000 photos none are held out" in said
     assert f"of 2 {provenance['accuracy of']}" in said
 
 

@@ -19,11 +19,11 @@ from rednet import create_rednet, load_checkpoint, prepare
 from rednet.model.images.preprocess import Pixels
 from rednet.model.training.confusion import draw_confusion
 from rednet.model.training.dataset import read_folder
-from rednet.model.training.evaluation import Answers, evaluate
-from rednet.model.training.loader import Photo, PhotoError, batches
+from rednet.model.training.evaluation import Predictions, evaluate
+from rednet.model.training.loader import Photo, PhotoError, load_batches
 from rednet.model.training.recipe import FINE_TUNING_RATE, Recipe
-from rednet.model.training.steps import augmented, average
-from rednet.model.training.trainer import hold_out, train, with_classes
+from rednet.model.training.steps import random_resized_crop, update_average
+from rednet.model.training.trainer import adapt_to_classes, hold_out, train
 from rednet.service.cli.parser import main
 from tests.conftest import photo
 from tests.servers import REDNET, wait_until
@@ -134,7 +134,7 @@ def test_progress_is_told_line_by_line_without_a_terminal(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How far, how fast, how long still; and the result of every epoch."""
-    monkeypatch.setattr("rednet.model.training.progress.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("rednet.model.training.progress.LOG_INTERVAL_S", 0.0)
     assert main(["train", str(data), "--output", str(tmp_path / "x"), *FLAGS]) == 0
     told = capsys.readouterr().err
     assert "epoch 1/2: 1/9 (11%)" in told
@@ -179,7 +179,7 @@ def test_evaluate_says_which_classes_are_confused(
 
 def test_a_confusion_matrix_shows_what_was_taken_for_what() -> None:
     """Rows are what photos are; a thousand classes are a picture without names."""
-    answers = Answers(torch.eye(3)[[0, 0, 2, 2]], torch.tensor([0, 0, 0, 2]))
+    answers = Predictions(torch.eye(3)[[0, 0, 2, 2]], torch.tensor([0, 0, 0, 2]))
     counts = answers.confusion()
     assert counts.tolist() == [[2, 0, 1], [0, 0, 0], [0, 0, 1]]
     named_picture = draw_confusion(counts.numpy(), ["a", "bb", "a long name"])
@@ -192,7 +192,7 @@ def test_fine_tuning_begins_with_what_was_learned(data: Path, tmp_path: Path) ->
     train(data, tmp_path / "start", RECIPE, device=CPU)
     start = load_checkpoint(tmp_path / "start")
     trained = start.net.state_dict()
-    same, other = with_classes(start, ["blue", "green", "red"]), with_classes(start, ["black", "white"])
+    same, other = adapt_to_classes(start, ["blue", "green", "red"]), adapt_to_classes(start, ["black", "white"])
     assert torch.equal(same.head.fc.weight, trained["head.fc.weight"])
     assert other.head.fc.weight.shape == (2, 512)
     assert all(torch.equal(other.state_dict()[key], trained[key]) for key in trained if key.startswith("backbone."))
@@ -222,7 +222,7 @@ def test_enough_photos_let_some_be_held_out() -> None:
 def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in the weights: the accuracy stated in the file is that of the probabilities it answers with."""
     monkeypatch.setattr("rednet.model.training.trainer.HELD_OUT_EVERY", 3)
-    monkeypatch.setattr("rednet.model.training.trainer.FEWEST_HELD_OUT", 10)
+    monkeypatch.setattr("rednet.model.training.trainer.MIN_HELD_OUT", 10)
     train(data, tmp_path / "x", RECIPE, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "x")
     assert checkpoint.provenance["temperature"] not in (1.0, pytest.approx(0.1))
@@ -247,7 +247,7 @@ def test_averaged_weights_are_about_the_mean_of_the_last_tenth() -> None:
     for step in range(1, 201):
         with torch.no_grad():
             net.head.fc.bias.fill_(step)
-        average(averaged, net, step)
+        update_average(averaged, net, step)
         if step == 1:
             assert torch.equal(averaged.head.fc.bias, net.head.fc.bias)
     assert averaged.head.fc.bias[0].item() == pytest.approx(200 * 10 / 11, rel=0.01)
@@ -257,14 +257,14 @@ def test_classes_are_matched_by_folder_name(data: Path, tmp_path: Path) -> None:
     """A class without photos keeps its place; a folder that is no class is an error."""
     photos = read_folder(data / "val", ["alpha", "blue", "green", "red"]).photos
     assert {photo.target for photo in photos} == {1, 2, 3}
-    with pytest.raises(PhotoError, match="'red' that is no class"):
+    with pytest.raises(PhotoError, match="'red', which is not a class"):
         read_folder(data / "val", ["blue", "green"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PhotoError, match="holds no photos"):
+    with pytest.raises(PhotoError, match="has no photos"):
         read_folder(tmp_path / "empty")
     (tmp_path / "empty" / ".hidden").mkdir()
     (tmp_path / "empty" / ".hidden" / "x.jpg").touch()
-    with pytest.raises(PhotoError, match="holds no photos"):
+    with pytest.raises(PhotoError, match="has no photos"):
         read_folder(tmp_path / "empty")
     with pytest.raises(PhotoError, match="not a folder"):
         read_folder(tmp_path / "nowhere")
@@ -318,7 +318,7 @@ def test_photos_are_read_ahead_but_not_all_at_once() -> None:
         begun.append(item)
         return np.full((3, 1, 1), item, np.uint8), item
 
-    stream = batches(list(range(40)), read, batch_size=4, workers=2)
+    stream = load_batches(list(range(40)), read, batch_size=4, workers=2)
     assert next(stream).targets.tolist() == [0, 1, 2, 3]
     time.sleep(0.1)
     assert len(begun) <= 12
@@ -328,9 +328,9 @@ def test_photos_are_read_ahead_but_not_all_at_once() -> None:
 def test_random_crops_are_of_the_photo() -> None:
     """Of the asked size, from the generator alone, half of them mirrored; thin photos included."""
     image = photo(width=90, height=20)
-    crops = [augmented(image, 16, np.random.default_rng(seed)) for seed in range(20)]
+    crops = [random_resized_crop(image, 16, np.random.default_rng(seed)) for seed in range(20)]
     assert {crop.shape for crop in crops} == {(3, 16, 16)}
-    assert np.array_equal(crops[3], augmented(image, 16, np.random.default_rng(3)))
+    assert np.array_equal(crops[3], random_resized_crop(image, 16, np.random.default_rng(3)))
     assert not np.array_equal(crops[3], crops[4])
 
 

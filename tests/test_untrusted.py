@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from rednet import CheckpointError, load_checkpoint
 from rednet.model.io.checkpoint import METADATA_KEY
-from rednet.model.io.untrusted import UntrustedError, check_pickle
+from rednet.model.io.untrusted_files import UntrustedError, check_pickle
 from tests.test_checkpoint import metadata
 from tests.test_paddle import pdparams
 

@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from rednet.model.images import jpeg, png, tiff
 from rednet.model.images.errors import DamagedImage, UnsupportedImage
 from rednet.model.images.first_frame import note_first_frame
-from rednet.model.images.signatures import REMEDY, claims, foreign_format
+from rednet.model.images.signatures import REMEDY, foreign_format, has_supported_signature
 
 # The only formats that are ever opened, whatever a file is called. Pillow knows many more, and for some of them starts
 # other programs: for an EPS file, Ghostscript.
@@ -87,7 +87,7 @@ def _reason(data: bytes, error: OSError) -> UnsupportedImage | DamagedImage | No
         return UnsupportedImage(f"{variant} is not read; {REMEDY}") if kind == "Unsupported" else None
     if data.startswith(TIFF_STARTS):
         return UnsupportedImage(f"{tiff.read_layout(data)} is not read; {REMEDY}")
-    if claims(data):
+    if has_supported_signature(data):
         return DamagedImage("the image's header is damaged")
     if name := foreign_format(data):
         return UnsupportedImage(f"this is {name}; {', '.join(FORMATS)} are read: {REMEDY}")

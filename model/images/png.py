@@ -7,7 +7,7 @@ from rednet.model.images.errors import DamagedImage
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 100_000
 # Ancillary chunks that change what the pixels look like; without them the answer would be wrong.
-NEEDED = {b"tRNS", b"eXIf"}
+REQUIRED_CHUNKS = {b"tRNS", b"eXIf"}
 
 
 def without_damaged_chunks(data: bytes) -> bytes:
@@ -28,7 +28,7 @@ def without_damaged_chunks(data: bytes) -> bytes:
             break  # truncated: Pillow says so, or has all it needs
         checksum = zlib.crc32(memoryview(data)[at + 4 : end - 4])
         if checksum != int.from_bytes(data[end - 4 : end], "big"):
-            if not kind[:1].islower() or kind in NEEDED:  # a capital letter: critical
+            if not kind[:1].islower() or kind in REQUIRED_CHUNKS:  # a capital letter: critical
                 raise DamagedImage(f"the checksum of a {kind.decode('latin-1')!r} chunk is wrong")
             bad.append((at, end))
         at = end

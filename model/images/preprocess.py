@@ -18,9 +18,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels o
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LARGEST = 4096  # pixels of a photo's short side after scaling
-LARGEST_CROP = 1024  # pixels of what the network sees; RedNet-26 is prepared for it in 1.1 GB, for 4096 in 12
-SMALLEST_STD = 1e-6  # quotients are still ordinary float32 numbers
+MAX_RESIZE = 4096  # pixels of a photo's short side after scaling
+MAX_CROP = 1024  # pixels of what the network sees; RedNet-26 is prepared for it in 1.1 GB, for 4096 in 12
+MIN_STD = 1e-6  # quotients are still ordinary float32 numbers
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -59,15 +59,15 @@ class Preprocess:
     def __post_init__(self) -> None:
         if not (isinstance(self.crop, int) and isinstance(self.resize, int)):
             raise ValueError(f"crop and resize must be whole pixels, got {self.crop} and {self.resize}")
-        if not 1 <= self.crop <= self.resize <= LARGEST:
-            raise ValueError(f"1 <= crop <= resize <= {LARGEST} must hold, got crop {self.crop}, resize {self.resize}")
-        if self.crop > LARGEST_CROP:
-            raise ValueError(f"crop must be at most {LARGEST_CROP}, got {self.crop}")
+        if not 1 <= self.crop <= self.resize <= MAX_RESIZE:
+            raise ValueError(f"1 <= crop <= resize <= {MAX_RESIZE} must hold, got {self.crop} and {self.resize}")
+        if self.crop > MAX_CROP:
+            raise ValueError(f"crop must be at most {MAX_CROP}, got {self.crop}")
         if self.interpolation not in FILTERS:
             raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}, got {self.interpolation!r}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(map(isfinite, (*self.mean, *self.std))):
             raise ValueError(f"mean and std must hold three numbers, got {self.mean} and {self.std}")
-        if min(self.std) < SMALLEST_STD or max(map(abs, (*self.mean, *self.std))) > 1 / SMALLEST_STD:
+        if min(self.std) < MIN_STD or max(map(abs, (*self.mean, *self.std))) > 1 / MIN_STD:
             raise ValueError(f"std must be above 0, and no number extreme, got mean {self.mean}, std {self.std}")
 
     def pixels(self, image: Image.Image) -> Pixels:

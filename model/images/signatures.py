@@ -2,8 +2,8 @@
 
 REMEDY = "convert it to JPEG or PNG"
 
-# The first bytes of the formats that are read. Two letters (BMP) and RIFF alone would be too little: see `claims`.
-SERVED = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# First bytes of supported formats. WebP and BMP need more than a prefix: see `has_supported_signature`.
+SUPPORTED = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Brands of the ISO base media file format (ISO/IEC 14496-12), at byte 8, by what they stand for.
 BRANDS = {
@@ -67,11 +67,11 @@ TEXT = (
 )
 
 
-def claims(data: bytes) -> bool:
+def has_supported_signature(data: bytes) -> bool:
     """Whether data begins like one of the formats that are read."""
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     is_bmp = data[:2] == b"BM" and data[6:10] == bytes(4)  # reserved, zero
-    return data.startswith(SERVED) or is_webp or is_bmp
+    return data.startswith(SUPPORTED) or is_webp or is_bmp
 
 
 def foreign_format(data: bytes) -> str | None:

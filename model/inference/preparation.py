@@ -26,7 +26,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1.5e-1}
 AUTO = {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}  # candidates of "auto"; half precision is slower on a CPU
 TIMED_IMAGES = {"cpu": 2, "cuda": 16}  # in the batch that decides between precisions; on the CPU per thread
 MIN_TIMED_RUNS, MAX_TIMED_RUNS = 2, 6
-CLEARLY = 1.1  # how many times as long the preferred precision may take before another one is used
+MAX_SLOWDOWN = 1.1  # how many times as long the preferred precision may take before another one is used
 STAGES = range(4)
 
 
@@ -243,7 +243,7 @@ def _fastest(candidates: Sequence[Prepared]) -> Prepared:
                 best_s[index] = min(best_s[index], time.perf_counter() - started)
         if run >= MIN_TIMED_RUNS and best_s[0] == min(best_s):
             break
-    return next(each for each, seconds in zip(candidates, best_s, strict=True) if seconds <= CLEARLY * min(best_s))
+    return next(each for each, seconds in zip(candidates, best_s, strict=True) if seconds <= MAX_SLOWDOWN * min(best_s))
 
 
 def _noise(images: int, side: int) -> Tensor:

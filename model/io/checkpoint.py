@@ -24,7 +24,7 @@ from rednet.model.io.paddle import PaddleError, read_pdparams
 from rednet.model.io.state_dicts import class_names, find_state_dict, infer_config
 from rednet.model.io.text import clean_json, clean_text
 from rednet.model.io.torch_files import TORCH_PICKLE, ZIP, read_torch_file
-from rednet.model.io.untrusted import UntrustedError, check_safetensors, unique_keys
+from rednet.model.io.untrusted_files import UntrustedError, check_safetensors, unique_keys
 from rednet.model.nn.rednet import RedNet, RedNetConfig
 
 FORMAT = 1
@@ -98,7 +98,7 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
         with path.open("rb") as file:
             start = file.read(9)
         if start[8:] == b"{":  # eight bytes of length, which may be any, then JSON: safetensors
-            return _load_own(path)
+            return _load_safetensors(path)
         if start[:4] in (ZIP, TORCH_PICKLE):
             return _load_torch(path)
         if start[:1] == b"\x80":  # any other pickle
@@ -156,7 +156,7 @@ def fits_half(net: RedNet) -> bool:
     return all(torch.equal(weight, weight.half().float()) for weight in net.parameters() if weight.dim() > 1)
 
 
-def _load_own(path: Path) -> Checkpoint:
+def _load_safetensors(path: Path) -> Checkpoint:
     check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -171,10 +171,10 @@ def _load_own(path: Path) -> Checkpoint:
         if description["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {description['format']}; this version reads {FORMAT}")
         config = RedNetConfig(**_with_tuples(description["config"]))
-        net = _without_memory(config)
+        net = _on_meta_device(config)
         preprocess = Preprocess(**_with_tuples(description["preprocess"]))
-        labels = [Label(_own_name(id_), _own_name(name)) for id_, name in description["labels"]]
-        name, provenance = _own_name(description["name"]), clean_json(dict(description["provenance"]))
+        labels = [Label(_json_name(id_), _json_name(name)) for id_, name in description["labels"]]
+        name, provenance = _json_name(description["name"]), clean_json(dict(description["provenance"]))
         calibration = description.get("calibration")
         if calibration is not None:
             calibration = dict(calibration)
@@ -183,7 +183,7 @@ def _load_own(path: Path) -> Checkpoint:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{path} has a description that makes no sense: {error!r}") from error
-    _fill(path, net, tensors)
+    _load_weights(path, net, tensors)
     if len(labels) != config.num_classes:
         raise CheckpointError(f"{path} names {len(labels)} classes for a network of {config.num_classes}")
     return Checkpoint(
@@ -214,11 +214,11 @@ def _describe_tensors(
     """A checkpoint from bare tensors: what they do not say is inferred or ImageNet's."""
     try:
         config = infer_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-        net = _without_memory(config)
+        net = _on_meta_device(config)
         names = [_name(name) for name in classes or ()]
     except ValueError as error:
         raise CheckpointError(f"{path} is not a RedNet: {error}") from error
-    _fill(path, net, tensors)
+    _load_weights(path, net, tensors)
     provenance = {"converted from": clean_text(path.name)} | ({"weights": clean_text(source)} if source else {})
     if len(names) == config.num_classes:
         labels = unique_labels(names)
@@ -229,7 +229,7 @@ def _describe_tensors(
     return Checkpoint(net=net, labels=labels, name=_name(path.stem), provenance=provenance)
 
 
-def _own_name(value: object) -> str:
+def _json_name(value: object) -> str:
     text = str(value)
     text.encode()  # JSON can hold halves of characters, which no answer can
     return _name(text)
@@ -246,13 +246,13 @@ def _name(text: str) -> str:
     return clean_text(text)
 
 
-def _without_memory(config: RedNetConfig) -> RedNet:
+def _on_meta_device(config: RedNetConfig) -> RedNet:
     """The network's shapes alone: a file that claims a huge one costs nothing, and nothing is initialised in vain."""
     with torch.device("meta"):
         return RedNet(config).eval()
 
 
-def _fill(path: Path, net: RedNet, tensors: Mapping[str, Tensor]) -> None:
+def _load_weights(path: Path, net: RedNet, tensors: Mapping[str, Tensor]) -> None:
     """Put the tensors into a network without memory, after checking every one of them."""
     wanted = net.state_dict()
     counters = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}

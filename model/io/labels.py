@@ -39,7 +39,7 @@ def unique_labels(names: Sequence[str]) -> list[Label]:
     return [Label(name if unique else str(index), name) for index, name in enumerate(names)]
 
 
-def named(ids: Sequence[str], names: dict[str, str] | None = None) -> list[Label]:
+def labels_of(ids: Sequence[str], names: dict[str, str] | None = None) -> list[Label]:
     """Labels for ids: with the names given, else ImageNet's where the id is WordNet's, else the id itself."""
     known = dict(imagenet_labels()) | (names or {})
     return [Label(id_, known.get(id_, id_)) for id_ in ids]

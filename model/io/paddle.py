@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rednet.model.io.untrusted import UntrustedError, check_pickle
+from rednet.model.io.untrusted_files import UntrustedError, check_pickle
 
 NOT_TENSORS = "StructuredToParameterName@@"  # an entry with names that Paddle uses inside
 RENAMED = {"_mean": "running_mean", "_variance": "running_var"}

@@ -11,9 +11,9 @@ from rednet.model.nn.rednet import BLOCKS, RedNetConfig
 
 STEM = "backbone.stem.0.conv.weight"  # every RedNet has this tensor
 MAX_NESTING = 3  # dicts around a state dict: checkpoint, model, module
-PLAIN = ("state_dict", "model_state_dict", "model", "net", "network")  # the usual keys, the more common ones first
+USUAL_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")  # the usual keys, the more common ones first
 AVERAGED = re.compile(r"(^|_)(ema|swa|averaged|average|shadow)(_|\d|$)")  # in a key or prefix
-COUNTERS = {"n_averaged", "steps", "num_updates"}  # entries that averaging adds beside the weights
+AVERAGING_COUNTERS = {"n_averaged", "steps", "num_updates"}  # entries that averaging adds beside the weights
 
 
 class StateDict(NamedTuple):
@@ -34,7 +34,7 @@ def find_state_dict(content: object) -> StateDict:
     """
     found = list(_candidates(content, (), set()))
     if not found:
-        raise ValueError(_why_none(content))
+        raise ValueError(_reason_for_none(content))
     keys, held = min(found, key=lambda each: _rank(content, each[0]))
     tensors, prefix, prefixes = _without_prefix(_tensors(held))
     source = ".".join((*keys, prefix.rstrip("."))).strip(".")
@@ -78,7 +78,7 @@ def _rank(content: object, keys: tuple[str, ...]) -> tuple[bool, int]:
         meta = content.get("meta")
         # mmengine swaps the two when it saves: its `state_dict` is the average, `ema_state_dict` what was averaged.
         averaged = not (isinstance(meta, dict) and "mmengine_version" in meta)
-    usual = PLAIN.index(keys[-1]) if keys and keys[-1] in PLAIN else len(PLAIN)
+    usual = USUAL_KEYS.index(keys[-1]) if keys and keys[-1] in USUAL_KEYS else len(USUAL_KEYS)
     return not averaged, usual
 
 
@@ -106,12 +106,12 @@ def _without_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str,
     kept = {
         key.removeprefix(prefix): tensor
         for key, tensor in tensors.items()
-        if key not in copies and key not in COUNTERS and (len(prefixes) == 1 or key.startswith(prefix))
+        if key not in copies and key not in AVERAGING_COUNTERS and (len(prefixes) == 1 or key.startswith(prefix))
     }
     return kept, prefix, [f"{other}backbone" for other in prefixes if other != prefix]
 
 
-def _why_none(content: object) -> str:
+def _reason_for_none(content: object) -> str:
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and _is_plain(each) for key, each in tensors.items()

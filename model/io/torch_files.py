@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rednet.model.io.untrusted import UntrustedError, check_archive, check_pickle
+from rednet.model.io.untrusted_files import UntrustedError, check_archive, check_pickle
 
 ZIP = b"PK\x03\x04"
 TORCH_PICKLE = b"\x80\x02\x8a\x0a"  # torch before 1.6 wrote pickles, a long magic number first

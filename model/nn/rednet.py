@@ -17,7 +17,7 @@ BLOCKS: Mapping[int, tuple[int, int, int, int]] = {  # depth -> bottleneck block
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-LARGEST, LARGEST_KERNEL = 1 << 16, 63  # far beyond any use; a hostile checkpoint must not overflow a product
+MAX_SIZE, MAX_KERNEL_SIZE = 1 << 16, 63  # far beyond any use; a hostile checkpoint must not overflow a product
 EXPANSION = 4  # a bottleneck's output has this many times the channels of its middle
 
 
@@ -63,8 +63,8 @@ class RedNetConfig:
         if not all(isinstance(number, int) for number in (*numbers, *self.strides)):
             raise ValueError(f"every field must be a whole number, got {self}")
         sizes = (self.num_classes, self.in_channels, self.stem_channels, self.base_channels, *self.strides)
-        if min(sizes) < 1 or max(sizes) > LARGEST:
-            raise ValueError(f"every size and stride must be at least 1 and at most {LARGEST}, got {self}")
+        if min(sizes) < 1 or max(sizes) > MAX_SIZE:
+            raise ValueError(f"every size and stride must be at least 1 and at most {MAX_SIZE}, got {self}")
         unit = self.group_channels
         if unit < 1 or self.base_channels % unit or self.stem_channels % (2 * unit):
             raise ValueError(
@@ -75,8 +75,8 @@ class RedNetConfig:
         if ratio < 1 or self.base_channels % ratio or self.stem_channels // 2 % ratio:
             raise ValueError(f"reduction_ratio must divide base_channels and half of stem_channels, got {ratio}")
         for size in (self.kernel_size, self.stem_kernel_size):
-            if not 1 <= size <= LARGEST_KERNEL or size % 2 == 0:
-                raise ValueError(f"kernel sizes must be odd and at most {LARGEST_KERNEL}, got {size}")
+            if not 1 <= size <= MAX_KERNEL_SIZE or size % 2 == 0:
+                raise ValueError(f"kernel sizes must be odd and at most {MAX_KERNEL_SIZE}, got {size}")
 
     @property
     def name(self) -> str:

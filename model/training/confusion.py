@@ -1,26 +1,26 @@
-"""A picture of which classes are taken for which."""
+"""Draws confusion matrices."""
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-MOST_NAMED = 60  # more classes get neither names nor numbers: a picture of a thousand would be of no use otherwise
+MAX_LABELLED = 60  # classes; more are drawn without names and numbers, because a thousand of them would be unreadable
 CELL, TEXT, MARGIN = 44, 15, 12  # pixels
-DARKEST = np.array([8, 48, 107])  # a blue that is told from white by everyone
+DARKEST = np.array([8, 48, 107])  # RGB; a blue that differs from white for any colour vision
 
 
 def draw_confusion(counts: NDArray[np.int64], names: list[str]) -> Image.Image:
-    """A row for each class, cut up by what its photos were taken for; the darker, the larger the share of the row.
+    """Draw a confusion matrix: a row per true class, a column per prediction; darker for a larger share of the row.
 
     Args:
-        counts: [classes, classes], photos of class i that were taken for class j.
-        names: one for each class.
+        counts: [classes, classes], photos of class i that were predicted as class j.
+        names: one per class.
     """
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    # a square root, so that a share of one in a hundred can be seen
+    # The square root makes a share of one in a hundred visible.
     shades = (255 + (DARKEST - 255) * np.sqrt(shares)[:, :, None]).astype(np.uint8)  # [classes, classes, 3]
     squares = Image.fromarray(shades)
-    if len(names) > MOST_NAMED:
+    if len(names) > MAX_LABELLED:
         return squares
     font = ImageFont.load_default(TEXT)
     left = MARGIN + max(round(font.getlength(name)) for name in names) + MARGIN
@@ -37,6 +37,6 @@ def draw_confusion(counts: NDArray[np.int64], names: list[str]) -> Image.Image:
                 draw.text((left + CELL * column + CELL // 2, middle), str(count), ink, font, anchor="mm")
     upright = picture.transpose(Image.Transpose.ROTATE_270)
     draw = ImageDraw.Draw(upright)
-    for column, name in enumerate(names):  # turned back below: these names are read from bottom to top
+    for column, name in enumerate(names):  # the picture is turned back below, so these names read upwards
         draw.text((upright.width - left + MARGIN, left + CELL * column + CELL // 2), name, "black", font, anchor="lm")
     return upright.transpose(Image.Transpose.ROTATE_90)

@@ -1,6 +1,6 @@
-"""Folders of photos: which files in them are photos, which class they belong to, and what is left out.
+"""Folders of photos: finds the photos and their classes.
 
-Nothing is left out without a word: `left_out` says what and where.
+Every file that is skipped is counted in `Skipped`, so that commands can report it.
 """
 
 import os
@@ -9,17 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rednet.model.images.signatures import claims
+from rednet.model.images.signatures import has_supported_signature
 from rednet.model.io.text import clean_text
 from rednet.model.training.loader import Photo, PhotoError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # believed, so that no file is opened
-SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # which Windows and macOS put into any folder
-MAX_NAMED = 8  # folders without photos that a message lists
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # trusted, which saves opening files
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # of Windows and macOS, in any folder
+MAX_LISTED = 8  # folders or classes that a message lists
 
 
-class LeftOut:
-    """Counts files that are no photos, or lie where none are looked for."""
+class Skipped:
+    """Counts files that are not photos, or are not where photos are expected."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -31,106 +31,108 @@ class LeftOut:
         self._first.setdefault(what, path)
 
     def lines(self) -> list[str]:
-        """What is left out, for people."""
+        """Return one line per kind of file, for people."""
         lines = [
-            f"left out: {count} {what}, the first is {clean_text(str(self._first[what]))}"
+            f"skipped: {count} {what}, the first is {clean_text(str(self._first[what]))}"
             for what, count in sorted(self._counts.items())
         ]
         if self.empty:
-            more = f" and {len(self.empty) - MAX_NAMED} more" if len(self.empty) > MAX_NAMED else ""
-            lines.append(f"left out: folders without photos: {', '.join(self.empty[:MAX_NAMED])}{more}")
+            more = f" and {len(self.empty) - MAX_LISTED} more" if len(self.empty) > MAX_LISTED else ""
+            lines.append(f"skipped: folders without photos: {', '.join(self.empty[:MAX_LISTED])}{more}")
         return lines
 
 
 class Folder(NamedTuple):
-    """A folder of class folders."""
+    """The content of a folder of class folders."""
 
     classes: list[str]
-    photos: list[Photo]  # class by class
-    left_out: LeftOut
+    photos: list[Photo]  # sorted by class
+    skipped: Skipped
 
 
 def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Folder:
-    """The photos of `folder/<class>/`, sorted by name within each class; nothing hidden.
+    """Find the photos `folder/<class>/*`, sorted by name within each class, without hidden files.
 
-    Names are compared as `clean_text` makes them, so that a name in NFC and in NFD is one class. A folder without
-    photos is no class.
+    Folder names pass through `clean_text`, so that the NFC and the NFD form of a name are one class. A folder without
+    photos is not a class.
 
     Args:
-        folder: the folder.
-        classes: the classes in the order of the network, where it has one; None: those found, sorted.
+        folder: a folder of class folders.
+        classes: class ids in the order of a network's logits; None: those found, sorted.
 
     Raises:
-        PhotoError: the folder cannot be read, holds no photo, or a class folder that is none of the classes.
+        PhotoError: the folder cannot be read, has no photos, or has a class folder that is not in `classes`.
     """
     if not folder.is_dir():
         raise PhotoError(f"{folder} is not a folder")
-    left_out, found = LeftOut(), dict[str, list[Path]]()
+    skipped, found = Skipped(), dict[str, list[Path]]()
     for entry in _entries(folder):
         name, path = clean_text(entry.name), Path(entry.path)
         if not _is_folder(entry):
-            left_out.add("files beside the class folders", path)
-        elif paths := _photos_in(path, left_out):
+            skipped.add("files outside class folders", path)
+        elif paths := _photos_in(path, skipped):
             found.setdefault(name, []).extend(paths)
         else:
-            left_out.empty.append(name)
+            skipped.empty.append(name)
     if not found:
-        hint = "".join(f"; {line}" for line in left_out.lines())
-        raise PhotoError(f"{folder} holds no photos; expected {folder}/<class>/*.jpg{hint}")
+        hint = "".join(f"; {line}" for line in skipped.lines())
+        raise PhotoError(f"{folder} has no photos; expected {folder}/<class>/*.jpg{hint}")
     _refuse_case_variants(folder, [*(classes or ()), *found])
     classes = sorted(found) if classes is None else list(classes)
     targets = {name: target for target, name in enumerate(classes)}
     for name in sorted(found):
         if name not in targets:
-            raise PhotoError(f"{folder} has a folder {name!r} that is no class of the network")
+            raise PhotoError(f"{folder} has a folder {name!r}, which is not a class of the network")
         if classes.count(name) > 1:
-            raise PhotoError(f"{folder} has a folder {name!r}, and the network several classes of this id")
+            raise PhotoError(f"{folder} has a folder {name!r}, and the network has several classes with this id")
     photos = [Photo(path, targets[name]) for name in sorted(found, key=targets.__getitem__) for path in found[name]]
-    return Folder(classes, photos, left_out)
+    return Folder(classes, photos, skipped)
 
 
-def all_photos(folder: Path) -> tuple[list[Path], LeftOut]:
-    """Every photo below a folder, at any depth, sorted; nothing hidden. Links to folders are followed once.
+def find_photos(folder: Path) -> tuple[list[Path], Skipped]:
+    """Find all photos below a folder, at any depth, sorted, without hidden files.
+
+    Links to folders are followed, and no folder is read twice, so loops end.
 
     Raises:
         PhotoError: the folder cannot be read.
     """
     if not folder.is_dir():
         raise PhotoError(f"{folder} is not a folder")
-    left_out, found, seen, waiting = LeftOut(), list[Path](), set[str](), [folder]
-    while waiting:
-        place = waiting.pop()
-        if (real := os.path.realpath(place)) in seen:
+    skipped, found, seen, pending = Skipped(), list[Path](), set[str](), [folder]
+    while pending:
+        current = pending.pop()
+        if (real := os.path.realpath(current)) in seen:
             continue
         seen.add(real)
-        for entry in _entries(place):
+        for entry in _entries(current):
             path = Path(entry.path)
             if _is_folder(entry):
-                waiting.append(path)
+                pending.append(path)
             elif _is_photo(entry, path):
                 found.append(path)
             else:
-                left_out.add(_kind(path), path)
-    return sorted(found), left_out
+                skipped.add(_kind(path), path)
+    return sorted(found), skipped
 
 
-def _photos_in(folder: Path, left_out: LeftOut) -> list[Path]:
+def _photos_in(folder: Path, skipped: Skipped) -> list[Path]:
     found = []
     for entry in _entries(folder):
         path = Path(entry.path)
         if _is_folder(entry):
-            deeper, _ = all_photos(path)
+            deeper, _ = find_photos(path)
             for each in deeper:
-                left_out.add("photos deeper than in class folders", each)
+                skipped.add("photos in subfolders of class folders", each)
         elif _is_photo(entry, path):
             found.append(path)
         else:
-            left_out.add(_kind(path), path)
+            skipped.add(_kind(path), path)
     return found
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder, sorted by name, without what is hidden and what systems put there."""
+    """Return the entries of a folder, sorted by name, without hidden and system files."""
     try:
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -142,25 +144,25 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder that may not be read
+    except OSError:  # a link to itself, or into a folder without read permission
         return False
 
 
 def _is_photo(entry: os.DirEntry[str], path: Path) -> bool:
-    """By its name, or by how the file begins. What is no regular file, a pipe, say, is not opened."""
+    """Decide by the file's name, else by its first bytes. Only regular files are opened: a pipe would block."""
     known = path.suffix.lower() in SUFFIXES
     try:
         regular = entry.is_file()
     except OSError:  # a link to itself
         regular = False
     if known or not regular:
-        return known and (regular or entry.is_symlink())  # a broken link is a missing photo, which reading it names
+        return known and (regular or entry.is_symlink())  # a broken link counts as a photo: reading it reports the name
     try:
         with path.open("rb") as file:
             start = file.read(16)
     except OSError as error:
         raise PhotoError(f"{path} cannot be read: {error.strerror or error}") from error
-    return claims(start)
+    return has_supported_signature(start)
 
 
 def _kind(path: Path) -> str:
@@ -169,11 +171,11 @@ def _kind(path: Path) -> str:
 
 
 def _refuse_case_variants(folder: Path, names: Sequence[str]) -> None:
-    """Cat and cat are one folder on some systems and two on others."""
+    """Refuse names like Cat and cat, which are one folder on some systems and two on others."""
     by_fold: dict[str, str] = {}
     for name in names:
         other = by_fold.setdefault(name.casefold(), name)
         if other != name:
             raise PhotoError(
-                f"{folder} and the classes have {other!r} and {name!r}, which differ only in case; rename one"
+                f"{folder} and the class names contain {other!r} and {name!r}, which differ only in case; rename one"
             )

@@ -1,4 +1,4 @@
-"""Photos read from files, in batches, ahead of their use."""
+"""Loads photos in batches, with read-ahead in threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,12 @@ from rednet.model.training.progress import progress
 
 Item = TypeVar("Item")
 
-DECODED = 20_000  # photos; more would be decoded for minutes before the first step
-MAX_NAMED = 8  # unreadable photos that a message lists
+MAX_DECODED = 20_000  # photos that `check_photos` decodes; more would delay the first step by minutes
+MAX_LISTED = 8  # unreadable photos that a message lists
 
 
 class PhotoError(ValueError):
-    """A folder or a photo in it cannot be used; the message says which and why."""
+    """A folder or photo cannot be used. The message names it and the reason."""
 
 
 class Photo(NamedTuple):
@@ -35,13 +35,13 @@ class Batch(NamedTuple):
     targets: Tensor  # int64 [B]
 
 
-def batches(
+def load_batches(
     items: Sequence[Item],
     read: Callable[[Item], tuple[Pixels, int]],
     batch_size: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """Items in order, read by threads a few batches ahead (Pillow lets go of the interpreter while it decodes)."""
+    """Yield items in order, in batches that threads read ahead of time. (Pillow releases the GIL while it decodes.)"""
     chunks = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     with ThreadPoolExecutor(workers, thread_name_prefix="photos") as pool:
         ahead = deque([pool.submit(read, item) for item in chunk] for chunk in chunks[:2])
@@ -56,10 +56,10 @@ def batches(
 
 
 def read_photo(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
-    """Return the photo's pixels, made by `convert` from the lazily opened file.
+    """Open a photo lazily and return what `convert` makes of it.
 
     Raises:
-        PhotoError: the file is missing, damaged, or of a format that is not read.
+        PhotoError: the file is missing, damaged, or in an unsupported format.
     """
     try:
         with open_photo(path.read_bytes()) as image:
@@ -69,19 +69,19 @@ def read_photo(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
 
 
 def check_photos(photos: Sequence[Photo], workers: int = 2) -> None:
-    """Read every photo once, so that a damaged one is named before the first epoch and not after the last.
+    """Read every photo once, so that damaged files are reported before training and not during it.
 
-    Up to `DECODED` photos are decoded, JPEGs at an eighth of their size, which reads all of their data (0.3 ms each for
-    photos of 160 pixels). Of more, only the headers are read, in 0.06 ms each: a minute for a million.
+    Up to `MAX_DECODED` photos are decoded, JPEGs at an eighth of their size, which reads all of their data (0.3 ms each
+    for photos of 160 pixels). In larger sets only the headers are read, in 0.06 ms each: a minute for a million.
 
     Raises:
-        PhotoError: some cannot be read; the message names the first of them.
+        PhotoError: some photos cannot be read. The message names the first ones.
     """
-    whole = len(photos) <= DECODED
+    decode = len(photos) <= MAX_DECODED
     chunks = [photos[start : start + 256] for start in range(0, len(photos), 256)]
 
     def read(image: Image.Image) -> Pixels:
-        if whole:
+        if decode:
             image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
         return np.empty((3, 0, 0), np.uint8)
@@ -99,5 +99,5 @@ def check_photos(photos: Sequence[Photo], workers: int = 2) -> None:
         results = progress(pool.map(problems, chunks), total=len(chunks), describe="checking photos (256 each)")
         bad = [problem for chunk in results for problem in chunk]
     if bad:
-        more = f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
-        raise PhotoError("; ".join(map(str, bad[:MAX_NAMED])) + more)
+        more = f"; and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
+        raise PhotoError("; ".join(map(str, bad[:MAX_LISTED])) + more)

@@ -1,4 +1,4 @@
-"""What a training run follows, and nothing that changes while it runs."""
+"""Hyperparameters of a training run."""
 
 import math
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from rednet.model.images.preprocess import Preprocess
 from rednet.model.nn.rednet import BLOCKS
 
-FINE_TUNING_RATE = 3e-4  # a learning rate that keeps what a network has learned
+FINE_TUNING_RATE = 3e-4  # learning rate; low enough to keep what a pretrained network has learned
 PRECISIONS = ("auto", "fp32", "bf16")
-GROWING = 0.8  # of the epochs; the rest is trained at full size
-SIZE_UNIT = 16  # crops grow in steps of so many pixels
-# What may be asked for: beyond it a run could not be meant, or would take all memory before it fails. A size of 896
-# is served at 1024, the largest crop of `Preprocess`; batch norm needs two photos.
+PROGRESSIVE_RESIZING = 0.8  # share of the epochs in which crops grow; the rest is trained at full size
+SIZE_STEP = 16  # pixels by which crops grow
+# Accepted values (minimum, maximum). Values outside are mistakes, or exhaust the memory before they fail. A network
+# trained at 896 pixels is served at 1024, the largest crop of `Preprocess`. Batch norm needs two photos.
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "base_channels": (1, 512),
     "epochs": (1, 100_000),
@@ -33,33 +33,33 @@ class Recipe:
     decay on weight matrices only, label smoothing, mixup (Zhang et al., 2018, https://arxiv.org/abs/1710.09412), random
     resized crops that grow from half size, and flips.
 
-    A rate for each weight suits kernels that are made from features, as it does attention: in three epochs of
-    Imagenette at 64 pixels RedNet-26 came to 0.55 top-1 so, and to 0.50 by SGD with Nesterov momentum.
+    An adaptive rate per weight suits kernels that are generated from features, as it suits attention: in three epochs
+    of Imagenette at 64 pixels RedNet-26 reached 0.55 top-1 with AdamW, and 0.50 with SGD and Nesterov momentum.
 
-    Two runs of one recipe on one machine, with the same number of threads, end with the same weights.
+    Two runs of one recipe on one machine, with the same number of threads, give the same weights.
 
     Raises:
-        ValueError: it cannot be followed.
+        ValueError: a field has an unusable value.
     """
 
     depth: int = 26
     base_channels: int = 64
     epochs: int = 20
-    size: int = 176  # pixels of the last, largest training crops; served at 8/7 of it or a little more
+    size: int = 176  # pixels, of the last and largest training crops; the network is served at 8/7 of it or a bit more
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_epochs: float = 2.0
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
-    mixup: float = 0.1  # how much of one photo is blended into another: Beta(mixup, mixup); 0: none
-    precision: str = "auto"  # of the activations; auto: bf16 where the processor multiplies it faster
+    mixup: float = 0.1  # alpha: blends two photos by a weight from Beta(alpha, alpha); 0: no mixup
+    precision: str = "auto"  # of activations; auto: bf16 where the processor computes it faster
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, (least, most) in BOUNDS.items():
+        for name, (minimum, maximum) in BOUNDS.items():
             value = getattr(self, name)
-            if not least <= value <= most:  # not so for NaN
-                raise ValueError(f"{name} must be from {least} to {most}, got {value}")
+            if not minimum <= value <= maximum:  # also true for NaN
+                raise ValueError(f"{name} must be from {minimum} to {maximum}, got {value}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.depth not in BLOCKS:
@@ -67,13 +67,13 @@ class Recipe:
 
     @property
     def preprocess(self) -> Preprocess:
-        """What the trained network is served with. Random crops enlarge what is in a photo, so that a network is best
-        on larger inputs than it was trained on (Touvron et al., 2019, https://arxiv.org/abs/1906.06423)."""
+        """Preprocessing of the trained network. Random crops magnify objects, so a network is most accurate on inputs
+        that are larger than its training crops (Touvron et al., 2019, https://arxiv.org/abs/1906.06423)."""
         crop = math.ceil(self.size * 8 / 7 / 32) * 32
         return Preprocess(resize=round(crop * 8 / 7), crop=crop)
 
     def learning_rate_at(self, epoch: float) -> float:
-        """Linear warm-up, then half a cosine down to zero, at a (fractional) epoch."""
+        """Return the rate at a (fractional) epoch: linear warm-up, then half a cosine down to zero."""
         warmup = min(self.warmup_epochs, self.epochs / 5)
         if epoch < warmup:
             return self.learning_rate * (epoch + 0.01) / (warmup + 0.01)
@@ -81,7 +81,7 @@ class Recipe:
         return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
     def size_at(self, epoch: int) -> int:
-        """Side of the training crops: early epochs learn from small ones, at a quarter of the cost."""
-        grown = min(1.0, (epoch + 1) / (GROWING * self.epochs))
+        """Return the side of an epoch's training crops: early epochs use small ones, at a quarter of the cost."""
+        grown = min(1.0, (epoch + 1) / (PROGRESSIVE_RESIZING * self.epochs))
         side = int(self.size * (1 + grown) / 2)
-        return side if grown == 1 else min(self.size, max(2 * SIZE_UNIT, side // SIZE_UNIT * SIZE_UNIT))
+        return side if grown == 1 else min(self.size, max(2 * SIZE_STEP, side // SIZE_STEP * SIZE_STEP))

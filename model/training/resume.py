@@ -1,4 +1,4 @@
-"""All that changes while a training run goes on, and the file that lets a killed run go on."""
+"""The state of a training run, and the file from which an interrupted run resumes."""
 
 import hashlib
 import io
@@ -19,38 +19,38 @@ from rednet.model.training.recipe import Recipe
 
 @dataclass
 class State:
-    """All that changes while a run goes on."""
+    """Everything that changes during a run."""
 
     net: RedNet
-    averaged: RedNet  # the network that will be served
+    averaged: RedNet  # moving average of the weights; the network that will be served
     optimizer: torch.optim.Optimizer
     epoch: int = 0
-    step: int = 0  # batches of this epoch that are done
-    loss_sum: float = 0.0  # over this epoch's batches
+    step: int = 0  # completed batches of this epoch
+    loss_sum: float = 0.0  # over the completed batches of this epoch
     history: list[dict[str, float]] = field(default_factory=list)
 
 
 class ResumeFile:
-    """All that a killed run needs to go on, beside the file it was going to write.
+    """The file from which an interrupted run resumes, next to the run's output.
 
     Args:
         path: the file.
-        recipe, photos, start: what the run follows; a run that followed others is not taken up.
+        recipe, photos, start: the inputs of the run. A run with other inputs is not resumed.
     """
 
     def __init__(self, path: Path, recipe: Recipe, photos: Sequence[Photo], start: Checkpoint | None) -> None:
         self.path = path
-        self.follows = {
+        self.inputs = {
             "recipe": asdict(recipe),
-            "set of photos": set_of(photos),
-            "starting point": start and fingerprint(start.net),
+            "set of photos": photos_digest(photos),
+            "starting point": start and weights_digest(start.net),
         }
 
     def save(self, state: State) -> None:
         content = io.BytesIO()
         torch.save(
             {
-                **self.follows,
+                **self.inputs,
                 "net": state.net.state_dict(),
                 "averaged": state.averaged.state_dict(),
                 "optimizer": state.optimizer.state_dict(),
@@ -64,38 +64,38 @@ class ResumeFile:
         write_atomically(self.path, content.getvalue())
 
     def load(self, state: State) -> None:
-        """Take up an unfinished run, if there is one.
+        """Restore the state of an unfinished run, if there is one.
 
         Raises:
-            ValueError: it is damaged, or follows another recipe or other photos.
+            ValueError: the file is damaged, or belongs to a run with other inputs.
         """
         if not self.path.exists():
             return
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            follows = {key: saved[key] for key in self.follows}
-            if follows == self.follows:
+            inputs = {key: saved[key] for key in self.inputs}
+            if inputs == self.inputs:
                 state.net.load_state_dict(saved["net"])
                 state.averaged.load_state_dict(saved["averaged"])
                 state.optimizer.load_state_dict(saved["optimizer"])
                 state.epoch, state.step = saved["epoch"], saved["step"]
                 state.loss_sum, state.history = saved["loss_sum"], saved["history"]
-        except Exception as error:  # a damaged zip archive or pickle raises nearly anything
-            raise ValueError(f"{self.path} is damaged; remove it to start anew") from error
-        if follows != self.follows:
-            what = next(name for name in follows if follows[name] != self.follows[name])
+        except Exception as error:  # a damaged zip archive or pickle can raise anything
+            raise ValueError(f"{self.path} is damaged; remove it to start again") from error
+        if inputs != self.inputs:
+            what = next(name for name in inputs if inputs[name] != self.inputs[name])
             raise ValueError(f"{self.path} is an unfinished run of another {what}; finish that one or remove it")
         print(f"resuming in epoch {state.epoch + 1}, after {state.step} batches", file=sys.stderr)
 
 
-def set_of(photos: Sequence[Photo]) -> str:
-    """Changes with the names and classes of photos, not with what is in them."""
+def photos_digest(photos: Sequence[Photo]) -> str:
+    """Return a hash of the names and classes of photos, not of their content."""
     data = "\n".join(f"{photo.target} {photo.path.parent.name}/{photo.path.name}" for photo in photos)
     return hashlib.sha256(os.fsencode(data)).hexdigest()
 
 
-def fingerprint(net: RedNet) -> str:
-    """Changes with any of a network's weights."""
+def weights_digest(net: RedNet) -> str:
+    """Return a hash of a network's weights."""
     digest = hashlib.sha256()
     for tensor in net.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())

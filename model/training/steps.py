@@ -1,7 +1,7 @@
 """The steps of a training run.
 
-The order of photos, every crop and every blend follow from (seed, epoch, photo) alone, so that a run that was killed
-and resumed, or read by another number of threads, sees exactly what an unbroken one sees.
+The order of photos, every crop and every blend depend only on (seed, epoch, photo). So a run that was interrupted and
+resumed, or that reads with another number of threads, uses exactly the same inputs as an uninterrupted one.
 """
 
 import ctypes
@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from rednet.model.images.preprocess import Pixels, Preprocess, scaled_box
 from rednet.model.images.rgb import upright_rgb
 from rednet.model.nn.rednet import RedNet
-from rednet.model.training.loader import Batch, Photo, batches, read_photo
+from rednet.model.training.loader import Batch, Photo, load_batches, read_photo
 from rednet.model.training.progress import progress
 from rednet.model.training.recipe import Recipe
 from rednet.model.training.resume import ResumeFile, State
 
-SMALLEST_CROP = 0.35  # of the photo's area
+MIN_CROP_AREA = 0.35  # relative to the photo's area
 SAVE_EVERY_S = 60.0
 
 
 class Run:
-    """The steps of a run.
+    """Runs the steps of a training run.
 
     Args:
-        state: where it is; changes.
-        recipe: what it follows.
-        preprocess: what the network will be served with.
-        photos: what it learns from.
+        state: the state; it is updated.
+        recipe: the hyperparameters.
+        preprocess: the preprocessing that the network will be served with.
+        photos: the training photos.
         device: where the network is.
-        workers: threads that read photos.
+        workers: number of threads that read photos.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Run:
     ) -> None:
         self.state, self.recipe, self.preprocess = state, recipe, preprocess
         self.photos, self.device, self.workers = photos, device, workers
-        # A last photo alone is left out: batch norm could learn nothing from it.
+        # A last batch of one photo is dropped: batch norm needs two.
         full, rest = divmod(len(photos), recipe.batch_size)
         self.steps = full + (rest > 1)  # batches in an epoch
-        bf16 = fast_bf16(device) if recipe.precision == "auto" else recipe.precision == "bf16"
+        bf16 = has_fast_bf16(device) if recipe.precision == "auto" else recipe.precision == "bf16"
         self.precision = "bf16" if bf16 else "fp32"
 
     def epoch(self, resume: ResumeFile) -> None:
-        """Do what is left of this epoch, saving now and then."""
+        """Run the rest of this epoch, and save the state every `SAVE_EVERY_S`."""
         state = self.state
         state.net.train()
         saved_at = time.monotonic()
@@ -68,13 +68,13 @@ class Run:
                 group["lr"] = self.recipe.learning_rate_at(state.epoch + state.step / self.steps)
             state.loss_sum += self._step(batch)
             state.step += 1
-            average(state.averaged, state.net, state.epoch * self.steps + state.step)
+            update_average(state.averaged, state.net, state.epoch * self.steps + state.step)
             if time.monotonic() - saved_at > SAVE_EVERY_S:
                 resume.save(state)
                 saved_at = time.monotonic()
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """What the averaged network says of uint8 pixels [B, 3, H, W]: [B, classes]."""
+        """Return the averaged network's logits [B, classes] for uint8 pixels [B, 3, H, W]."""
         with self._autocast():
             logits: Tensor = self.state.averaged(self.preprocess.normalise(pixels.to(self.device)))
         return logits.float()
@@ -83,13 +83,13 @@ class Run:
         state, recipe = self.state, self.recipe
         x = self.preprocess.normalise(batch.pixels.to(self.device))
         targets = batch.targets.to(self.device)
-        share = self._share()
+        weight = self._mixup_weight()
         with self._autocast():
-            logits = state.net(x.lerp(x.flip(0), 1 - share)).float()
+            logits = state.net(x.lerp(x.flip(0), 1 - weight)).float()
         loss, other = (
             F.cross_entropy(logits, each, label_smoothing=recipe.label_smoothing) for each in (targets, targets.flip(0))
         )
-        loss = share * loss + (1 - share) * other
+        loss = weight * loss + (1 - weight) * other
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
@@ -98,19 +98,19 @@ class Run:
             raise ValueError("the loss is no longer finite; a lower learning rate may help")
         return value
 
-    def _share(self) -> float:
-        """The larger part of a blend of two photos."""
+    def _mixup_weight(self) -> float:
+        """Return the larger weight in a blend of two photos."""
         if self.recipe.mixup == 0:
             return 1.0
         rng = np.random.default_rng((self.recipe.seed, self.state.epoch, self.state.step, 1))
-        share = float(rng.beta(self.recipe.mixup, self.recipe.mixup))
-        return max(share, 1 - share)
+        weight = float(rng.beta(self.recipe.mixup, self.recipe.mixup))
+        return max(weight, 1 - weight)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _batches(self) -> Iterator[Batch]:
-        """The batches of this epoch that are not done yet."""
+        """Yield the remaining batches of this epoch."""
         epoch, recipe = self.state.epoch, self.recipe
         order = np.random.default_rng((recipe.seed, epoch)).permutation(len(self.photos))
         size = recipe.size_at(epoch)
@@ -118,14 +118,16 @@ class Run:
         def read(index: int) -> tuple[Pixels, int]:
             rng = np.random.default_rng((recipe.seed, epoch, index))
             photo = self.photos[index]
-            return read_photo(photo.path, lambda image: augmented(upright_rgb(image), size, rng)), photo.target
+            pixels = read_photo(photo.path, lambda image: random_resized_crop(upright_rgb(image), size, rng))
+            return pixels, photo.target
 
         end = self.steps * recipe.batch_size
-        rest = [int(index) for index in order[self.state.step * recipe.batch_size : end]]
-        return batches(rest, read, recipe.batch_size, self.workers)
+        remaining = [int(index) for index in order[self.state.step * recipe.batch_size : end]]
+        return load_batches(remaining, read, recipe.batch_size, self.workers)
 
 
-def optimizer_for(net: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on weight matrices, and none on biases and batch norms."""
     matrices = [parameter for parameter in net.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in net.parameters() if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -133,20 +135,22 @@ def optimizer_for(net: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def keep_freed_memory() -> None:
-    """Ask the C library to keep the memory of freed tensors for the next step (a fifth to a third of a step's time on a
-    CPU): it would give it back to the system, and get it again page by page. Only glibc has, and needs, the request.
+    """Make glibc's malloc reuse the memory of freed tensors instead of returning it to the system.
+
+    That saves a fifth to a third of a training step on a CPU: returned memory is mapped again page by page. Other C
+    libraries do not need this.
     """
-    mmap_threshold, trim_threshold, most = -3, -1, 2**31 - 1
+    mmap_threshold, trim_threshold, maximum = -3, -1, 2**31 - 1
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
-        if not libc.mallopt(mmap_threshold, most):  # older versions take no more than this
+        if not libc.mallopt(mmap_threshold, maximum):  # older versions accept at most 32 MiB
             libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, most)
+        libc.mallopt(trim_threshold, maximum)
 
 
 @torch.no_grad()
-def average(averaged: RedNet, net: RedNet, step: int) -> None:
-    """Move the averaged weights towards those after `step` (from 1 on) steps: in effect, the mean of the last tenth.
+def update_average(averaged: RedNet, net: RedNet, step: int) -> None:
+    """Update the averaged weights after step `step`, from 1: in effect, the mean over the last tenth of all steps.
 
     Polynomial-decay averaging, Shamir and Zhang, 2013, https://arxiv.org/abs/1212.1824, with eta = 9.
     """
@@ -157,18 +161,18 @@ def average(averaged: RedNet, net: RedNet, step: int) -> None:
             mean.copy_(new)
 
 
-def fast_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 faster than float32."""
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return whether `device` multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def augmented(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-    """A random part of an upright RGB photo, of random area and aspect ratio, half of the time mirrored."""
+def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
+    """Return a crop of an upright RGB photo, of random area and aspect ratio, mirrored with probability 1/2."""
     width, height = image.size
-    area = width * height * rng.uniform(SMALLEST_CROP, 1)
+    area = width * height * rng.uniform(MIN_CROP_AREA, 1)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     w, h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
     left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)

@@ -1,5 +1,7 @@
-"""Confidence that means what it says: one temperature for all logits (Guo et al., "On Calibration of Modern Neural
-Networks", ICML 2017, section 4.2, https://arxiv.org/abs/1706.04599)."""
+"""Temperature scaling: calibrates a network's confidence with one temperature for all logits.
+
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2, https://arxiv.org/abs/1706.04599.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,12 @@ BINS = 15  # as in the paper
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
-    """The temperature T for which softmax(logits / T) gives the targets the highest likelihood, to 0.6%.
+    """Return the temperature T that maximises the likelihood of the targets under softmax(logits / T), to 0.6%.
 
-    It is sought between 0.1 and 10: easy photos would ask for boundless confidence.
+    The search is limited to 0.1 to 10, because on photos that are all classified correctly the optimum is 0.
 
     Args:
-        logits: [N, classes], of photos that were not trained on.
+        logits: [N, classes], of photos that the network was not trained on.
         targets: [N], their classes.
     """
     temperatures = torch.logspace(-1, 1, 801).tolist()
@@ -24,14 +26,14 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 
 
 def expected_calibration_error(probabilities: Tensor, targets: Tensor) -> float:
-    """How far confidence is from accuracy, on average over photos that are binned by confidence (section 2 there).
+    """Return the mean gap between confidence and accuracy over photos binned by confidence (section 2 of the paper).
 
     Args:
         probabilities: [N, classes].
         targets: [N].
     """
     confidence, predicted = probabilities.max(dim=1)
-    right = (predicted == targets).double()
+    correct = (predicted == targets).double()
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.zeros(BINS, dtype=torch.double).index_add_(0, bins, right - confidence.double())
+    gaps = torch.zeros(BINS, dtype=torch.double).index_add_(0, bins, correct - confidence.double())
     return float(gaps.abs().sum() / len(targets))

@@ -1,4 +1,4 @@
-"""Training: a folder of class folders in, a checkpoint that can be served out."""
+"""Trains a RedNet on a folder of class folders, and writes a checkpoint that can be served."""
 
 import copy
 import sys
@@ -11,20 +11,20 @@ import torch
 
 from rednet.model.inference.preparation import prepare
 from rednet.model.io.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from rednet.model.io.labels import named
+from rednet.model.io.labels import labels_of
 from rednet.model.io.output_files import check_output, locked
 from rednet.model.io.text import clean_text
 from rednet.model.nn.rednet import RedNet, RedNetConfig
-from rednet.model.training.dataset import MAX_NAMED, read_folder
+from rednet.model.training.dataset import MAX_LISTED, read_folder
 from rednet.model.training.evaluation import evaluate
 from rednet.model.training.loader import Photo, PhotoError, check_photos
 from rednet.model.training.recipe import Recipe
-from rednet.model.training.resume import ResumeFile, State, set_of
-from rednet.model.training.steps import Run, keep_freed_memory, optimizer_for
+from rednet.model.training.resume import ResumeFile, State, photos_digest
+from rednet.model.training.steps import Run, keep_freed_memory, make_optimizer
 from rednet.model.training.temperature import fit_temperature
 
-HELD_OUT_EVERY = 20  # one photo in so many is kept from training, to watch it and to fit the temperature
-FEWEST_HELD_OUT = 100  # fewer photos could say little: then none are kept
+HELD_OUT_EVERY = 20  # one photo in 20 is held out from training, to monitor it and to fit the temperature
+MIN_HELD_OUT = 100  # fewer photos would be too noisy; then none are held out
 
 
 def train(
@@ -37,34 +37,37 @@ def train(
     workers: int = 2,
     replace: bool = False,
 ) -> Checkpoint:
-    """Train on `data/train/<class>/*`, try the result on `data/val/<class>/*`, write `output`.
+    """Train on `data/train/<class>/*`, evaluate on `data/val/<class>/*`, and write `output`.
 
-    While it runs, `output` + ".training" holds all that is needed to go on after a kill; run the same command again.
-    Run again after its end, it returns the finished result.
+    During the run, `output` + ".training" holds its state: after an interruption, the same call resumes. After the end,
+    the same call returns the finished checkpoint.
 
     Args:
-        data: the folder of both.
+        data: a folder with the folders `train` and `val`.
         output: the checkpoint to write.
-        recipe: what to follow.
+        recipe: the hyperparameters.
         device: where to compute.
-        start: begin with these weights, instead of random ones; the last layer only if the classes are the same.
-        workers: threads that read photos.
+        start: initial weights instead of random ones. Its last layer is used only if the classes are the same.
+        workers: number of threads that read photos.
         replace: replace `output` if it exists, even if it is the result of the same run.
+
+    Returns:
+        The trained checkpoint.
 
     Raises:
         PhotoError: a folder or photo cannot be used.
         OutputError: `output` exists and is another result, or another process is writing it.
-        ValueError: the recipe is no network, or an unfinished run beside `output` follows another recipe or other data.
+        ValueError: the recipe does not describe a network, or an unfinished run of this `output` has other inputs.
         OSError: `output` cannot be written.
     """
     if start is None:
-        fresh_config(recipe, num_classes=1)  # what cannot be built is refused before any photo is read
+        config_for(recipe, num_classes=1)  # fails for an invalid recipe before any photo is read
     check_output(output, replace=True)
-    classes, photos, validation = _find_photos(data)
+    classes, photos, validation = _read_folders(data)
     photos, held_out = hold_out(photos)
     resume = ResumeFile(output.with_name(output.name + ".training"), recipe, photos, start)
-    follows = resume.follows | {"set of validation photos": set_of(validation)}
-    if not replace and (finished := _finished(output, follows)):
+    inputs = resume.inputs | {"set of validation photos": photos_digest(validation)}
+    if not replace and (finished := _finished_checkpoint(output, inputs)):
         return finished
     check_output(output, replace=replace)
     lock = output.with_name(output.name + ".lock")
@@ -75,22 +78,22 @@ def train(
             if start:
                 preprocess = replace_fields(preprocess, mean=start.preprocess.mean, std=start.preprocess.std)
             keep_freed_memory()
-            state = _first_state(recipe, start, classes, device)
+            state = _initial_state(recipe, start, classes, device)
             resume.load(state)
             run = Run(state, recipe, preprocess, photos, device, workers)
-            _learn(run, resume, held_out or validation)
+            _run_epochs(run, resume, held_out or validation)
             checkpoint = Checkpoint(
                 net=state.averaged,
-                labels=named(classes),
+                labels=labels_of(classes),
                 preprocess=preprocess,
                 name=clean_text(output.name.removesuffix(".safetensors")),
                 provenance={
                     "data": clean_text(data.resolve().name),
                     **({"from": start.name} if start else {}),
-                    **follows,
+                    **inputs,
                     "precision": run.precision,
                     "torch": torch.__version__,
-                    **_calibrate(run, held_out, validation),
+                    **_fit_temperature(run, held_out, validation),
                     "history": state.history,
                 },
             )
@@ -101,89 +104,89 @@ def train(
     return checkpoint
 
 
-def _learn(run: Run, resume: ResumeFile, watched: Sequence[Photo]) -> None:
-    """Do the epochs that are left, and print after each how good the network is on the photos to watch."""
+def _run_epochs(run: Run, resume: ResumeFile, monitored: Sequence[Photo]) -> None:
+    """Run the remaining epochs, and print after each one the accuracy on the monitored photos."""
     while run.state.epoch < run.recipe.epochs:
         run.epoch(resume)
-        answers = evaluate(run.logits, run.preprocess, watched, workers=run.workers, describe="  check")
-        _finish_epoch(run.state, answers.summary()["top1"])
+        predictions = evaluate(run.logits, run.preprocess, monitored, workers=run.workers, describe="  check")
+        _finish_epoch(run.state, predictions.summary()["top1"])
         resume.save(run.state)
 
 
-def _finished(output: Path, follows: Mapping[str, object]) -> Checkpoint | None:
-    """The result of a run of the same recipe and photos, if that is what `output` is."""
+def _finished_checkpoint(output: Path, inputs: Mapping[str, object]) -> Checkpoint | None:
+    """Return the checkpoint in `output` if it is the result of a run with the same inputs."""
     if not output.is_file():
         return None
     try:
         checkpoint = load_checkpoint(output)
     except CheckpointError:
         return None
-    if any(checkpoint.provenance.get(key) != value for key, value in follows.items()):
+    if any(checkpoint.provenance.get(key) != value for key, value in inputs.items()):
         return None
-    _say(f"{output} is already finished, with this recipe and these photos; --force trains it again")
+    _log(f"{output} is already finished, with this recipe and these photos; --force trains again")
     return checkpoint
 
 
-def _find_photos(data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
-    """Classes, photos to learn from and photos to try the result on; what is left out, on standard error."""
-    classes, photos, left_out = read_folder(data / "train")
+def _read_folders(data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
+    """Return classes, training photos and validation photos; report skipped files on standard error."""
+    classes, photos, skipped = read_folder(data / "train")
     if len(photos) < 2:
-        raise PhotoError(f"{data / 'train'} holds a single photo, from which nothing can be learned")
+        raise PhotoError(f"{data / 'train'} has a single photo; training needs at least two")
     validation = read_folder(data / "val", classes)
-    _say(f"{len(classes)} classes, {len(photos)} photos to learn from, {len(validation.photos)} for validation")
-    for line in (*left_out.lines(), *validation.left_out.lines()):
-        _say(line)
+    _log(f"{len(classes)} classes, {len(photos)} photos for training, {len(validation.photos)} for validation")
+    for line in (*skipped.lines(), *validation.skipped.lines()):
+        _log(line)
     if not hold_out(photos)[1]:
-        _say(
-            f"of fewer than {HELD_OUT_EVERY * FEWEST_HELD_OUT} photos none are held out: the validation photos are "
-            "watched after every epoch, and no temperature is fitted"
+        _log(
+            f"with fewer than {HELD_OUT_EVERY * MIN_HELD_OUT} photos none are held out: training is monitored on the "
+            "validation photos, and no temperature is fitted"
         )
-    tried = {photo.target for photo in validation.photos}
-    if missing := [name for target, name in enumerate(classes) if target not in tried]:
-        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-        _say(f"without photos for validation: {', '.join(missing[:MAX_NAMED])}{more}")
+    covered = {photo.target for photo in validation.photos}
+    if missing := [name for target, name in enumerate(classes) if target not in covered]:
+        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
+        _log(f"classes without validation photos: {', '.join(missing[:MAX_LISTED])}{more}")
     return classes, photos, validation.photos
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(clean_text(text), file=sys.stderr)
 
 
-def _first_state(recipe: Recipe, start: Checkpoint | None, classes: Sequence[str], device: torch.device) -> State:
-    """Before the first step."""
+def _initial_state(recipe: Recipe, start: Checkpoint | None, classes: Sequence[str], device: torch.device) -> State:
+    """Return the state before the first step."""
     torch.manual_seed(recipe.seed)
-    net = with_classes(start, classes) if start else RedNet(fresh_config(recipe, len(classes)))
-    # Channels-last is how convolutions and the native involution want it; what flows through the network follows suit.
+    net = adapt_to_classes(start, classes) if start else RedNet(config_for(recipe, len(classes)))
+    # Convolutions and the native involution are fastest on channels-last; activations inherit it from the weights.
     net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    return State(net, copy.deepcopy(net).eval(), optimizer_for(net, recipe))
+    return State(net, copy.deepcopy(net).eval(), make_optimizer(net, recipe))
 
 
 def hold_out(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
-    """The photos to train on, and those kept from it: evenly from all classes, because they come class by class."""
-    some = slice(HELD_OUT_EVERY // 2, None, HELD_OUT_EVERY)
-    learned, held_out = list(photos), list(photos[some])
-    if len(held_out) < FEWEST_HELD_OUT:
-        return learned, []
-    del learned[some]
-    return learned, held_out
+    """Split photos into training and held-out ones: evenly from all classes, because they are sorted by class."""
+    selection = slice(HELD_OUT_EVERY // 2, None, HELD_OUT_EVERY)
+    training, held_out = list(photos), list(photos[selection])
+    if len(held_out) < MIN_HELD_OUT:
+        return training, []
+    del training[selection]
+    return training, held_out
 
 
-def fresh_config(recipe: Recipe, num_classes: int) -> RedNetConfig:
-    """The network that a recipe describes.
+def config_for(recipe: Recipe, num_classes: int) -> RedNetConfig:
+    """Return the architecture that a recipe describes.
 
     Raises:
-        ValueError: it describes none.
+        ValueError: it does not describe a network.
     """
     return RedNetConfig(
         depth=recipe.depth,
         num_classes=num_classes,
         base_channels=recipe.base_channels,
-        stem_channels=max(32, recipe.base_channels),  # the involution of the stem has half of them, in groups of 16
+        stem_channels=max(32, recipe.base_channels),  # the stem's involution has half as many, in groups of 16
     )
 
 
-def with_classes(start: Checkpoint, classes: Sequence[str]) -> RedNet:
-    """A copy of a trained network for these classes: with a fresh last layer, unless they are its own."""
+def adapt_to_classes(start: Checkpoint, classes: Sequence[str]) -> RedNet:
+    """Return a copy of a trained network for these classes. Its last layer is new unless the classes are the same."""
     net = RedNet(replace_fields(start.net.config, num_classes=len(classes)))
     weights = start.net.state_dict()
     if [label.id for label in start.labels] != list(classes):
@@ -192,26 +195,26 @@ def with_classes(start: Checkpoint, classes: Sequence[str]) -> RedNet:
     return net
 
 
-def _calibrate(run: Run, held_out: Sequence[Photo], validation: Sequence[Photo]) -> dict[str, object]:
-    """Fit the averaged network's temperature to the photos held out, put it into its weights, and try the result."""
+def _fit_temperature(run: Run, held_out: Sequence[Photo], validation: Sequence[Photo]) -> dict[str, object]:
+    """Fit the averaged network's temperature on held-out photos, apply it to the weights, and evaluate the result."""
     net = run.state.averaged.cpu()
     prepared = prepare(net, run.preprocess, run.device)
-    ask = partial(evaluate, lambda pixels: prepared(pixels).logits, run.preprocess, workers=run.workers)
-    temperature = fit_temperature(*ask(held_out, describe="calibration")) if held_out else 1.0
-    accuracy = ask(validation, describe="validation").cooled(temperature).summary()
-    cool(net, temperature)
+    predict = partial(evaluate, lambda pixels: prepared(pixels).logits, run.preprocess, workers=run.workers)
+    temperature = fit_temperature(*predict(held_out, describe="temperature")) if held_out else 1.0
+    accuracy = predict(validation, describe="validation").with_temperature(temperature).summary()
+    scale_logits(net, temperature)
     if held_out:
-        meaning = f"validation photos, not watched; the temperature is fitted to {len(held_out)} others, held out"
+        meaning = f"validation photos, not used before; the temperature is fitted on {len(held_out)} held-out photos"
     else:
-        meaning = "validation photos, the same that were watched after every epoch; no temperature is fitted"
-    _say("top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**accuracy))
-    _say(f"of {len(validation)} {meaning}")
+        meaning = "validation photos, which also monitored the training; no temperature is fitted"
+    _log("top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**accuracy))
+    _log(f"of {len(validation)} {meaning}")
     return {"temperature": temperature, "held out": len(held_out), "accuracy": accuracy, "accuracy of": meaning}
 
 
 @torch.no_grad()
-def cool(net: RedNet, temperature: float) -> None:
-    """Divide logits by a temperature, in the weights: then whatever runs them answers with calibrated probabilities."""
+def scale_logits(net: RedNet, temperature: float) -> None:
+    """Divide the logits by a temperature, in the weights, so that every backend returns calibrated probabilities."""
     net.head.fc.weight.div_(temperature)
     net.head.fc.bias.div_(temperature)
 

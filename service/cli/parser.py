@@ -150,9 +150,9 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.LARGEST`
+MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.MAX_SIZE`
 
-MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.LARGEST`
+MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.MAX_SIZE`
 
 RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     # The fields of `rednet.model.training.recipe.Recipe`, which would import torch: two seconds for a `--help`.
