@@ -171,6 +171,10 @@ class EngineClient(Protocol):
         """Predicted time to answer all of them."""
 
     @property
+    def offered_s(self) -> float:
+        """Predicted device time of all images so far, refused ones included, in seconds."""
+
+    @property
     def costs(self) -> CostTable:
         """The measured time of batches; empty before warm-up has ended."""
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from rednet.service.engine.admission import Admission
+from rednet.service.engine.admission import SMOOTHING, Admission
 from rednet.service.errors import Overloaded
 from rednet.service.types import Permit
 
@@ -178,3 +178,27 @@ def test_images_set_aside_or_answered_hold_no_place(admission: Admission, clock:
         clock.now += 1000
     assert admission.accepted == 0
     assert admission.predicted_s(1) == predicted_s
+
+
+def test_offered_seconds_count_admitted_and_refused_images(admission: Admission) -> None:
+    """A request that is refused before its body is read counts as many images as requests have had lately."""
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack, images=9)
+        assert admission.offered_s == 9.0
+        with pytest.raises(Overloaded), admission.admit(FAR) as permit:
+            permit.hold(7)
+        assert admission.offered_s == 16.0
+        accepted(admission.admit(FAR), stack)
+        with pytest.raises(Overloaded):
+            admission.admit(FAR)
+        mean = 1 + 8 * SMOOTHING * (1 - SMOOTHING)
+        assert admission.offered_s == pytest.approx(17 + mean)
+
+
+def test_offered_seconds_leave_out_requests_that_no_queue_could_answer(admission: Admission, clock: Clock) -> None:
+    """Late even with an empty queue: another replica would not help them."""
+    with ExitStack() as stack:
+        accepted(admission.admit(FAR), stack)
+        with pytest.raises(Overloaded):
+            admission.admit(clock.now + 0.5)
+        assert admission.offered_s == pytest.approx(1.0)

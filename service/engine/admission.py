@@ -46,7 +46,7 @@ class Permit:
             self._admission.learn(self._since, self._work_s)
 
     def hold(self, images: int) -> None:
-        self._since, self._work_s = self._admission.check(images, self._deadline)
+        self._since, self._work_s = self._admission.hold(images, self._deadline)
         self._change(images)
 
     def release(self, images: int) -> None:
@@ -74,7 +74,11 @@ class Admission:
     def __init__(self, most: int, work_s: Callable[[int], float], clock: Callable[[], float] = time.monotonic) -> None:
         self.most = most
         self.accepted = 0
-        self.requests = 0  # let in and not yet answered; images of those whose body is still coming are not counted
+        self.requests = 0  # admitted and not yet answered; images of those whose body is still arriving are not counted
+        # Predicted device time of all images that were admitted or refused, in seconds. A request that would be late
+        # even with an empty queue does not count: more devices would not help it.
+        self.offered_s = 0.0
+        self._images_per_request = 1.0  # running estimate, for requests that are refused before their body is read
         self._work_s = work_s
         self._clock = clock
         self._factor = 1.0
@@ -101,20 +105,20 @@ class Admission:
         Raises:
             Overloaded: there is no room, or no answer before the deadline; also from `Permit.hold`.
         """
-        self.check(1, deadline)
+        self._check(1, deadline, self._images_per_request)
         self._rejected_share -= self._rejected_share * SMOOTHING
         self.requests += 1
         return Permit(self, deadline)
 
-    def check(self, images: int, deadline: float) -> tuple[float, float]:
+    def hold(self, images: int, deadline: float) -> tuple[float, float]:
         """The present time, and the device's work until so many images more are answered.
 
         Raises:
             Overloaded: they do not fit, or would be answered after the deadline.
         """
-        now = self._clock()
-        if self.accepted:
-            self._check(images, now, deadline)
+        now = self._check(images, deadline, images)
+        self._offer(images)
+        self._images_per_request += (images - self._images_per_request) * SMOOTHING
         return now, self._work_s(self.accepted + images)
 
     def end(self, slots: int) -> None:
@@ -133,18 +137,34 @@ class Admission:
         share = math.exp((self._load_known_at - now) / (BUSIER_S if self.accepted else IDLER_S))
         return self._load * share + (1 - share if self.accepted else 0.0)
 
-    def _check(self, images: int, now: float, deadline: float) -> None:
-        """Raises `Overloaded`, which says when to come back, unless so many images may wait behind those accepted."""
+    def _offer(self, images: float) -> None:
+        self.offered_s += images * self._work_s(self.most) / self.most
+
+    def _check(self, images: int, deadline: float, offered: float) -> float:
+        """The present time, if so many images may wait behind those accepted.
+
+        Args:
+            images: to be checked.
+            deadline: of their request.
+            offered: how many count as offered if they are refused.
+
+        Raises:
+            Overloaded: they may not; it says when to try again.
+        """
+        now = self._clock()
+        if not self.accepted:
+            return now
         if self.accepted > self.most - images:
             reason = f"{self.accepted} images are waiting"
             wait_s = self.backlog_s - self.predicted_s(self.most - images)
         elif (late_s := now + CAUTION * self.predicted_s(self.accepted + images) - deadline) > 0:
             reason, wait_s = "the answer would come after the deadline", late_s
         else:
-            return
+            return now
         hopeless = now + CAUTION * self.predicted_s(images) > deadline
         work_s = 0.0  # a request that would be late if nobody were ahead takes no slot from others
         if not hopeless:
+            self._offer(offered)
             self._rejected_share += (1 - self._rejected_share) * SMOOTHING
             room = 1 - min(MAX_REJECTED_SHARE, self._rejected_share)
             work_s = images * self.predicted_s(self.most) / self.most / room

@@ -62,6 +62,10 @@ class LocalClient:
         return self._admission.backlog_s
 
     @property
+    def offered_s(self) -> float:
+        return self._admission.offered_s
+
+    @property
     def costs(self) -> CostTable:
         return self._engines[0].costs
 

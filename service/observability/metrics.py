@@ -94,10 +94,13 @@ class Metrics:
         self._queue_depth.set_function(lambda: client.queue_depth)
         self._backlog.set_function(lambda: client.backlog_s)
         self._ready.set_function(lambda: state() is State.READY)
+        text = "Predicted device time of all images that were asked for, refused ones included. Its rate is the load."
+        self.registry.register(_Observed("rednet_offered_seconds", text, lambda: client.offered_s))
 
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Read how many log lines were dropped whenever that is scraped."""
-        self.registry.register(_Dropped(dropped))
+        text = "Log lines that were not written: nothing read them, or writing failed."
+        self.registry.register(_Observed("rednet_log_lines_dropped", text, dropped))
 
     def model(self, model: ModelBody) -> None:
         self._model.labels(model.name, model.architecture, model.device, model.precision).set(1)
@@ -137,18 +140,14 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _Dropped(Collector):
-    """A counter that is kept elsewhere."""
+class _Observed(Collector):
+    """A counter whose value is read when it is scraped."""
 
-    def __init__(self, dropped: Callable[[], int]) -> None:
-        self._dropped = dropped
+    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
+        self._name, self._text, self._read = name, text, read
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        yield CounterMetricFamily(
-            "rednet_log_lines_dropped",
-            "Log lines that were not written: nothing read them, or writing failed.",
-            self._dropped(),
-        )
+        yield CounterMetricFamily(self._name, self._text, self._read())
 
 
 class DeviceEvents:
