@@ -81,6 +81,6 @@ def choice_rows(bandwidth: float) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for strip, strips in CHOICES:
         built = {"strip": strip, "strips": strips}
-        with patch.multiple(cuda, STRIP=strip, STRIPS=strips):
+        with patch.multiple(cuda, STRIP=strip, BLOCK_STRIPS=strips):
             rows += [built | layer_row(*layer, bandwidth) for layer in (LAYERS[0], LAYERS[1], LAYERS[-1])]
     return rows

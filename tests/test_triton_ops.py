@@ -93,14 +93,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from rednet.model.ops import triton_ops as cuda
 
-common = dict(K=7, STRIDE=1, GROUP=16, LANES=16, SUM=tl.float32)
-strips, pixels = dict(EACH=cuda.STRIPS, STRIP=cuda.STRIP), dict(EACH=cuda.PIXELS)
+common = dict(K=7, STRIDE=1, GROUP_CHANNELS=16, BLOCK_C=16, ACC_DTYPE=tl.float32)
+strips, pixels = dict(BLOCK=cuda.BLOCK_STRIPS, STRIP=cuda.STRIP), dict(BLOCK=cuda.BLOCK_PIXELS)
 bare = dict.fromkeys(("bias", "scale", "shift"))
 gradients = [(cuda._kernel_gradient, pixels), (cuda._input_gradient, pixels)]
 for kernel, more in [(cuda._forward, strips), (cuda._forward, strips | bare), *gradients]:
     constants = common | more
     for dtype, warps in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
-        signature = {name: f"*{dtype}" for name in kernel.arg_names[:3]} | dict.fromkeys(cuda.SHAPES, "i32")
+        signature = {name: f"*{dtype}" for name in kernel.arg_names[:3]} | dict.fromkeys(cuda.UNSPECIALIZED, "i32")
         if kernel is cuda._forward:
             signature |= {"bias": f"*{dtype}", "scale": "*fp32", "shift": "*fp32"}
         source = ASTSource(

@@ -1,11 +1,12 @@
-"""Triton on CUDA, for every shape by one compilation per kernel size, stride, group width and dtype.
+"""The involution operator in Triton, for CUDA devices.
 
-Maps lie channels-last in memory, as convolutions leave them there: then the channels of a group at a pixel are one
-short contiguous run. Kernels may lie in any order; reading them is fastest where a tap's values for neighbouring pixels
-are neighbours, for then the lanes of a warp read one line of memory together. Sums are kept in float32 (float64 for
-float64).
+Each kernel is compiled once per kernel size, stride, group width and dtype. Batch, height and width are ordinary
+arguments, and Triton is told not to specialise on their values.
 
-Batch, height and width are plain arguments, and Triton is told not to compile anew for values it finds special.
+Maps are channels-last in memory, as convolutions leave them, so the channels of a group at a pixel are contiguous.
+Involution kernels are read with whatever strides they have. Reading is fastest if the weights of one tap for
+neighbouring pixels are neighbours in memory, because the lanes of a warp then share a cache line. Sums are accumulated
+in float32 (float64 for float64).
 """
 
 from collections.abc import Sequence
@@ -19,156 +20,149 @@ from torch import Tensor
 
 from rednet.model.ops import torch_ops
 
-# Forward, a program computes strips of outputs of one group, side by side: a pixel that several windows of a strip hold
-# is read and converted once. Four at a time take 0.59 of the instructions, seven 0.55, but half as many registers again
-# and half the programs (counted in code for sm_90).
-STRIP = 4  # outputs
-STRIPS = 32  # of a program
-PIXELS = 64  # of a program of the gradients
-STEPS = ("image_step", "tap_step", "pixel_step")  # elements from one to the next, in kernels [B, groups * K * K, h * w]
-SHAPES = ("count", "height", "width", "h", "w", "groups", *STEPS)  # the arguments that no compilation may depend on
+# A forward program computes strips of neighbouring outputs of one group, and loads and converts a pixel once for all
+# windows of a strip. Strips of 4 outputs take 0.59 of the instructions of single outputs. Strips of 7 would take 0.55,
+# but half as many registers again and half the programs (counted in the code for sm_90).
+STRIP = 4  # outputs per strip
+BLOCK_STRIPS = 32  # strips per program
+BLOCK_PIXELS = 64  # pixels per program of a gradient
+# No compilation may depend on the values of these arguments. Strides are those of kernels [B, groups * K * K, h * w].
+UNSPECIALIZED = "count", "height", "width", "h", "w", "groups", "stride_image", "stride_tap", "stride_pixel"
 
 
 @triton.jit
-def _share(groups, EACH: tl.constexpr):
-    """Pixels or strips of a program, and its group; programs of the same pixels run together, for they share lines."""
+def _block(groups, BLOCK: tl.constexpr):
+    """The pixels (or strips) and the group of this program; neighbouring programs share pixels, and so cache lines."""
     program = tl.program_id(0)
-    return program // groups * EACH + tl.arange(0, EACH), program % groups
+    return program // groups * BLOCK + tl.arange(0, BLOCK), program % groups
 
 
 @triton.jit
-def _window(pixel, h, w, K: tl.constexpr, STRIDE: tl.constexpr):
-    """Image, row and column of the first tap of outputs that are numbered through [B, h, w]."""
-    return pixel // (h * w), pixel // w % h * STRIDE - K // 2, pixel % w * STRIDE - K // 2
+def _channel_pointers(tensor, pixel, valid, group, groups, GROUP_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Pointers to a group's channels at pixels of a tensor [pixels, C], and their mask: [pixels, BLOCK_C]."""
+    channel = tl.arange(0, BLOCK_C)
+    start = (pixel.to(tl.int64) * groups + group) * GROUP_CHANNELS
+    return tensor + start[:, None] + channel[None, :], valid[:, None] & (channel < GROUP_CHANNELS)[None, :]
 
 
 @triton.jit
-def _channels(tensor, pixel, valid, group, groups, GROUP: tl.constexpr, LANES: tl.constexpr):
-    """Addresses of a group's channels at pixels of a tensor [pixels, C], and which of them exist: [pixels, LANES]."""
-    lane = tl.arange(0, LANES)
-    start = (pixel.to(tl.int64) * groups + group) * GROUP
-    return tensor + start[:, None] + lane[None, :], valid[:, None] & (lane < GROUP)[None, :]
+def _tap_pointers(kernel, image, pixel, group, stride_image, stride_tap, stride_pixel, K: tl.constexpr):
+    """Pointers to the first tap of a group; `pixel` is an index into [h, w] of each image."""
+    start = image.to(tl.int64) * stride_image + pixel.to(tl.int64) * stride_pixel
+    return kernel + start + stride_tap.to(tl.int64) * (group * K * K)
 
 
-@triton.jit
-def _taps(kernel, image, pixel, group, image_step, tap_step, pixel_step, K: tl.constexpr):
-    """Addresses of a group's first tap at pixels, numbered through [h, w], of images."""
-    start = image.to(tl.int64) * image_step + pixel.to(tl.int64) * pixel_step
-    return kernel + start + tap_step.to(tl.int64) * (group * K * K)
-
-
-@triton.jit(do_not_specialize=SHAPES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
     x,  # [B, height, width, C]
-    kernel,  # [B, groups * K * K, h * w] by its steps
+    kernel,  # [B, groups * K * K, h * w], with the strides below
     out,  # [B, h, w, C]
-    bias,  # [groups * K * K], added to every kernel, and
-    scale,  # [C], and
-    shift,  # [C], after which comes a ReLU; None, all three: the bare involution
-    count,  # of strips: B * h * the strips of a row, the last of which may be cut
+    bias,  # [groups * K * K], added to every kernel, or None
+    scale,  # [C], or None
+    shift,  # [C]: with a scale, the output is relu(scale * sum + shift)
+    count,  # number of strips: B * h * ceil(w / STRIP); the last strip of a row may be shorter
     height,
     width,
     h,
     w,
     groups,
-    image_step,
-    tap_step,
-    pixel_step,
+    stride_image,
+    stride_tap,
+    stride_pixel,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    LANES: tl.constexpr,
-    SUM: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     STRIP: tl.constexpr,
-    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    strip, group = _share(groups, EACH)
-    in_row = tl.cdiv(w, STRIP)
-    image, y, z = strip // (h * in_row), strip // in_row % h, strip % in_row * STRIP
-    top, left = y * STRIDE - K // 2, z * STRIDE - K // 2
-    inside = strip < count
-    # what is the same for every tap
-    lane = tl.arange(0, LANES)
-    channel = group * GROUP + lane
-    channels, used = groups * GROUP, (lane < GROUP)[None, :]
-    tap_step = tap_step.to(tl.int64)
-    totals, first, there = (tl.zeros((EACH, LANES), SUM),) * STRIP, (), ()
+    strip, group = _block(groups, BLOCK)
+    row_strips = tl.cdiv(w, STRIP)
+    image, oh, ow = strip // (h * row_strips), strip // row_strips % h, strip % row_strips * STRIP
+    top, left = oh * STRIDE - K // 2, ow * STRIDE - K // 2
+    in_range = strip < count
+    lane = tl.arange(0, BLOCK_C)
+    channel = group * GROUP_CHANNELS + lane
+    channels, channel_mask = groups * GROUP_CHANNELS, (lane < GROUP_CHANNELS)[None, :]
+    stride_tap = stride_tap.to(tl.int64)
+    accumulators, taps, masks = (tl.zeros((BLOCK, BLOCK_C), ACC_DTYPE),) * STRIP, (), ()
     for output in tl.static_range(STRIP):
-        first += (_taps(kernel, image, y * w + z + output, group, image_step, tap_step, pixel_step, K),)  # type: ignore[assignment]
-        there += (inside & (z + output < w),)  # type: ignore[assignment]
-    for u in range(K):
-        row = (image.to(tl.int64) * height + top + u) * width + left
-        valid = inside & (top + u >= 0) & (top + u < height)
+        taps += (_tap_pointers(kernel, image, oh * w + ow + output, group, stride_image, stride_tap, stride_pixel, K),)  # type: ignore[assignment]
+        masks += (in_range & (ow + output < w),)  # type: ignore[assignment]
+    for kh in range(K):
+        row = (image.to(tl.int64) * height + top + kh) * width + left
+        row_mask = in_range & (top + kh >= 0) & (top + kh < height)
         for column in tl.static_range((STRIP - 1) * STRIDE + K):
-            exists = valid & (left + column >= 0) & (left + column < width)
-            place = x + ((row + column) * channels)[:, None] + channel[None, :]
-            values = tl.load(place, exists[:, None] & used, 0).to(SUM)
+            mask = row_mask & (left + column >= 0) & (left + column < width)
+            pointers = x + ((row + column) * channels)[:, None] + channel[None, :]
+            values = tl.load(pointers, mask[:, None] & channel_mask, 0).to(ACC_DTYPE)
             sums = ()
             for output in tl.static_range(STRIP):
-                total = totals[output]
-                v = column - output * STRIDE
-                if v >= 0 and v < K:
-                    weight = tl.load(first[output] + tap_step * (u * K + v), there[output], 0).to(SUM)
+                accumulator = accumulators[output]
+                kw = column - output * STRIDE
+                if kw >= 0 and kw < K:
+                    weight = tl.load(taps[output] + stride_tap * (kh * K + kw), masks[output], 0).to(ACC_DTYPE)
                     if bias is not None:
-                        weight += tl.load(bias + group * K * K + u * K + v).to(SUM)
-                    total += values * weight[:, None]
-                sums += (total,)  # type: ignore[assignment]
-            totals = sums
+                        weight += tl.load(bias + group * K * K + kh * K + kw).to(ACC_DTYPE)
+                    accumulator += values * weight[:, None]
+                sums += (accumulator,)  # type: ignore[assignment]
+            accumulators = sums
     for output in tl.static_range(STRIP):
-        total = totals[output]
+        result = accumulators[output]
         if scale is not None:
-            factor = tl.load(scale + channel, lane < GROUP, 0).to(SUM)
-            offset = tl.load(shift + channel, lane < GROUP, 0).to(SUM)
-            total = total * factor[None, :] + offset[None, :]
-            total = tl.where(total < 0, 0, total)  # a maximum would hide NaNs
-        pixel = (image.to(tl.int64) * h + y) * w + z + output
-        place = out + (pixel * channels)[:, None] + channel[None, :]
-        tl.store(place, total.to(out.dtype.element_ty), there[output][:, None] & used)
+            factor = tl.load(scale + channel, lane < GROUP_CHANNELS, 0).to(ACC_DTYPE)
+            offset = tl.load(shift + channel, lane < GROUP_CHANNELS, 0).to(ACC_DTYPE)
+            result = result * factor[None, :] + offset[None, :]
+            result = tl.where(result < 0, 0, result)  # tl.maximum would turn NaN into 0
+        pixel = (image.to(tl.int64) * h + oh) * w + ow + output
+        pointers = out + (pixel * channels)[:, None] + channel[None, :]
+        tl.store(pointers, result.to(out.dtype.element_ty), masks[output][:, None] & channel_mask)
 
 
-@triton.jit(do_not_specialize=SHAPES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _kernel_gradient(
     grad,  # [B, h, w, C]
     x,  # [B, height, width, C]
-    grad_kernel,  # [B, groups * K * K, h * w] by its steps
+    grad_kernel,  # [B, groups * K * K, h * w], with the strides below
     count,  # B * h * w
     height,
     width,
     h,
     w,
     groups,
-    image_step,
-    tap_step,
-    pixel_step,
+    stride_image,
+    stride_tap,
+    stride_pixel,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    LANES: tl.constexpr,
-    SUM: tl.constexpr,
-    EACH: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A tap's gradient is the product of what it multiplied and what came of it, summed over the group."""
-    pixel, group = _share(groups, EACH)
-    inside = pixel < count
-    image, top, left = _window(pixel, h, w, K, STRIDE)
-    first = _taps(grad_kernel, image, pixel % (h * w), group, image_step, tap_step, pixel_step, K)
-    place, exists = _channels(grad, pixel, inside, group, groups, GROUP, LANES)
-    came = tl.load(place, exists, 0).to(SUM)
-    for u in range(K):
-        for v in tl.static_range(K):
-            y, z = top + u, left + v
-            valid = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-            place, exists = _channels(x, (image * height + y) * width + z, valid, group, groups, GROUP, LANES)
-            values = tl.load(place, exists, 0)
-            product = tl.sum(values.to(SUM) * came, axis=1)
-            tap = first + tap_step.to(tl.int64) * (u * K + v)
-            tl.store(tap, product.to(grad_kernel.dtype.element_ty), inside)
+    """The gradient of a tap is the dot product, over the group, of its input pixel and the output's gradient."""
+    pixel, group = _block(groups, BLOCK)
+    in_range = pixel < count
+    image, top, left = pixel // (h * w), pixel // w % h * STRIDE - K // 2, pixel % w * STRIDE - K // 2
+    taps = _tap_pointers(grad_kernel, image, pixel % (h * w), group, stride_image, stride_tap, stride_pixel, K)
+    pointers, mask = _channel_pointers(grad, pixel, in_range, group, groups, GROUP_CHANNELS, BLOCK_C)
+    gradient = tl.load(pointers, mask, 0).to(ACC_DTYPE)
+    for kh in range(K):
+        for kw in tl.static_range(K):
+            row, column = top + kh, left + kw
+            valid = in_range & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            source = (image * height + row) * width + column
+            pointers, mask = _channel_pointers(x, source, valid, group, groups, GROUP_CHANNELS, BLOCK_C)
+            product = tl.sum(tl.load(pointers, mask, 0).to(ACC_DTYPE) * gradient, axis=1)
+            tap = taps + stride_tap.to(tl.int64) * (kh * K + kw)
+            tl.store(tap, product.to(grad_kernel.dtype.element_ty), in_range)
 
 
-@triton.jit(do_not_specialize=SHAPES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _input_gradient(
     grad,  # [B, h, w, C]
-    kernel,  # [B, groups * K * K, h * w] by its steps
+    kernel,  # [B, groups * K * K, h * w], with the strides below
     grad_x,  # [B, height, width, C]
     count,  # B * height * width
     height,
@@ -176,58 +170,73 @@ def _input_gradient(
     h,
     w,
     groups,
-    image_step,
-    tap_step,
-    pixel_step,
+    stride_image,
+    stride_tap,
+    stride_pixel,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    LANES: tl.constexpr,
-    SUM: tl.constexpr,
-    EACH: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Gathered from all outputs that a pixel went into, so that nothing is added by two programs at once."""
-    pixel, group = _share(groups, EACH)
-    inside = pixel < count
+    """Gathers from all outputs whose windows contain a pixel, so that no two programs add to the same address."""
+    pixel, group = _block(groups, BLOCK)
+    in_range = pixel < count
     image, bottom, right = pixel // (height * width), pixel // width % height + K // 2, pixel % width + K // 2
-    total = tl.zeros((EACH, LANES), SUM)
-    for u in range(K):
-        for v in tl.static_range(K):
-            # the output at (y, z) took this pixel by its tap (u, v): y * STRIDE + u - K // 2 is the pixel's row
-            far_y, far_z = bottom - u, right - v
-            y, z = far_y // STRIDE, far_z // STRIDE
-            valid = inside & (far_y >= 0) & (far_z >= 0) & (y < h) & (z < w)
-            valid = valid & (far_y % STRIDE == 0) & (far_z % STRIDE == 0)
-            first = _taps(kernel, image, y * w + z, group, image_step, tap_step, pixel_step, K)
-            weight = tl.load(first + tap_step.to(tl.int64) * (u * K + v), valid, 0).to(SUM)
-            place, exists = _channels(grad, (image * h + y) * w + z, valid, group, groups, GROUP, LANES)
-            came = tl.load(place, exists, 0)
-            total += came.to(SUM) * weight[:, None]
-    place, exists = _channels(grad_x, pixel, inside, group, groups, GROUP, LANES)
-    tl.store(place, total.to(grad_x.dtype.element_ty), exists)
+    accumulator = tl.zeros((BLOCK, BLOCK_C), ACC_DTYPE)
+    for kh in range(K):
+        for kw in tl.static_range(K):
+            # The output (oh, ow) reads pixel (oh * STRIDE + kh - K // 2, ow * STRIDE + kw - K // 2) with tap (kh, kw).
+            strided_oh, strided_ow = bottom - kh, right - kw
+            oh, ow = strided_oh // STRIDE, strided_ow // STRIDE
+            valid = in_range & (strided_oh >= 0) & (strided_ow >= 0) & (oh < h) & (ow < w)
+            valid = valid & (strided_oh % STRIDE == 0) & (strided_ow % STRIDE == 0)
+            taps = _tap_pointers(kernel, image, oh * w + ow, group, stride_image, stride_tap, stride_pixel, K)
+            weight = tl.load(taps + stride_tap.to(tl.int64) * (kh * K + kw), valid, 0).to(ACC_DTYPE)
+            source = (image * h + oh) * w + ow
+            pointers, mask = _channel_pointers(grad, source, valid, group, groups, GROUP_CHANNELS, BLOCK_C)
+            accumulator += tl.load(pointers, mask, 0).to(ACC_DTYPE) * weight[:, None]
+    pointers, mask = _channel_pointers(grad_x, pixel, in_range, group, groups, GROUP_CHANNELS, BLOCK_C)
+    tl.store(pointers, accumulator.to(grad_x.dtype.element_ty), mask)
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
     if not _fits(x, kernel):
         return torch_ops.forward(x, kernel, stride)
-    return _involution(x, kernel, stride, (None, None, None))
+    return fused(x, kernel, stride)
 
 
-def fused(x: Tensor, kernel: Tensor, stride: int, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def fused(
+    x: Tensor,
+    kernel: Tensor,
+    stride: int,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
     """relu(scale * involution(x, kernel + bias) + shift), without gradients: [B, C, h, w].
 
-    What surrounds involution in a network is done where its values are at hand: the bias of the convolution that makes
-    the kernels, which else takes a pass over the largest of all tensors, and the batch norm and ReLU that follow.
+    Fuses what surrounds an involution in the network: the bias of the convolution that generates the kernels, which
+    would take a pass over the largest tensor of the network, and the batch norm and ReLU that follow.
 
     Args:
         x: [B, C, H, W].
         kernel: [B, G, K*K, h, w].
         stride: as in `forward`.
-        bias: [G * K * K].
-        scale, shift: [C], float32, of the batch norm.
+        bias: [G * K * K], or None to add nothing.
+        scale, shift: [C], float32, of the batch norm, or None for the bare involution.
     """
-    return _involution(x, kernel, stride, (bias, scale, shift))
+    batch, _, _, h, w = shape = kernel.shape
+    x, kernel = _channels_last(x), _flat(kernel)
+    out = x.new_empty(batch, h, w, x.shape[3])
+    strips = batch * h * triton.cdiv(w, STRIP)
+    # as many warps as make each lane load 16 bytes of a pixel, the most that one instruction can
+    warps = max(1, BLOCK_STRIPS * triton.next_power_of_2(x.shape[3] // shape[1]) * x.itemsize // (16 * 32))
+    meta = {"BLOCK": BLOCK_STRIPS, "STRIP": STRIP, "num_warps": warps}
+    _launch(_forward, (x, kernel, out, bias, scale, shift), strips, x, kernel, shape, stride, **meta)
+    return out.permute(0, 3, 1, 2)
 
 
 def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -238,29 +247,13 @@ def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tens
     grad, x, kernel = _channels_last(grad), _channels_last(x), _flat(kernel)
     grad_x, grad_kernel = torch.empty_like(x), torch.empty_like(kernel)
     outputs, inputs = (t[..., 0].numel() for t in (grad, x))
-    _launch(_kernel_gradient, (grad, x, grad_kernel), outputs, x, grad_kernel, shape, stride, EACH=PIXELS)
-    _launch(_input_gradient, (grad, kernel, grad_x), inputs, x, kernel, shape, stride, EACH=PIXELS)
+    _launch(_kernel_gradient, (grad, x, grad_kernel), outputs, x, grad_kernel, shape, stride, BLOCK=BLOCK_PIXELS)
+    _launch(_input_gradient, (grad, kernel, grad_x), inputs, x, kernel, shape, stride, BLOCK=BLOCK_PIXELS)
     return grad_x.permute(0, 3, 1, 2), grad_kernel.reshape(shape)
 
 
-def _involution(
-    x: Tensor, kernel: Tensor, stride: int, around: tuple[Tensor | None, Tensor | None, Tensor | None]
-) -> Tensor:
-    """With what is around it: bias, scale, shift."""
-    batch, _, _, h, w = shape = kernel.shape
-    x, kernel = _channels_last(x), _flat(kernel)
-    out = x.new_empty(batch, h, w, x.shape[3])
-    strips = batch * h * triton.cdiv(w, STRIP)
-    # so many warps that each lane reads the 16 bytes of a pixel that an instruction can
-    lanes = triton.next_power_of_2(x.shape[3] // shape[1])
-    warps = max(1, STRIPS * lanes * x.itemsize // (16 * 32))
-    more = {"EACH": STRIPS, "STRIP": STRIP, "num_warps": warps}
-    _launch(_forward, (x, kernel, out, *around), strips, x, kernel, shape, stride, **more)
-    return out.permute(0, 3, 1, 2)
-
-
 def _fits(*tensors: Tensor) -> bool:
-    """Triton computes where its tensors are, which must be a CUDA device, unless its interpreter runs on the CPU."""
+    """Whether Triton can compute on these tensors: on CUDA devices only, unless its interpreter is in use."""
     return all(tensor.is_cuda or triton.knobs.runtime.interpret for tensor in tensors)
 
 
@@ -269,7 +262,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _flat(kernel: Tensor) -> Tensor:
-    return kernel.flatten(3).flatten(1, 2)  # [B, G*K*K, h*w]; copied only if no steps lead through it
+    return kernel.flatten(3).flatten(1, 2)  # [B, G*K*K, h*w]; a view wherever strides can express it
 
 
 def _launch(
@@ -280,20 +273,21 @@ def _launch(
     kernel: Tensor,
     shape: Sequence[int],
     stride: int,
-    **more: int,
+    **meta: int,
 ) -> None:
-    """Run as many programs as `count` pixels or strips take.
+    """Launch `run` with one program for each block of `count` pixels (or strips) and each group.
 
     Args:
         x: [B, H, W, C].
-        kernel: flat; its steps are passed on.
-        shape: of the kernel before that.
+        kernel: [B, G*K*K, h*w]; its strides are passed to `run`.
+        shape: of the kernel as [B, G, K*K, h, w].
+        meta: compile-time arguments of `run`, in addition to those that follow from the shapes.
     """
     _, height, width, channels = x.shape
     _, groups, taps, h, w = shape
     if count == 0 or channels == 0:
         return
-    run[(triton.cdiv(count, more["EACH"]) * groups,)](
+    run[(triton.cdiv(count, meta["BLOCK"]) * groups,)](
         *tensors,
         count,
         height,
@@ -304,8 +298,8 @@ def _launch(
         *kernel.stride(),
         K=isqrt(taps),
         STRIDE=stride,
-        GROUP=channels // groups,
-        LANES=triton.next_power_of_2(channels // groups),
-        SUM=tl.float64 if x.dtype == torch.float64 else tl.float32,
-        **more,
+        GROUP_CHANNELS=channels // groups,
+        BLOCK_C=triton.next_power_of_2(channels // groups),
+        ACC_DTYPE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        **meta,
     )
