@@ -1,8 +1,8 @@
-"""The native library (C, beside this module) behind Python types. Nothing else touches it.
+"""Python bindings of the native library, whose C source lies beside this module. Only this module calls it.
 
-It is optional. Where it could not be built, or the environment variable REDNET_NATIVE says off, `unavailable` tells
-why, and callers do without. REDNET_NATIVE may also name one of the builds: avx512, avx2 or generic. Importing this with
-any other value raises ValueError.
+The library is optional. If it was not built, or if the environment variable REDNET_NATIVE is `off`, `unavailable`
+returns the reason and callers use other implementations. REDNET_NATIVE may also name a build: avx512, avx2 or generic.
+With any other value the import of this module raises ValueError.
 """
 
 import ctypes
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-VARIABLE = "REDNET_NATIVE"
+ENVIRONMENT_VARIABLE = "REDNET_NATIVE"
 STAGES = 4
-MOST_THREADS = 64
-MOST_SIZES = 2  # image sizes whose memory is kept; a server has one
+MAX_THREADS = 64  # as in native/threads.h
+MAX_WORKSPACES = 2  # one per image size; a server has one size
 
 
 class _Array(ctypes.Structure):
@@ -31,27 +31,25 @@ class _Array(ctypes.Structure):
 
 
 class Engine:
-    """A whole network in C: uint8 pixels to logits and features.
+    """A whole network in C, from uint8 pixels to logits and features.
 
     Args:
-        config: the fields of `struct config` in native/network.h.
-        arrays: table, weights and biases, in the order of `network_create` there.
-        threads: cores to use; no more than 64 are.
-        build: one of `builds`, or of `int8_builds`, which take other arrays: see native/weights.h; None: the best of
-            `builds`.
+        config: the fields of `struct config` in native/weights.h.
+        arrays: table, weights and biases, in the order of `network_create` in native/weights.h, which differs for int8.
+        threads: number of threads, at most 64.
+        build: a name from `builds` or `int8_builds`; None for the best of `builds`.
 
     Raises:
-        ValueError: the arrays are not those of the configuration.
-        RuntimeError: there is no native library, or no such build, here.
+        ValueError: the arrays do not match the configuration.
+        RuntimeError: there is no native library, or this machine cannot run the build.
     """
 
-    # Stage maps and kernel sums behind logits and features.
-    OUTPUTS = 2 + 2 * STAGES
+    OUTPUTS = 2 + 2 * STAGES  # logits, features, stage maps, kernel sums
 
     def __init__(self, config: Sequence[int], arrays: Sequence[Floats], threads: int, build: str | None = None) -> None:
         self.build = _runnable(build)
         self._process = os.getpid()
-        self._lock = threading.Lock()  # the memory below is one call's
+        self._lock = threading.Lock()  # a workspace serves one call at a time
         self._workspaces: OrderedDict[tuple[int, int], int] = OrderedDict()
         arrays = [np.ascontiguousarray(array, np.float32) for array in arrays]
         error = ctypes.c_char_p()
@@ -61,32 +59,32 @@ class Engine:
             ctypes.c_int64(len(config)),
             _arrays(arrays),
             ctypes.c_int64(len(arrays)),
-            min(threads, MOST_THREADS),
+            min(threads, MAX_THREADS),
             ctypes.byref(error),
         )
         if not self._engine:
             raise ValueError(_text(error.value))
         self.threads: int = _function(self.build, "engine_threads", ctypes.c_int)(ctypes.c_void_p(self._engine))
-        # Not when the interpreter ends: a thread may still be running a batch then.
+        # Nothing is freed when the interpreter exits, because another thread may still be running a batch.
         weakref.finalize(self, _free, self.build, self._engine, self._workspaces).atexit = False
 
     def run(self, pixels: NDArray[np.uint8] | Floats, outputs: Sequence[Floats | None]) -> None:
         """Forward a batch into `outputs`.
 
         Args:
-            pixels: [B, 3, H, W], bytes, or floats that are normalised already.
+            pixels: [B, 3, H, W], uint8, or float32 if already normalised.
             outputs: ten contiguous arrays of exactly the right sizes: logits [B, classes], features [B, D], four stage
-                maps [B, h, w, C], four sums of kernels [B, h, w, G]. None: a map that is not wanted.
+                maps [B, h, w, C], four kernel sums [B, h, w, G]. None for a map that is not requested.
 
         Raises:
-            ValueError: a shape or dtype is wrong, or this is a child of fork, where the engine's threads are not.
-            MemoryError: there is no memory for photos of this size.
+            ValueError: a shape or dtype is wrong, or the process is a forked child, which has no engine threads.
+            MemoryError: there is not enough memory for images of this size.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in (np.uint8, np.float32):
             raise ValueError(f"pixels must be uint8 or float32 [B, 3, H, W], got {pixels.dtype} {pixels.shape}")
-        if len(outputs) != self.OUTPUTS or not all(array is None or _can_be_filled(array) for array in outputs):
+        if len(outputs) != self.OUTPUTS or not all(array is None or _is_writable_float32(array) for array in outputs):
             raise ValueError(f"there must be {self.OUTPUTS} outputs, contiguous float32")
-        if os.getpid() != self._process:  # asked first: a thread that is no more may hold the lock for ever
+        if os.getpid() != self._process:  # before the lock, which a thread of the parent may have held
             raise ValueError("the engine's threads do not outlive a fork")
         batch, _, height, width = pixels.shape
         contiguous: NDArray[Any] = np.ascontiguousarray(pixels)
@@ -106,7 +104,7 @@ class Engine:
     def _workspace(self, height: int, width: int) -> int:
         size = (height, width)
         if size not in self._workspaces:
-            while len(self._workspaces) >= MOST_SIZES:
+            while len(self._workspaces) >= MAX_WORKSPACES:
                 _, oldest = self._workspaces.popitem(last=False)
                 _function(self.build, "workspace_free", None)(ctypes.c_void_p(oldest))
             error = ctypes.c_char_p()
@@ -121,10 +119,10 @@ class Engine:
 
 
 class Operators:
-    """Involution and its gradients in C, with threads of their own.
+    """Involution, batch norm and their gradients in C, with their own thread pool.
 
     Args:
-        threads: cores to use.
+        threads: number of threads.
         build: as for `Engine`.
     """
 
@@ -141,13 +139,13 @@ class Operators:
         """Run `involution` of native/engine.h.
 
         Args:
-            sizes: as there.
+            sizes: as in native/engine.h.
             pointers: address and number of elements of each array.
             element_size: 2 for bfloat16, 4 for float32, 8 for float64.
 
         Raises:
-            ValueError: sizes and arrays do not fit together.
-            MemoryError: there is no memory for a plane of this size.
+            ValueError: the lengths of the arrays do not match the sizes.
+            MemoryError: there is not enough memory for a plane of this size.
         """
         arrays = (_Array * 5)(*(_Array(*pointer) for pointer in pointers))
         with self._lock:
@@ -161,24 +159,24 @@ class Operators:
         """Run a pass of `batch_norm` of native/engine.h.
 
         Args:
-            sizes: its pass, rows, channels, blocks and relu.
-            pointers: address (or None) and number of elements of each of its ten arrays.
+            sizes: pass, rows, channels, blocks and relu.
+            pointers: address (or None) and number of elements of each of the ten arrays.
 
         Raises:
-            ValueError: sizes and arrays do not fit together.
+            ValueError: the lengths of the arrays do not match the sizes.
         """
         arrays = (_Array * 10)(*(_Array(*pointer) for pointer in pointers))
-        step, rows, *others = sizes
+        batch_norm_pass, rows, *others = sizes
         with self._lock:
             error = _function(self.build, "batch_norm", ctypes.c_char_p)(
-                ctypes.c_void_p(self._operators), step, ctypes.c_int64(rows), *others, arrays
+                ctypes.c_void_p(self._operators), batch_norm_pass, ctypes.c_int64(rows), *others, arrays
             )
         if error:
             raise ValueError(_text(error))
 
 
 def unavailable() -> str | None:
-    """Why there is no native library here; None: there is."""
+    """The reason why there is no native library; None if there is one."""
     return _library()[1]
 
 
@@ -188,16 +186,16 @@ def builds() -> list[str]:
 
 
 def int8_builds() -> list[str]:
-    """The same of those for int8; none where REDNET_NATIVE asks for another."""
-    return [] if os.environ.get(VARIABLE) else _names("rednet_int8_builds")
+    """The int8 builds that this machine can run, best first; none if REDNET_NATIVE names another build."""
+    return [] if os.environ.get(ENVIRONMENT_VARIABLE) else _names("rednet_int8_builds")
 
 
 def int8_unavailable() -> str | None:
-    """Why no int8 build can run here; None: one can."""
+    """The reason why no int8 build can run here; None if one can."""
     if reason := unavailable():
         return reason
-    if asked := os.environ.get(VARIABLE):
-        return f"{VARIABLE} asks for the build {asked}"
+    if asked := os.environ.get(ENVIRONMENT_VARIABLE):
+        return f"{ENVIRONMENT_VARIABLE} asks for the build {asked}"
     return None if int8_builds() else "this machine has no AVX2, which int8 needs"
 
 
@@ -211,21 +209,20 @@ def _names(name: str) -> list[str]:
 
 
 def _runnable(build: str | None) -> str:
-    """The build of that name; None: that of REDNET_NATIVE, or the best one."""
+    """The build to run: `build`, else the one that REDNET_NATIVE names, else the best."""
     if reason := unavailable():
         raise RuntimeError(reason)
-    build, found = build or os.environ.get(VARIABLE) or builds()[0], [*builds(), *int8_builds()]
-    if build not in found:
-        raise RuntimeError(f"this machine cannot run a build {build!r}; it can run {', '.join(found)}")
+    build, runnable = build or os.environ.get(ENVIRONMENT_VARIABLE) or builds()[0], [*builds(), *int8_builds()]
+    if build not in runnable:
+        raise RuntimeError(f"this machine cannot run a build {build!r}; it can run {', '.join(runnable)}")
     return build
 
 
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or the reason why there is none."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted == "off":
-        return None, f"{VARIABLE} is off"
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "off":
+        return None, f"{ENVIRONMENT_VARIABLE} is off"
     spec = importlib.util.find_spec(f"{__name__}.library")
     if spec is None or spec.origin is None:
         return None, "the native library was not built: that needs a C compiler when the package is installed"
@@ -246,11 +243,11 @@ def _function(build: str, name: str, result: Any) -> Any:
 
 
 def _arrays(arrays: Sequence[Floats | None]) -> "ctypes.Array[_Array]":
-    found = [_Array() if array is None else _Array(array.ctypes.data, array.size) for array in arrays]
-    return (_Array * len(found))(*found)
+    structs = [_Array() if array is None else _Array(array.ctypes.data, array.size) for array in arrays]
+    return (_Array * len(structs))(*structs)
 
 
-def _can_be_filled(array: Floats) -> bool:
+def _is_writable_float32(array: Floats) -> bool:
     return array.dtype == np.float32 and array.flags.c_contiguous and array.flags.writeable
 
 
@@ -264,5 +261,5 @@ def _text(message: bytes | None) -> str:
     return (message or b"").decode()
 
 
-if (_wanted := os.environ.get(VARIABLE, "")) not in ("", "off", *builds()) and not unavailable():
-    raise ValueError(f"{VARIABLE} is {_wanted!r}; it can be off, {', '.join(builds())} here")
+if (_value := os.environ.get(ENVIRONMENT_VARIABLE, "")) not in ("", "off", *builds()) and not unavailable():
+    raise ValueError(f"{ENVIRONMENT_VARIABLE} is {_value!r}; it can be off, {', '.join(builds())} here")

@@ -1,7 +1,7 @@
 """The involution operator, `torch.ops.rednet.involution`, and the table of its implementations.
 
-One custom operator with fake and autograd rules is what export, torch.compile and training need. Which implementation
-runs is an argument of the operator, so that two networks in one process never change each other's.
+A custom operator with fake and autograd rules supports export, torch.compile and training. The implementation is an
+argument of the operator, so that networks in one process can use different ones.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from rednet.model.ops import native_ops, reference, torch_ops
 
 
 class Implementation(Protocol):
-    """What a module of this package offers; shapes as documented in `reference`."""
+    """The interface of the implementations, which are modules of this package; shapes are those of `reference`."""
 
     def forward(self, x: Tensor, kernel: Tensor, stride: int) -> Tensor: ...
 
@@ -37,7 +37,7 @@ def _available() -> dict[str, Implementation]:
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = _available()
-BY_DEVICE: Mapping[str, str] = {"cpu": "native", "cuda": "triton"}  # preferred; torch where it is not available
+BY_DEVICE: Mapping[str, str] = {"cpu": "native", "cuda": "triton"}  # preferred; "torch" if it is not available
 
 _override: ContextVar[str] = ContextVar("involution_implementation", default="")
 
@@ -68,13 +68,13 @@ def implementation_name(device: torch.device, dtype: torch.dtype) -> str:
     name = BY_DEVICE.get(device.type, "torch")
     if name not in IMPLEMENTATIONS:
         return "torch"
-    return "torch" if name == "native" and dtype not in (*native_ops.DTYPES, *native_ops.HALVES) else name
+    return "torch" if name == "native" and dtype not in (*native_ops.DTYPES, *native_ops.HALF_DTYPES) else name
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    """Involution through the custom operator, or directly where nothing is recorded or traced.
+    """Involution through the custom operator, or directly if there is no autograd and no tracing.
 
-    The first use of a custom operator imports torch's compiler, which takes a second; plain inference avoids it.
+    The first use of a custom operator imports torch's compiler, which takes a second. Plain inference avoids this.
 
     Args:
         x: [B, C, H, W].
@@ -84,7 +84,7 @@ def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     Returns:
         [B, C, h, w].
     """
-    compiling = torch.compiler.is_compiling()  # which cannot trace a context variable; it is read at run time then
+    compiling = torch.compiler.is_compiling()  # it cannot trace the context variable, which is then read at run time
     implementation = "" if compiling else _override.get()
     traced = compiling or not type(x) is type(kernel) is Tensor
     if traced or not torch.is_inference_mode_enabled():
@@ -124,13 +124,13 @@ def _(grad: Tensor, x: Tensor, kernel: Tensor, stride: int, implementation: str)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """The output's memory format is that of x, so that a channels-last network stays channels-last."""
+    """The memory format of x, which the output also gets, so that a channels-last network stays channels-last."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
 
 def _with_strides_of(x: Tensor, grad: Tensor) -> Tensor:
-    """A gradient has the strides of the tensor that it belongs to."""
+    """Return `grad` with the strides of x, the tensor that it is the gradient of."""
     like = torch.empty_like(x)
     return grad if grad.stride() == like.stride() else like.copy_(grad)
 
@@ -158,8 +158,8 @@ def _save_backward_inputs(
 def _second_gradients(
     ctx: Any, grad_grad_x: Tensor, grad_grad_kernel: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    """Gradients of a gradient. Involution F is linear in x and in the kernel, so that <v, dL/dx> = <grad, F(v, kernel)>
-    and <w, dL/dkernel> = <grad, F(x, w)>: the same two operators again.
+    """Second-order gradients. Involution F is linear in x and in the kernel: <v, dL/dx> = <grad, F(v, kernel)> and
+    <w, dL/dkernel> = <grad, F(x, w)>, so that the same two operators compute them.
     """
     grad, x, kernel = ctx.saved_tensors
     options = ctx.stride, ctx.implementation

@@ -1,6 +1,6 @@
-"""Batch norm together with the addition and the ReLU after it, for training in bfloat16 on the CPU.
+"""Batch norm fused with the residual add and the ReLU after it, for training in bfloat16 on the CPU.
 
-As operations of torch they read and write each map eight times in a forward pass; the C code does so three times.
+Separate torch operations read and write each map eight times in a forward pass; the C code does so three times.
 """
 
 from typing import Any
@@ -13,20 +13,24 @@ from rednet.model.native import unavailable
 from rednet.model.ops.native_ops import operators
 
 STATISTICS, NORMALISE, GRADIENT_SUMS, GRADIENTS = range(4)  # passes of native/batch_norm.h
-MAX_BLOCKS, ROWS_PER_BLOCK = 64, 256  # of partial sums; they depend on the map alone, and so do the results
-CHANNELS = 16  # channels must be a multiple; fewer than a vector are faster in torch
+MAX_BLOCKS, ROWS_PER_BLOCK = 64, 256  # blocks of partial sums, and so results, depend only on the map
+CHANNEL_MULTIPLE = 16  # torch is faster where the channels do not fill whole vectors
 
 
 def batch_norm(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, *, relu: bool = True) -> Tensor:
     """`norm(x)`, plus `shortcut` if there is one, and then ReLU if `relu`.
 
     Args:
-        norm: a batch norm, or the module that stands in its place in a network for inference.
+        norm: a batch norm, or the module that replaces it in a network for inference.
         x: [B, C, H, W].
         shortcut: [B, C, H, W], or None to add nothing.
-        relu: whether negative values become zero.
+        relu: whether a ReLU follows.
     """
-    if _plain(norm) and _fast(x) and (shortcut is None or (_fast(shortcut) and shortcut.shape == x.shape)):
+    if (
+        _is_ordinary(norm)
+        and _is_supported(x)
+        and (shortcut is None or (_is_supported(shortcut) and shortcut.shape == x.shape))
+    ):
         assert isinstance(norm, nn.BatchNorm2d)
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
@@ -38,8 +42,8 @@ def batch_norm(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, *, re
     return F.relu(x) if relu else x
 
 
-def _plain(norm: nn.Module) -> bool:
-    """Whether calling the module would do nothing but train an ordinary batch norm."""
+def _is_ordinary(norm: nn.Module) -> bool:
+    """Whether the module is an ordinary batch norm in training mode, without hooks."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
@@ -50,30 +54,30 @@ def _plain(norm: nn.Module) -> bool:
     )
 
 
-def _fast(x: Tensor) -> bool:
+def _is_supported(x: Tensor) -> bool:
     """Whether the C code supports this map."""
     return (
         type(x) is Tensor
         and (x.device.type, x.dtype) == ("cpu", torch.bfloat16)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and x.shape[1] % CHANNELS == 0
-        and x.numel() > x.shape[1]  # the variance of one value is an error, which torch raises
+        and x.shape[1] % CHANNEL_MULTIPLE == 0
+        and x.numel() > x.shape[1]  # torch raises an error for the variance of one value
         and not (unavailable() or torch.compiler.is_compiling())
     )
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Sums over rows are completed in float64, and the factors of each channel follow from them."""
+    """Adds up the partial sums in float64 and derives the factors of each channel from them."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, norm: nn.BatchNorm2d, relu: bool
     ) -> Tensor:
         rows = x.numel() // x.shape[1]
-        near = x[0, :, 0, 0].float()  # subtracted first, so that a large mean costs the variance no digits
-        mean, square = _sums(STATISTICS, x, a=near) / rows
+        pivot = x[0, :, 0, 0].float()  # subtracted first, so that a large mean costs the variance no precision
+        mean, square = _sums(STATISTICS, x, a=pivot) / rows
         variance = (square - mean * mean).clamp_min(0)
-        mean = mean + near
+        mean = mean + pivot
         _track(norm, mean, variance * (rows / (rows - 1)))
         rstd = (variance + norm.eps).rsqrt()
         scale = weight * rstd
@@ -86,7 +90,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, shortcut, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient will be differentiated: torch has rules for that
+        if torch.is_grad_enabled():  # a second-order gradient, for which torch has rules
             gradients = _differentiable_gradients(grad, x, weight, bias, shortcut, ctx.eps, y is not None)
             return *gradients, None, None
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -103,15 +107,15 @@ class _BatchNorm(torch.autograd.Function):
 def _differentiable_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor | None, ...]:
-    """Of x, weight, bias and shortcut."""
+    """Gradients of x, weight, bias and shortcut as differentiable torch operations."""
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     if shortcut is not None:
         y = y + shortcut
     y = F.relu(y) if relu else y
     inputs = (x, weight, bias) if shortcut is None else (x, weight, bias, shortcut)
-    wanted = [each for each in inputs if each.requires_grad]
-    found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, grad, create_graph=True), strict=True))
-    return tuple(found.get(id(each)) for each in (x, weight, bias, shortcut))
+    leaves = [each for each in inputs if each.requires_grad]
+    gradients = dict(zip(map(id, leaves), torch.autograd.grad(y, leaves, grad, create_graph=True), strict=True))
+    return tuple(gradients.get(id(each)) for each in (x, weight, bias, shortcut))
 
 
 def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
@@ -135,8 +139,8 @@ def _blocks(x: Tensor) -> int:
 
 def _run(batch_norm_pass: int, x: Tensor, *, relu: bool = False, **arrays: Tensor | None) -> None:
     names = ("grad", "y", "shortcut", "a", "b", "c", "sums", "out", "grad_shortcut")
-    found = [x, *(arrays.get(name) for name in names)]
-    found[4:7] = [each if each is None else each.float() for each in found[4:7]]  # the factors
-    pointers = [(None, 0) if each is None else (each.data_ptr(), each.numel()) for each in found]
+    tensors = [x, *(arrays.get(name) for name in names)]
+    tensors[4:7] = [each if each is None else each.float() for each in tensors[4:7]]  # a, b, c
+    pointers = [(None, 0) if each is None else (each.data_ptr(), each.numel()) for each in tensors]
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     operators().batch_norm((batch_norm_pass, rows, channels, _blocks(x), int(relu)), pointers)

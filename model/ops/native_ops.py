@@ -1,7 +1,8 @@
-"""C on the CPU, channels-last inside. The fast case: float32 or bfloat16, 16 channels per group and the usual kernels.
+"""The involution operator in C, for the CPU, on channels-last maps.
 
-Half precisions are computed in float32: bfloat16 in the fast case is converted inside the C code, everything else
-before it. Shapes and dtypes that the C code does not support run in `torch_ops`.
+The fast case is float32 or bfloat16 with 16 channels per group and the kernels in `FAST_CASES`. Half precisions are
+computed in float32; the C code converts bfloat16 in the fast case, and torch converts everything else beforehand.
+Shapes and dtypes that the C code does not support run in `torch_ops`.
 """
 
 import os
@@ -15,14 +16,14 @@ from rednet.model.native import Operators
 from rednet.model.ops import torch_ops
 
 DTYPES = (torch.float32, torch.float64)
-HALVES = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 FAST_CASES = ((3, 1), (7, 1), (7, 2))  # kernel size, stride
-LARGEST_KERNEL, LARGEST_SIZE = 63, 1 << 24
+MAX_KERNEL_SIZE, MAX_SIZE = 63, 1 << 24  # as in native/engine.c
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Involution of x [B, C, H, W] with kernel [B, G, K*K, h, w]; returns [B, C, h, w]."""
-    if x.dtype in HALVES and not _fast_bfloat16(x, kernel, stride):
+    if x.dtype in HALF_DTYPES and not _fast_bfloat16(x, kernel, stride):
         return forward(x.float(), kernel.float(), stride).to(x.dtype)
     if not _fits(x, kernel):
         return torch_ops.forward(x, kernel, stride)
@@ -35,7 +36,7 @@ def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
 
 def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel from grad [B, C, h, w]."""
-    if x.dtype in HALVES and not _fast_bfloat16(x, kernel, stride):
+    if x.dtype in HALF_DTYPES and not _fast_bfloat16(x, kernel, stride):
         grad_x, grad_kernel = backward(grad.float(), x.float(), kernel.float(), stride)
         return grad_x.to(x.dtype), grad_kernel.to(x.dtype)
     if not _fits(grad, x, kernel):
@@ -47,20 +48,20 @@ def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tens
 
 
 def _fast_bfloat16(x: Tensor, kernel: Tensor, stride: int) -> bool:
-    """Whether the C code takes these as they are."""
+    """Whether the C code computes these tensors without a prior conversion."""
     case = (x.shape[1], isqrt(kernel.shape[2]), stride)
     return x.dtype == torch.bfloat16 and case in ((16 * kernel.shape[1], *each) for each in FAST_CASES)
 
 
 def _fits(*tensors: Tensor) -> bool:
-    """Addresses go to C: they must be those of this machine's memory, of one dtype, and of sizes that C can count."""
+    """Whether the C code supports these tensors: in CPU memory, of one supported dtype, within its size limits."""
     x, kernel = tensors[-2:]
     alike = all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
     return (
         alike
         and x.dtype in (torch.bfloat16, *DTYPES)
-        and kernel.shape[2] <= LARGEST_KERNEL**2
-        and max(x.shape) <= LARGEST_SIZE
+        and kernel.shape[2] <= MAX_KERNEL_SIZE**2
+        and max(x.shape) <= MAX_SIZE
     )
 
 
@@ -88,7 +89,7 @@ def _call(stride: int, tensors: list[Tensor], gradients: bool) -> None:
 
 
 def operators() -> Operators:
-    """The C functions, with as many threads as torch has."""
+    """The C functions, with as many threads as torch uses."""
     return _operators(torch.get_num_threads())
 
 

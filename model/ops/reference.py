@@ -1,7 +1,7 @@
-"""The definition: unfold every KxK window, weigh it, sum (Li et al., CVPR 2021, algorithm 1).
+"""Involution as the paper defines it: unfold KxK windows, multiply, sum (Li et al., CVPR 2021, algorithm 1).
 
-Short enough to check against the paper by eye, and the yardstick of every other implementation. It holds
-K*K copies of its input (49 for a 7x7 kernel), so nothing but tests and comparisons should run it.
+It is short enough to check against the paper by eye, and all other implementations are compared with it. It holds K*K
+copies of its input (49 for a 7x7 kernel), so only tests and comparisons should run it.
 """
 
 from math import isqrt

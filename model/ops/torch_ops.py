@@ -1,8 +1,8 @@
-"""Plain torch on any device: one shifted multiply-add per tap, without the K*K-fold buffer of the definition.
+"""The involution operator in plain torch, for any device: one multiply-add of shifted views per tap.
 
-The batch is moved to the last dimension while the taps are summed. A shifted window is a strided view, contiguous
-only along its last dimension: with the batch there, the inner loops stay long even for the 7x7 maps of the last stage
-(batch 64, 6x6 maps: 4.6 ms instead of 17 on two cores). The sum is kept in at least float32.
+It needs no buffer of K*K copies. The batch is the last dimension while the taps are summed: a shifted window is a
+strided view that is contiguous only along its last dimension, so inner loops stay long even for the 7x7 maps of the
+last stage (batch 64, 6x6 maps: 4.6 ms instead of 17 ms on two cores). Sums are accumulated in at least float32.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def backward(grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tens
 
 
 def _windows(padded: Tensor, taps: int, h: int, w: int, stride: int) -> Iterator[tuple[int, Tensor]]:
-    """For each tap, the view [G, C//G, h, w, B] of the pixels it multiplies."""
+    """For each tap, the view [G, C//G, h, w, B] of the pixels that it multiplies."""
     k = isqrt(taps)
     for tap in range(taps):
         top, left = divmod(tap, k)
