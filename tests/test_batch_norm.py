@@ -1,4 +1,4 @@
-"""Batch norm with the addition and the ReLU after it, in C, against torch's in float32."""
+"""Fused batch norm, residual add and ReLU in C, compared with torch in float32."""
 
 import copy
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def relative_error(result: Tensor | None, expected: Tensor | None) -> float:
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("shape", [(8, 64, 7, 5), (3, 16, 1, 1), (2, 48, 1, 9), (20, 32, 24, 24)])
 @pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_fused_batch_norm_has_torchs_values_gradients_and_statistics(
+def test_fused_batch_norm_matches_torch_values_gradients_and_statistics(
     shape: tuple[int, int, int, int], mean: float, added: bool, relu: bool
 ) -> None:
     """Within the rounding of bfloat16 where the result is bfloat16, and of float32 where it is float32."""
@@ -54,7 +54,7 @@ def test_fused_batch_norm_has_torchs_values_gradients_and_statistics(
     assert runs_in_c(y)
     wide = [each.float().requires_grad_() for each in (x, shortcut) if each is not None]
     expected = theirs(wide[0]) + (wide[1] if added else 0)
-    # Where rounding decides about the sign, the gradients of the two are those of different functions.
+    # Where rounding decides the sign, the two ReLUs are different functions, so the comparison uses the same mask.
     expected = torch.where(y > 0, expected, 0 * expected) if relu else expected
     expected.backward(grad.float())
     for result, reference in zip(
@@ -67,7 +67,7 @@ def test_fused_batch_norm_has_torchs_values_gradients_and_statistics(
         torch.testing.assert_close(ours.get_buffer(name), theirs.get_buffer(name), rtol=1e-5, atol=1e-5)
 
 
-def test_fused_batch_norm_is_the_same_with_any_number_of_threads() -> None:
+def test_fused_batch_norm_is_bit_identical_for_any_threads() -> None:
     """Partial sums belong to blocks of rows, not to threads."""
     torch.manual_seed(0)
     x, norm = bfloat16_map(6, 32, 40, 40).requires_grad_(), trained(32)
@@ -82,8 +82,8 @@ def test_fused_batch_norm_is_the_same_with_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_fused_batch_norm_lets_nan_pass() -> None:
-    """A network that overflowed must not look healthy: ReLU would make zeros of it."""
+def test_fused_batch_norm_keeps_nan() -> None:
+    """A network that overflowed must not look healthy: some ReLUs turn NaN into zero."""
     x = bfloat16_map(2, 16, 3, 3)
     x[0, 5, 1, 1] = torch.nan
     y = batch_norm(trained(16), x.requires_grad_())
@@ -92,8 +92,8 @@ def test_fused_batch_norm_lets_nan_pass() -> None:
     assert not y[:, :5].isnan().any()
 
 
-def test_fused_batch_norm_can_be_differentiated_twice() -> None:
-    """A gradient penalty has torch's gradient."""
+def test_fused_batch_norm_second_gradients_match_torch() -> None:
+    """As a gradient penalty computes them."""
     torch.manual_seed(0)
     x, shortcut, norm, penalties = bfloat16_map(4, 16, 5, 5), bfloat16_map(4, 16, 5, 5), trained(16), []
     for fused in (True, False):
@@ -114,8 +114,8 @@ def test_fused_batch_norm_can_be_differentiated_twice() -> None:
         lambda norm: norm.register_forward_hook(lambda *_: None),
     ],
 )
-def test_other_batch_norms_are_left_to_torch(change: Callable[[nn.BatchNorm2d], object]) -> None:
-    """Evaluation, a cumulative average and hooks are what the C code does not know."""
+def test_fused_batch_norm_leaves_other_modules_to_torch(change: Callable[[nn.BatchNorm2d], object]) -> None:
+    """The C code does not support evaluation, cumulative averages and hooks."""
     torch.manual_seed(0)
     norm, x = trained(16), bfloat16_map(2, 16, 4, 4).requires_grad_()
     change(norm)
@@ -135,22 +135,22 @@ def test_other_batch_norms_are_left_to_torch(change: Callable[[nn.BatchNorm2d], 
     ],
     ids=["float32", "channels-first", "24 channels", "empty"],
 )
-def test_other_maps_are_left_to_torch(x: Tensor) -> None:
-    """And so is a shortcut that is broadcast."""
+def test_fused_batch_norm_leaves_other_maps_to_torch(x: Tensor) -> None:
+    """The C code supports bfloat16, channels-last, with a multiple of 16 channels."""
     y = batch_norm(trained(x.shape[1]), x.requires_grad_())
     assert not runs_in_c(y)
     assert y.shape == x.shape
 
 
-def test_a_broadcast_shortcut_is_left_to_torch() -> None:
-    """It has another number of elements than the map."""
+def test_fused_batch_norm_leaves_a_broadcast_shortcut_to_torch() -> None:
+    """Its number of elements differs from that of the map."""
     x, shortcut = bfloat16_map(2, 16, 4, 4).requires_grad_(), bfloat16_map(2, 16, 1, 1)
     norm = trained(16)
     expected = copy.deepcopy(norm)(x) + shortcut
     assert torch.equal(batch_norm(norm, x, shortcut, relu=False), expected)
 
 
-def test_batch_norm_of_a_single_value_is_refused() -> None:
-    """It has no variance; torch says so."""
+def test_fused_batch_norm_of_a_single_value_raises() -> None:
+    """Its variance is undefined; the error is torch's."""
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         batch_norm(trained(16), bfloat16_map(1, 16, 1, 1))

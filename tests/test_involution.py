@@ -1,4 +1,4 @@
-"""The operator and its implementations, against the definition and against each other."""
+"""The involution operator and its implementations, compared with the definition and with each other."""
 
 import copy
 import itertools
@@ -39,7 +39,7 @@ def inputs(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
     x = torch.randn(batch, groups * width_of_group, height, width, generator=generator, dtype=torch.float64)
     shape = (batch, groups, k * k, -(-height // stride), -(-width // stride))
     kernel = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if draw(st.booleans()):  # the same values, strewn over memory
+    if draw(st.booleans()):  # the same values with other strides
         x = x.transpose(2, 3).contiguous().transpose(2, 3)
         kernel = kernel.movedim(1, -1).contiguous().movedim(-1, 1)
     return x, kernel, stride
@@ -47,8 +47,8 @@ def inputs(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("k", "stride"), [(3, 1), (3, 2), (7, 1)])
-def test_every_implementation_is_the_papers_equation(name: str, k: int, stride: int) -> None:
-    """Sums written out one product at a time give the same values."""
+def test_involution_matches_the_papers_equation(name: str, k: int, stride: int) -> None:
+    """Every implementation gives the same values as sums of single products."""
     torch.manual_seed(0)
     x, kernel = torch.randn(2, 4, 5, 4).double(), torch.randn(2, 2, k * k, -(-5 // stride), -(-4 // stride)).double()
     with use(name):
@@ -57,8 +57,8 @@ def test_every_implementation_is_the_papers_equation(name: str, k: int, stride: 
 
 @settings(max_examples=80, deadline=None)
 @given(inputs())
-def test_implementations_agree_on_values_and_gradients(case: tuple[Tensor, Tensor, int]) -> None:
-    """Over random shapes, strides, group widths, memory layouts and empty batches, all are equal to the definition."""
+def test_involution_implementations_agree_on_values_and_gradients(case: tuple[Tensor, Tensor, int]) -> None:
+    """All match the definition over random shapes, strides, group widths, memory layouts and empty batches."""
     x, kernel, stride = case
     results = {}
     for name in IMPLEMENTATIONS:
@@ -72,7 +72,7 @@ def test_implementations_agree_on_values_and_gradients(case: tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
+def test_involution_gradients_match_finite_differences(name: str) -> None:
     """Both gradients, at stride 1 and 2, on odd maps."""
     torch.manual_seed(0)
     for stride in (1, 2):
@@ -85,8 +85,8 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own checking code
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_the_operator_keeps_torchs_rules(name: str) -> None:
-    """Schema, fake tensors, autograd registration and tracing pass torch's own check."""
+def test_involution_operator_passes_opcheck(name: str) -> None:
+    """torch checks the schema, fake tensors, the autograd registration and tracing."""
     x = torch.randn(2, 32, 6, 6, requires_grad=True)
     kernel = torch.randn(2, 2, 9, 3, 3, requires_grad=True)
     with use(name):
@@ -94,7 +94,7 @@ def test_the_operator_keeps_torchs_rules(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+def test_involution_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
     """The result is the exact sum, rounded once."""
     torch.manual_seed(0)
     x, kernel = torch.randn(1, 16, 8, 8).to(dtype), torch.randn(1, 1, 49, 8, 8).to(dtype)
@@ -107,10 +107,10 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
 @needs_native
 @pytest.mark.parametrize(("groups", "width"), [(1, 16), (3, 16), (2, 8)])
 @pytest.mark.parametrize(("k", "stride", "height"), [(3, 1, 8), (3, 2, 7), (5, 1, 6), (7, 1, 9), (7, 2, 10), (7, 2, 9)])
-def test_native_bfloat16_is_the_float32_result_rounded_once(
+def test_native_involution_in_bfloat16_is_the_rounded_float32_result(
     groups: int, width: int, k: int, stride: int, height: int
 ) -> None:
-    """Values and both gradients, bit for bit, whether the C code converts or its caller does."""
+    """Values and both gradients are bit-identical, whether the C code or its caller converts."""
     torch.manual_seed(0)
     out = -(-height // stride)
     x = torch.randn(2, groups * width, height, height + 1).bfloat16().to(memory_format=torch.channels_last)
@@ -138,15 +138,15 @@ def test_native_bfloat16_is_the_float32_result_rounded_once(
         ((2, 16, 5, 5), (2, 1, 9, 2, 2), 2, "must be 3x3"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(x: Any, kernel: Any, stride: int, message: str) -> None:
-    """Nothing is computed from shapes that contradict each other; the message says what is wrong."""
+def test_involution_rejects_inconsistent_shapes(x: Any, kernel: Any, stride: int, message: str) -> None:
+    """The message says which requirement is violated."""
     with pytest.raises(ValueError, match=message):
         involution(torch.zeros(x), torch.zeros(kernel), stride)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_second_gradients_match_finite_differences(name: str) -> None:
-    """Gradient penalties differentiate a gradient, with respect to x and to the kernel."""
+def test_involution_second_gradients_match_finite_differences(name: str) -> None:
+    """Gradient penalties need them, with respect to x and to the kernel."""
     torch.manual_seed(0)
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     kernel = torch.randn(1, 1, 9, 2, 2, dtype=torch.float64, requires_grad=True)
@@ -156,8 +156,8 @@ def test_second_gradients_match_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layer_under_autocast_takes_float32_input(dtype: torch.dtype) -> None:
-    """As a convolution does: the result has autocast's dtype and the value of its inputs rounded to it, gradients
-    have the parameters' dtype; outside of autocast nothing changes."""
+    """As in a convolution, inputs are rounded to autocast's dtype, as is the result. Gradients have the dtype of the
+    parameters. Outside of autocast nothing changes."""
     torch.manual_seed(0)
     layer, x = Involution(32, 7), torch.randn(2, 32, 9, 9)
     plain = layer(x)
@@ -171,8 +171,8 @@ def test_layer_under_autocast_takes_float32_input(dtype: torch.dtype) -> None:
 
 
 def test_function_under_autocast_casts_both_operands() -> None:
-    """Whichever of x and kernel a half-precision layer made; float64 is not cast, and is refused beside bfloat16 as a
-    convolution refuses it."""
+    """Whether x, kernel or neither is already in half precision. As in convolutions, float64 is not cast, and mixing it
+    with bfloat16 is an error."""
     torch.manual_seed(0)
     x, kernel = torch.randn(1, 16, 5, 5), torch.randn(1, 1, 9, 5, 5)
     half = torch.bfloat16
@@ -189,7 +189,7 @@ def test_function_under_autocast_casts_both_operands() -> None:
 
 
 class Residual(nn.Module):
-    """Another network's block with the layer dropped in."""
+    """A block of another network that uses the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "fx", "compile", "export", "trace", "data-parallel"])
 def test_layer_in_another_network_survives(how: str, autocast: bool) -> None:
-    """What training frameworks do to a network leaves its answer as it was, also under autocast."""
+    """The usual transformations of training frameworks keep the output, also under autocast."""
     torch.manual_seed(0)
     net, x = Residual().eval().requires_grad_(False), torch.randn(2, 3, 12, 10)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -240,7 +240,7 @@ def test_fx_traces_the_whole_network() -> None:
 
 
 def test_layer_on_meta_tensors_computes_shapes() -> None:
-    """Frameworks find out strides and sizes without memory."""
+    """Frameworks determine strides and sizes without allocating memory."""
     layer = Involution(32, 7, stride=2).to("meta")
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
@@ -248,8 +248,8 @@ def test_layer_on_meta_tensors_computes_shapes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own code for torch.func
-def test_forward_mode_differentiation_is_refused() -> None:
-    """The operator knows no rule for it, and would return a derivative without the part that goes through it."""
+def test_involution_rejects_forward_mode_differentiation() -> None:
+    """The operator has no rule for it; without the error, its part of the derivative would be missing silently."""
     x, kernel = torch.randn(1, 16, 4, 4), torch.randn(1, 1, 9, 4, 4)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda a: involution(a, kernel), (x,), (x,))
@@ -258,26 +258,26 @@ def test_forward_mode_differentiation_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_dtypes_without_floating_point_are_refused(dtype: torch.dtype) -> None:
-    """As by a convolution; sums would wrap around, or gradients lack a conjugate."""
+def test_involution_rejects_dtypes_without_floating_point(dtype: torch.dtype) -> None:
+    """As convolutions do: sums would wrap around, and gradients would lack a conjugate."""
     with pytest.raises(ValueError, match="floating point"):
         involution(torch.ones(1, 16, 4, 4, dtype=dtype), torch.ones(1, 1, 9, 4, 4, dtype=dtype))
 
 
-def test_dtypes_that_differ_are_refused() -> None:
+def test_involution_rejects_mixed_dtypes() -> None:
     """Mixed precision is an error, not a silent conversion."""
     with pytest.raises(ValueError, match="float64"):
         involution(torch.zeros(1, 16, 4, 4), torch.zeros(1, 1, 9, 4, 4).double())
 
 
-def test_an_unknown_implementation_is_refused() -> None:
-    """The message lists those that exist."""
+def test_use_rejects_an_unknown_implementation() -> None:
+    """The message lists the available implementations."""
     with pytest.raises(ValueError, match="reference, torch"), use("fast"):
         pass
 
 
-def test_the_layer_defines_odd_maps_at_stride_2() -> None:
-    """At an odd border the kernel comes from the pixels that exist, so a copied border row changes nothing."""
+def test_layer_at_stride_2_on_odd_maps() -> None:
+    """At an odd border the kernel is generated from the average of the pixels that exist."""
     torch.manual_seed(0)
     layer = Involution(16, 7, stride=2).eval()
     x = torch.randn(1, 16, 5, 5)
@@ -285,8 +285,8 @@ def test_the_layer_defines_odd_maps_at_stride_2() -> None:
     torch.testing.assert_close(layer.avgpool(x)[..., 2, 2], x[..., 4, 4])
 
 
-def test_a_layer_that_cannot_be_is_refused() -> None:
-    """Channels must divide into groups."""
+def test_layer_rejects_invalid_arguments() -> None:
+    """Channels must be a multiple of the group width, and all sizes must be positive."""
     with pytest.raises(ValueError, match="group_channels"):
         Involution(24, 7)
     for arguments in ({"kernel_size": -3}, {"stride": 0}, {"reduction_ratio": 0}, {"group_channels": -16}):
@@ -295,8 +295,8 @@ def test_a_layer_that_cannot_be_is_refused() -> None:
 
 
 @needs_native
-def test_the_operator_itself_reads_nothing_foreign() -> None:
-    """Past the checks of `involution`, mixed dtypes and maps of another shape do not reach C."""
+def test_native_operator_called_directly_validates_its_inputs() -> None:
+    """Without the checks of `involution`, mixed dtypes and kernel maps of the wrong shape still do not reach C."""
     x = torch.zeros(1, 16, 4, 4, dtype=torch.float64)
     with use("native"):
         assert torch.equal(operator(x, torch.zeros(1, 1, 9, 4, 4), 1), x)
@@ -304,8 +304,8 @@ def test_the_operator_itself_reads_nothing_foreign() -> None:
             operator(x, torch.zeros(1, 1, 9, 2, 8, dtype=torch.float64), 1)
 
 
-def test_kernels_larger_than_the_native_code_counts_are_computed_all_the_same() -> None:
-    """65x65: the torch implementation does it."""
+def test_kernels_larger_than_the_native_limit_run_in_torch() -> None:
+    """65x65, where the C code supports up to 63x63."""
     torch.manual_seed(0)
     x, kernel = torch.randn(1, 2, 3, 3), torch.randn(1, 1, 65 * 65, 3, 3)
     torch.testing.assert_close(involution(x, kernel), by_hand(x, kernel, 1))

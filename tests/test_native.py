@@ -1,4 +1,4 @@
-"""The native library: the engine and the operator in C, in each of their builds."""
+"""The native library: the engine and the operators in C, in all builds that this machine can run."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ TOLERANCE = 1e-5  # relative, against float64
 
 
 def network(name: str = "rednet26", **fields: Any) -> RedNet:
-    """A network of random weights whose answers differ from photo to photo."""
+    """A network with random weights whose outputs differ from photo to photo."""
     return lively(create_rednet(name, **{"base_channels": 16, "stem_channels": 32, "num_classes": 7} | fields))
 
 
@@ -41,7 +41,7 @@ def photos(batch: int, height: int, width: int) -> Tensor:
 
 
 def exact(net: RedNet, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and features by the definition, in float64."""
+    """Logits and features of the reference implementation in float64."""
     double = (
         create_rednet(net.config.name, **{k: v for k, v in vars(net.config).items() if k != "depth"}).eval().double()
     )
@@ -58,15 +58,15 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
 
 
 def engines(net: RedNet, threads: tuple[int, ...]) -> Iterator[NativeBackend]:
-    """The network in every build and on every number of threads."""
+    """The network in every build and with every number of threads."""
     for build, count in itertools.product(builds(), threads):
         yield NativeBackend(net, Preprocess(), threads=count, build=build)
 
 
 @needs_native
 @pytest.mark.parametrize("name", [f"rednet{depth}" for depth in BLOCKS])
-def test_every_depth_and_build_is_the_definition(name: str) -> None:
-    """Each of the five networks, in each build, alone and shared, on photos that are not square."""
+def test_native_engine_matches_definition_for_every_depth_and_build(name: str) -> None:
+    """Three non-square photos on two threads: one for each thread and one that both share."""
     net = network(name)
     pixels = photos(3, 96, 160)
     logits, features = exact(net, pixels)
@@ -78,8 +78,8 @@ def test_every_depth_and_build_is_the_definition(name: str) -> None:
 
 @needs_native
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (1, 1), (7, 300), (224, 224), (512, 320)])
-def test_every_size_is_the_definition(size: tuple[int, int]) -> None:
-    """Square and not, odd, tiny and large, on fewer and on more threads than images."""
+def test_native_engine_matches_definition_for_every_image_size(size: tuple[int, int]) -> None:
+    """Square, non-square, odd, tiny and large images, on fewer and on more threads than images."""
     net = network()
     pixels = photos(3, *size)
     logits, features = exact(net, pixels)
@@ -99,13 +99,13 @@ def test_every_size_is_the_definition(size: tuple[int, int]) -> None:
             "base_channels": 16,
             "stem_kernel_size": 7,
             "reduction_ratio": 1,
-        },  # stage 1 adds its input
+        },  # stage 1 has an identity shortcut
         {"base_channels": 48, "stem_channels": 96, "num_classes": 1, "kernel_size": 1},
         {"base_channels": 32, "num_classes": 1003, "strides": (1, 1, 1, 1), "kernel_size": 3},
     ],
 )
-def test_every_configuration_is_the_definition(fields: dict[str, Any]) -> None:
-    """Whatever a configuration with 16 channels per group can say, and not only what the paper uses."""
+def test_native_engine_matches_definition_for_other_configurations(fields: dict[str, Any]) -> None:
+    """Strides, kernel sizes, reductions and widths that the paper does not use."""
     net = network(**fields)
     pixels = photos(3, 50, 70)
     logits, _ = exact(net, pixels)
@@ -114,8 +114,8 @@ def test_every_configuration_is_the_definition(fields: dict[str, Any]) -> None:
 
 
 @needs_native
-def test_no_bit_depends_on_neighbours_or_threads() -> None:
-    """A photo's answers and maps are the same alone, in any batch up to nine and on any number of threads."""
+def test_native_engine_is_bit_identical_for_any_batch_and_threads() -> None:
+    """The outputs and maps of a photo are the same alone, in any batch up to nine and with any number of threads."""
     net = network()
     pixels = photos(9, 144, 160)  # late stages take three images at a time
     for build in builds():
@@ -137,8 +137,8 @@ def test_no_bit_depends_on_neighbours_or_threads() -> None:
 @needs_native
 @needs_shared
 @pytest.mark.parametrize("depth", [26, 50, 101])
-def test_the_engine_gives_the_official_outputs(depth: int) -> None:
-    """Logits, features and stage maps of the official code, at full width, on the inputs it was run on."""
+def test_native_engine_matches_official_outputs(depth: int) -> None:
+    """Logits, features and stage maps of the official code at full width, for the same inputs."""
     golden = deterministic()
     shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
     net = create_rednet(f"rednet{depth}").eval()
@@ -160,11 +160,11 @@ def test_the_engine_gives_the_official_outputs(depth: int) -> None:
 
 
 @needs_native
-def test_what_does_not_fit_is_refused_at_the_boundary() -> None:
-    """Arrays of another network, wrong dtypes and lengths: an error, and nothing is read or written."""
+def test_engine_rejects_wrong_arrays_dtypes_and_lengths() -> None:
+    """Each raises an error before C reads or writes an array."""
     net = network()
-    form = NativeBackend(net, Preprocess(), threads=2)
-    engine = form._engine
+    backend = NativeBackend(net, Preprocess(), threads=2)
+    engine = backend._engine
     numbers = [1, 2, 4, 1, 1, 2, 2, 2, 32, 16, 7, 7, 3, 4]
     one = [np.zeros(768, np.float32)]
     for config, arrays, message in (
@@ -200,16 +200,18 @@ def test_what_does_not_fit_is_refused_at_the_boundary() -> None:
 
 
 @needs_native
-def test_threads_of_python_may_share_an_engine() -> None:
-    """Calls take turns; every answer is right."""
+def test_engine_shared_by_python_threads() -> None:
+    """Concurrent calls run one after another, and every result is right."""
     from concurrent.futures import ThreadPoolExecutor
 
-    form = NativeBackend(network(), Preprocess(), threads=2)
-    batches = [photos(batch, side, 48) for batch in (1, 2, 3) for side in (32, 48, 64)]  # three sizes: memory is shared
-    expected = [form(pixels).logits for pixels in batches]
+    backend = NativeBackend(network(), Preprocess(), threads=2)
+    batches = [
+        photos(batch, side, 48) for batch in (1, 2, 3) for side in (32, 48, 64)
+    ]  # three sizes share two workspaces
+    expected = [backend(pixels).logits for pixels in batches]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            results = pool.map(lambda pixels: form(pixels).logits, batches)
+            results = pool.map(lambda pixels: backend(pixels).logits, batches)
             assert all(torch.equal(ours, known) for ours, known in zip(results, expected, strict=True))
 
 
@@ -219,14 +221,14 @@ from rednet import create_rednet
 from rednet import involution
 from rednet.model.inference.native_backend import NativeBackend
 from rednet.model.images.preprocess import Preprocess
-form = NativeBackend(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
+backend = NativeBackend(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
 pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 x, kernel = torch.randn(2, 16, 8, 8), torch.randn(2, 1, 9, 8, 8)
-form(pixels)
+backend(pixels)
 expected = involution(x, kernel)
 if os.fork() == 0:
     try:
-        form(pixels)
+        backend(pixels)
     except ValueError as error:
         same = torch.equal(involution(x, kernel), expected)
         os._exit(0 if "do not outlive a fork" in str(error) and same else 1)
@@ -236,8 +238,8 @@ raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 @needs_native
-def test_after_a_fork_nothing_hangs() -> None:
-    """Threads stay behind with the parent: the engine says so, the operator starts its own again."""
+def test_native_engine_and_operator_after_fork() -> None:
+    """The child has none of the threads: the engine raises an error, and the operator starts new threads."""
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=60, check=False).returncode == 0
 
 
@@ -246,15 +248,15 @@ def info(native: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([REDNET, "info"], env=environment, capture_output=True, check=False, text=True)
 
 
-def test_it_can_be_switched_off() -> None:
-    """REDNET_NATIVE decides, and `rednet info` tells what runs instead and why."""
+def test_rednet_native_off_selects_torch() -> None:
+    """`rednet info` reports what runs instead, and why."""
     result = info("off")
     assert "backend: torch, involution: torch\n" in result.stdout
     assert "passed_over: int8: REDNET_NATIVE is off, native engine: REDNET_NATIVE is off\n" in result.stdout
 
 
 @needs_native
-def test_each_build_can_be_asked_for_and_no_other() -> None:
+def test_rednet_native_selects_a_build_and_rejects_unknown_names() -> None:
     """A build that does not exist is an error, not a slow server."""
     assert "backend: native engine, generic, " in info("generic").stdout
     result = info("mmx")
@@ -262,8 +264,8 @@ def test_each_build_can_be_asked_for_and_no_other() -> None:
     assert "REDNET_NATIVE is 'mmx'; it can be off, " in result.stderr
 
 
-def test_where_there_is_a_compiler_there_is_the_library() -> None:
-    """It is optional, so nothing else would notice that its source no longer compiles."""
+def test_native_library_is_available_where_a_compiler_is() -> None:
+    """The library is optional, so no other test would notice that its source no longer compiles."""
     if os.environ.get("REDNET_NATIVE") == "off" or not shutil.which("cc"):
         pytest.skip("switched off, or no C compiler here")
     assert unavailable() is None
@@ -274,24 +276,24 @@ import threading, time, torch
 from rednet import create_rednet
 from rednet.model.inference.native_backend import NativeBackend
 from rednet.model.images.preprocess import Preprocess
-form = NativeBackend(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
+backend = NativeBackend(create_rednet("rednet26", base_channels=16, stem_channels=32).eval(), Preprocess(), threads=2)
 pixels = torch.zeros(16, 3, 224, 224, dtype=torch.uint8)
 def work():
     while True:
-        form(pixels)
+        backend(pixels)
 threading.Thread(target=work, daemon=True).start()
 time.sleep(0.5)
 """
 
 
 @needs_native
-def test_a_process_may_end_while_a_batch_runs() -> None:
-    """The engine's memory stays where it is until the process is gone."""
+def test_process_exit_while_a_batch_runs() -> None:
+    """The memory of the engine is not freed before the process ends."""
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", EXIT], timeout=60, check=False).returncode == 0
 
 
-def test_neon_is_the_same_source(tmp_path: Path) -> None:
-    """Cross-compiled for 64-bit ARM, the library's own check passes under emulation."""
+def test_native_check_passes_on_emulated_arm64(tmp_path: Path) -> None:
+    """check.c is cross-compiled for 64-bit ARM (NEON) and runs under emulation."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64-static")
     if not compiler:
         pytest.skip("no aarch64-linux-gnu-gcc here")

@@ -1,4 +1,4 @@
-"""The Triton kernels: in Triton's interpreter where there is no card, and compiled for one all the same."""
+"""The Triton kernels, in Triton's interpreter if there is no GPU, and compiled for one in either case."""
 
 import os
 import subprocess
@@ -12,19 +12,19 @@ from torch import Tensor
 from rednet.model.ops import reference
 from tests.test_involution import inputs
 
-cuda = pytest.importorskip("rednet.model.ops.triton_ops", reason="no Triton here", exc_type=ImportError)
+triton_ops = pytest.importorskip("rednet.model.ops.triton_ops", reason="no Triton here", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter cuts float32 to bfloat16 where a card rounds.
+# The interpreter truncates float32 to bfloat16, where a GPU rounds.
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7}
 
 
 def results(x: Tensor, kernel: Tensor, stride: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Output and both gradients from the Triton kernels, beside the definition's in float64."""
+    """Pairs of the Triton kernels' results (output, both gradients) and the reference results in float64."""
     x, kernel = x.to(DEVICE, dtype), kernel.to(DEVICE, dtype)
-    out = cuda.forward(x, kernel, stride)
+    out = triton_ops.forward(x, kernel, stride)
     grad = torch.randn_like(out)
-    ours = (out, *cuda.backward(grad, x, kernel, stride))
+    ours = (out, *triton_ops.backward(grad, x, kernel, stride))
     x, kernel, grad = x.double(), kernel.double(), grad.double()
     exact = (reference.forward(x, kernel, stride), *reference.backward(grad, x, kernel, stride))
     return list(zip(ours, exact, strict=True))
@@ -32,11 +32,11 @@ def results(x: Tensor, kernel: Tensor, stride: int, dtype: torch.dtype) -> list[
 
 @settings(max_examples=10, deadline=None)
 @given(inputs())
-def test_values_and_gradients_are_the_definitions(case: tuple[Tensor, Tensor, int]) -> None:
+def test_triton_values_and_gradients_match_reference(case: tuple[Tensor, Tensor, int]) -> None:
     """Over random shapes, strides, group widths, memory layouts and empty batches."""
     x, kernel, stride = case
     if 0 in x.shape:
-        assert cuda.forward(x.to(DEVICE), kernel.to(DEVICE), stride).shape[0] == 0
+        assert triton_ops.forward(x.to(DEVICE), kernel.to(DEVICE), stride).shape[0] == 0
         return
     for dtype in (torch.float64, torch.float32):
         for ours, exact in results(x, kernel, stride, dtype):
@@ -45,7 +45,7 @@ def test_values_and_gradients_are_the_definitions(case: tuple[Tensor, Tensor, in
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, stride: int) -> None:
+def test_triton_half_precision_accumulates_in_float32(dtype: torch.dtype, stride: int) -> None:
     """The result is the exact sum, rounded once."""
     torch.manual_seed(0)
     x, kernel = torch.randn(2, 32, 9, 7), torch.randn(2, 2, 49, -(-9 // stride), -(-7 // stride))
@@ -55,14 +55,14 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype, stride: int) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_surrounds_involution_is_done_by_its_kernel(dtype: torch.dtype) -> None:
-    """The kernels' bias, the batch norm's scale and shift, and the ReLU, with a group that fills no power of two."""
+def test_triton_fused_kernel_applies_bias_batch_norm_and_relu(dtype: torch.dtype) -> None:
+    """Kernel bias, batch-norm scale and shift, and ReLU, with groups whose width is not a power of two."""
     torch.manual_seed(0)
     groups, width = 2, 12
     x, kernel = torch.randn(2, groups * width, 6, 7), torch.randn(2, groups, 9, 3, 4)
     bias, scale, shift = torch.randn(groups * 9), torch.randn(groups * width), torch.randn(groups * width)
     halves = [tensor.to(DEVICE, dtype) for tensor in (x, kernel, bias)]
-    ours = cuda.fused(halves[0], halves[1], 2, halves[2], scale.to(DEVICE), shift.to(DEVICE))
+    ours = triton_ops.fused(halves[0], halves[1], 2, halves[2], scale.to(DEVICE), shift.to(DEVICE))
     x, kernel, bias = (tensor.double().cpu() for tensor in halves)
     exact = reference.forward(x, kernel + bias.reshape(1, groups, 9, 1, 1), 2)
     exact = (exact * scale.double()[:, None, None] + shift.double()[:, None, None]).relu()
@@ -70,20 +70,20 @@ def test_what_surrounds_involution_is_done_by_its_kernel(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 3, 4, 1, 2), (1, 2, 0, 3, 4)])
-def test_kernels_are_read_where_they_lie(order: tuple[int, ...]) -> None:
-    """As a convolution leaves them, with channels first or last, and as a product does: nothing is copied."""
+def test_triton_reads_kernels_of_any_layout_without_a_copy(order: tuple[int, ...]) -> None:
+    """Channels first and channels last, as convolutions produce them, and the layout that a matrix product produces."""
     back = [order.index(axis) for axis in range(5)]
     kernel = torch.randn(2, 3, 9, 4, 5).permute(order).contiguous().permute(back)
-    flat = cuda._flat(kernel)
+    flat = triton_ops._flat(kernel)
     assert flat.data_ptr() == kernel.data_ptr()
     assert torch.equal(flat, kernel.reshape(2, 27, 20))
 
 
-def test_a_relu_does_not_hide_nans() -> None:
-    """A broken input shows."""
+def test_triton_fused_relu_keeps_nan() -> None:
+    """A broken input must remain visible."""
     nothing = torch.zeros(16, device=DEVICE)
     x = torch.full((1, 16, 1, 1), torch.nan, device=DEVICE)
-    out = cuda.fused(x, torch.ones(1, 1, 1, 1, 1, device=DEVICE), 1, nothing[:1], nothing + 1, nothing)
+    out = triton_ops.fused(x, torch.ones(1, 1, 1, 1, 1, device=DEVICE), 1, nothing[:1], nothing + 1, nothing)
     assert out.isnan().all()
 
 
@@ -91,35 +91,36 @@ COMPILE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rednet.model.ops import triton_ops as cuda
+from rednet.model.ops import triton_ops
 
 common = dict(K=7, STRIDE=1, GROUP_CHANNELS=16, BLOCK_C=16, ACC_DTYPE=tl.float32)
-strips, pixels = dict(BLOCK=cuda.BLOCK_STRIPS, STRIP=cuda.STRIP), dict(BLOCK=cuda.BLOCK_PIXELS)
+strips, pixels = dict(BLOCK=triton_ops.BLOCK_STRIPS, STRIP=triton_ops.STRIP), dict(BLOCK=triton_ops.BLOCK_PIXELS)
 bare = dict.fromkeys(("bias", "scale", "shift"))
-gradients = [(cuda._kernel_gradient, pixels), (cuda._input_gradient, pixels)]
-for kernel, more in [(cuda._forward, strips), (cuda._forward, strips | bare), *gradients]:
+gradients = [(triton_ops._kernel_gradient, pixels), (triton_ops._input_gradient, pixels)]
+for kernel, more in [(triton_ops._forward, strips), (triton_ops._forward, strips | bare), *gradients]:
     constants = common | more
     for dtype, warps in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
-        signature = {name: f"*{dtype}" for name in kernel.arg_names[:3]} | dict.fromkeys(cuda.UNSPECIALIZED, "i32")
-        if kernel is cuda._forward:
+        signature = {name: f"*{dtype}" for name in kernel.arg_names[:3]}
+        signature |= dict.fromkeys(triton_ops.UNSPECIALIZED, "i32")
+        if kernel is triton_ops._forward:
             signature |= {"bias": f"*{dtype}", "scale": "*fp32", "shift": "*fp32"}
         source = ASTSource(
             fn=kernel,
             signature=signature | dict.fromkeys(constants, "constexpr"),
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-            attrs={(index,): [["tt.divisibility", 16]] for index in range(3)},  # tensors begin where caches do
+            attrs={(index,): [["tt.divisibility", 16]] for index in range(3)},  # tensors are aligned
         )
         code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
         assert "ld.global.v4.b32" in code, (kernel, dtype)
-        if kernel is cuda._forward:  # each lane has what it needs at hand
+        if kernel is triton_ops._forward:  # no data is exchanged between lanes
             assert "bar.sync" not in code and "ld.shared" not in code, dtype
-            # what a row's windows share is read once: ten pixels for four outputs of seven taps
-            assert code.count("ld.global.v4.b32") == cuda.STRIP - 1 + 7, dtype
+            # shared pixels are read once: ten pixels for four outputs of seven taps
+            assert code.count("ld.global.v4.b32") == triton_ops.STRIP - 1 + 7, dtype
 """
 
 
-def test_the_kernels_compile_for_a_card() -> None:
-    """Triton's compiler accepts them for Hopper without one, and reads sixteen bytes at a time."""
+def test_triton_kernels_compile_for_hopper_without_a_gpu() -> None:
+    """The compiled kernels load sixteen bytes at a time."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -127,15 +128,15 @@ def test_the_kernels_compile_for_a_card() -> None:
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device here")
 @pytest.mark.gpu
-def test_no_shape_is_compiled_for() -> None:
-    """Batch, height and width that Triton finds special (1, multiples of 16) reuse what others compiled."""
+def test_triton_kernels_are_not_specialised_for_shapes() -> None:
+    """Batch sizes, heights and widths that Triton would specialise for (1, multiples of 16) reuse compiled kernels."""
 
     def forward(batch: int, side: int) -> None:
         x = torch.randn(batch, 64, side, side, device=DEVICE)
-        cuda.forward(x, torch.randn(batch, 4, 9, side, side, device=DEVICE), 1)
+        triton_ops.forward(x, torch.randn(batch, 4, 9, side, side, device=DEVICE), 1)
 
     forward(3, 5)
-    compiled = sum(len(cache[0]) for cache in cuda._forward.device_caches.values())
+    compiled = sum(len(cache[0]) for cache in triton_ops._forward.device_caches.values())
     for batch, side in ((1, 5), (16, 5), (3, 1), (3, 16), (32, 64), (7, 33)):
         forward(batch, side)
-    assert sum(len(cache[0]) for cache in cuda._forward.device_caches.values()) == compiled
+    assert sum(len(cache[0]) for cache in triton_ops._forward.device_caches.values()) == compiled
