@@ -148,20 +148,20 @@ def test_state_dict_is_found_under_other_keys_and_prefixes(
         (
             {"state_dict": ("", 1.0), "state_dict_ema": ("module.", 2.0)},
             2.0,
-            "state_dict_ema.module (beside state_dict)",
+            "state_dict_ema.module (preferred to state_dict)",
         ),
-        ({"model": ("", 1.0), "model_ema": ("", 2.0)}, 2.0, "model_ema (beside model)"),
+        ({"model": ("", 1.0), "model_ema": ("", 2.0)}, 2.0, "model_ema (preferred to model)"),
         (
             {"state_dict": ("", 1.0), "ema_state_dict": ("module.", 2.0)},
             2.0,
-            "ema_state_dict.module (beside state_dict)",
+            "ema_state_dict.module (preferred to state_dict)",
         ),
         (
             {"state_dict": ("", 1.0), "ema_state_dict": ("module.", 2.0), "meta": {"mmengine_version": "0.10.4"}},
             1.0,
-            "state_dict (beside ema_state_dict)",
+            "state_dict (preferred to ema_state_dict)",
         ),
-        ({"model": ("", 1.0), "state_dict": ("", 2.0)}, 2.0, "state_dict (beside model)"),
+        ({"model": ("", 1.0), "state_dict": ("", 2.0)}, 2.0, "state_dict (preferred to model)"),
     ],
 )
 def test_averaged_weights_are_preferred_and_named(
@@ -183,7 +183,7 @@ def test_networks_side_by_side_in_one_state_dict(tiny: Checkpoint, tmp_path: Pat
     torch.save({"state_dict": prefixed(tiny, "model.") | prefixed(tiny, "ema_model.", 2.0)}, path)
     read = load_checkpoint(path)
     assert bias_factor(read, tiny) == pytest.approx(2.0)
-    assert read.provenance["weights"] == "state_dict.ema_model (beside model.backbone)"
+    assert read.provenance["weights"] == "state_dict.ema_model (preferred to model.backbone)"
     buffers = {f"ema_{key.replace('.', '_')}": value * 3 for key, value in tiny.net.state_dict().items()}
     torch.save({"state_dict": prefixed(tiny, "") | buffers}, path)
     assert bias_factor(load_checkpoint(path), tiny) == pytest.approx(1.0)
@@ -283,7 +283,7 @@ def test_a_cut_file_is_one_clear_error(tiny: Checkpoint, tmp_path: Path, suffix:
         load_checkpoint(path)
 
 
-def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+def test_loading_another_kind_of_file_is_one_clear_error(tmp_path: Path) -> None:
     """Text, nothing, a folder."""
     (tmp_path / "text").write_text("hello, hello")
     for path, message in (
@@ -331,7 +331,7 @@ def changed_state(tiny: Checkpoint, change: str) -> dict[Any, Any]:
         ("negative", "negative variances in backbone.layer2.0.bn3.running_var"),
         ("sparse", "no state dict of plain tensors"),
         ("unnamed", "no state dict of plain tensors"),
-        ("integers", "backbone.layer2.0.conv3.weight holds torch.int64"),
+        ("integers", "backbone.layer2.0.conv3.weight is torch.int64"),
     ],
 )
 def test_a_wrong_tensor_is_named(tiny: Checkpoint, tmp_path: Path, change: str, message: str) -> None:
@@ -355,27 +355,27 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": 2}, "format 2"),
-        ({"config": {"depth": 34}}, "makes no sense.*depth"),
-        ({"config": {"depth": 26, "colour": "red"}}, "makes no sense"),
-        ({"config": {"depth": 26, "base_channels": "wide"}}, "makes no sense"),
-        ({"config": {"depth": 26, "base_channels": 1 << 40}}, "makes no sense.*at most"),
-        ({"preprocess": {"crop": 0}}, "makes no sense.*crop"),
-        ({"preprocess": {"crop": "64"}}, "makes no sense"),
-        ({"labels": [["a", "b"]]}, "names 1 classes for a network of 5"),
-        ({"labels": 3}, "makes no sense"),
-        ({"labels": [["a", "\ud800"]] * 5}, "makes no sense"),
-        ({"config": None}, "makes no sense"),
-        ({"config": [[]]}, "makes no sense"),
-        ({"preprocess": {"mean": [None] * 3}}, "makes no sense"),
-        ({"name": None, "provenance": 3}, "makes no sense"),
-        ({"calibration": 3}, "makes no sense"),
-        ({"calibration": {}}, "makes no sense.*backbone.layer1.0 is missing.* and 46 more"),
-        ({"calibration": {"backbone.layer1.0": -1.0}}, "makes no sense.*is -1.0, not a number between"),
-        ({"calibration": {"a": 1.0}}, "makes no sense.*'a' is unknown"),
-        ({"calibration": [["backbone.layer1.0", 10**400]]}, "makes no sense"),
+        ({"config": {"depth": 34}}, "invalid description.*depth"),
+        ({"config": {"depth": 26, "colour": "red"}}, "invalid description"),
+        ({"config": {"depth": 26, "base_channels": "wide"}}, "invalid description"),
+        ({"config": {"depth": 26, "base_channels": 1 << 40}}, "invalid description.*at most"),
+        ({"preprocess": {"crop": 0}}, "invalid description.*crop"),
+        ({"preprocess": {"crop": "64"}}, "invalid description"),
+        ({"labels": [["a", "b"]]}, "has 1 labels for 5 classes"),
+        ({"labels": 3}, "invalid description"),
+        ({"labels": [["a", "\ud800"]] * 5}, "invalid description"),
+        ({"config": None}, "invalid description"),
+        ({"config": [[]]}, "invalid description"),
+        ({"preprocess": {"mean": [None] * 3}}, "invalid description"),
+        ({"name": None, "provenance": 3}, "invalid description"),
+        ({"calibration": 3}, "invalid description"),
+        ({"calibration": {}}, "invalid description.*backbone.layer1.0 is missing.* and 46 more"),
+        ({"calibration": {"backbone.layer1.0": -1.0}}, "invalid description.*is -1.0, not a number between"),
+        ({"calibration": {"a": 1.0}}, "invalid description.*'a' is unknown"),
+        ({"calibration": [["backbone.layer1.0", 10**400]]}, "invalid description"),
     ],
 )
-def test_a_description_that_makes_no_sense_is_refused(
+def test_invalid_description_in_metadata_is_refused(
     tiny_path: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     """Whatever stands in the metadata, it is one clear error, and nothing large is allocated."""

@@ -153,7 +153,7 @@ def test_two_trainings_into_one_file_are_one(data: Path, tmp_path: Path, capsys:
     try:
         wait_until((tmp_path / "x.safetensors.training").exists, "the first epoch")
         assert main([*command, "--epochs", "1000"]) == 2
-        assert "another process is writing there" in capsys.readouterr().err
+        assert "in use by another process" in capsys.readouterr().err
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

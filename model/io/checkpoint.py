@@ -1,7 +1,7 @@
-"""Checkpoints that describe themselves, and readers for published ones. Nothing that is read is ever executed.
+"""Reads and writes self-describing checkpoints, and reads published ones. No file's content is ever executed.
 
-Ours is one safetensors file: the tensors under their official names, and in the metadata entry `rednet` a JSON text
-with architecture, labels, preprocessing, provenance and, if it was quantised, the scales of the int8 network.
+Our format is one safetensors file: the tensors under their official names, and in the metadata entry `rednet` a JSON
+text with architecture, labels, preprocessing, provenance and, after quantisation, the activation ranges for int8.
 """
 
 import json
@@ -32,7 +32,7 @@ METADATA_KEY = "rednet"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_NAME, MAX_MESSAGE = 1_000, 1_500  # characters
-ASSUMED_LABELS = "labels assumed"  # entry of the provenance: the file has tensors only, and no names of classes
+ASSUMED_LABELS = "labels assumed"  # key in the provenance, where the file has no class names
 EMBEDDED = "weights/rednet26-imagenette.safetensors"
 
 
@@ -94,10 +94,10 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
     path = Path(path)
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise CheckpointError(f"{path} is not a regular file")  # a pipe would keep its reader waiting
+            raise CheckpointError(f"{path} is not a regular file")  # opening a pipe would block
         with path.open("rb") as file:
             start = file.read(9)
-        if start[8:] == b"{":  # eight bytes of length, which may be any, then JSON: safetensors
+        if start[8:] == b"{":  # safetensors: eight bytes of length, with any values, then JSON
             return _load_safetensors(path)
         if start[:4] in (ZIP, TORCH_PICKLE):
             return _load_torch(path)
@@ -152,7 +152,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
 
 
 def fits_half(net: RedNet) -> bool:
-    """Whether `save_checkpoint` at half size would lose nothing: so with weights that were loaded from such a file."""
+    """Return whether `save_checkpoint` with `half` is lossless, as for weights that were loaded from such a file."""
     return all(torch.equal(weight, weight.half().float()) for weight in net.parameters() if weight.dim() > 1)
 
 
@@ -161,7 +161,7 @@ def _load_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if METADATA_KEY not in metadata:
@@ -182,10 +182,10 @@ def _load_safetensors(path: Path) -> Checkpoint:
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a description that makes no sense: {error!r}") from error
+        raise CheckpointError(f"{path} has an invalid description: {error!r}") from error
     _load_weights(path, net, tensors)
     if len(labels) != config.num_classes:
-        raise CheckpointError(f"{path} names {len(labels)} classes for a network of {config.num_classes}")
+        raise CheckpointError(f"{path} has {len(labels)} labels for {config.num_classes} classes")
     return Checkpoint(
         net=net, labels=labels, preprocess=preprocess, name=name, provenance=provenance, calibration=calibration
     )
@@ -211,7 +211,7 @@ def _load_paddle(path: Path) -> Checkpoint:
 def _describe_tensors(
     path: Path, tensors: dict[str, Tensor], source: str = "", classes: Sequence[str] | None = None
 ) -> Checkpoint:
-    """A checkpoint from bare tensors: what they do not say is inferred or ImageNet's."""
+    """Make a checkpoint from tensors alone. The architecture is inferred; preprocessing and labels are ImageNet's."""
     try:
         config = infer_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         net = _on_meta_device(config)
@@ -231,59 +231,59 @@ def _describe_tensors(
 
 def _json_name(value: object) -> str:
     text = str(value)
-    text.encode()  # JSON can hold halves of characters, which no answer can
+    text.encode()  # JSON can contain lone surrogates, which cannot be encoded in a response
     return _name(text)
 
 
 def _name(text: str) -> str:
-    """A name that can be printed, logged and sent.
+    """Return a name that can be printed, logged and sent.
 
     Raises:
         ValueError: it is too long.
     """
     if len(text) > MAX_NAME:
-        raise ValueError(f"a name has {len(text)} characters, at most {MAX_NAME} are read")
+        raise ValueError(f"a name has {len(text)} characters; at most {MAX_NAME} are allowed")
     return clean_text(text)
 
 
 def _on_meta_device(config: RedNetConfig) -> RedNet:
-    """The network's shapes alone: a file that claims a huge one costs nothing, and nothing is initialised in vain."""
+    """Return a network without memory: a file that claims a huge one costs nothing, and no weight is initialised."""
     with torch.device("meta"):
         return RedNet(config).eval()
 
 
 def _load_weights(path: Path, net: RedNet, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors into a network without memory, after checking every one of them."""
-    wanted = net.state_dict()
-    counters = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}
-    tensors = counters | dict(tensors)  # some converters leave the counters out; evaluation does not read them
-    problems = [f"{key} is missing" for key in wanted.keys() - tensors.keys()]
-    problems += [f"{key} is unknown" for key in tensors.keys() - wanted.keys()]
+    """Check all tensors, then load them into a network on the meta device."""
+    expected = net.state_dict()
+    counters = {key: torch.tensor(0) for key in expected if key.endswith("num_batches_tracked")}
+    tensors = counters | dict(tensors)  # some converters omit the counters; evaluation does not use them
+    problems = [f"{key} is missing" for key in expected.keys() - tensors.keys()]
+    problems += [f"{key} is unknown" for key in tensors.keys() - expected.keys()]
     problems += [
-        f"{key} is {list(tensors[key].shape)} instead of {list(wanted[key].shape)}"
-        for key in wanted.keys() & tensors.keys()
-        if tensors[key].shape != wanted[key].shape
+        f"{key} is {list(tensors[key].shape)} instead of {list(expected[key].shape)}"
+        for key in expected.keys() & tensors.keys()
+        if tensors[key].shape != expected[key].shape
     ]
     problems += [
-        f"{key} holds {tensor.dtype} instead of floating point"
+        f"{key} is {tensor.dtype} instead of floating point"
         for key, tensor in tensors.items()
         if tensor.dtype not in ((*FLOATS, *INTEGERS) if key in counters else FLOATS)
     ]
-    # A tensor may be a view that repeats what it stores, and several may be views of the same: of a few bytes a file
-    # could make any number of gigabytes.
-    held, size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()), path.stat().st_size
-    if held > size + 8 * len(counters):
-        problems.append(f"the tensors have {held} bytes, the file {size}")
+    # A tensor can be a view that repeats its storage, and several tensors can share one storage: a small file could
+    # expand to any number of gigabytes.
+    expanded, size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()), path.stat().st_size
+    if expanded > size + 8 * len(counters):
+        problems.append(f"the tensors have {expanded} bytes, the file {size}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} does not fit {net.config.name}: {'; '.join(sorted(problems)[:3])}{more}")
     floats = {key: tensor if key in counters else tensor.float() for key, tensor in tensors.items()}
     for key, tensor in floats.items():
         if not tensor.isfinite().all() or (key.endswith("running_var") and (tensor < 0).any()):
-            raise CheckpointError(f"{path} holds infinities, NaNs or negative variances in {key}")
+            raise CheckpointError(f"{path} has infinities, NaNs or negative variances in {key}")
     net.load_state_dict(floats, assign=True)
 
 
 def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only; our frozen values hold tuples."""
+    """Replace JSON's lists by the tuples of our frozen dataclasses."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

@@ -1,4 +1,4 @@
-"""Files that are written: whole or not at all, by one process at a time, and over another file only if asked to."""
+"""Writes files atomically, by one process at a time, and replaces existing files only on request."""
 
 import os
 import stat
@@ -11,24 +11,24 @@ if sys.platform != "win32":
     import fcntl
 
 
-LONGEST_SUFFIX = ".training.unfinished"  # of the files that are made beside an output
+LONGEST_SUFFIX = ".training.unfinished"  # the longest one that temporary files add to an output's name
 
 
 class OutputError(ValueError):
-    """A file cannot be written without harm; the message says which and why."""
+    """A file must not be written. The message names it and the reason."""
 
 
 def check_output(path: Path, *, replace: bool, inputs: Iterable[Path | None] = ()) -> None:
-    """Check that a file can be written, before the work that it is to hold.
+    """Check that a file can be written, before hours of work are spent on its content.
 
     Args:
-        path: the file; a link stands for what it points to.
-        replace: whether a file that is there may be replaced.
-        inputs: files that are read meanwhile, which the output must not be.
+        path: the file; links are followed.
+        replace: whether an existing file may be replaced.
+        inputs: files that are read meanwhile; the output must be none of them.
 
     Raises:
-        OutputError: it is there already, is an input, or is a device or the like.
-        OSError: it cannot be created there.
+        OutputError: the file exists, is one of the inputs, or is not a regular file.
+        OSError: it cannot be created.
     """
     target = path.resolve()
     if target.is_dir() or not target.parent.is_dir():
@@ -36,7 +36,7 @@ def check_output(path: Path, *, replace: bool, inputs: Iterable[Path | None] = (
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written: its folder is read-only")
     with suppress(FileNotFoundError):
-        target.with_name(target.name + LONGEST_SUFFIX).stat()  # fails where the name is too long for the file system
+        target.with_name(target.name + LONGEST_SUFFIX).stat()  # raises OSError if the name is too long
     for source in inputs:
         if source is not None and source.exists() and target.exists() and source.samefile(target):
             raise OutputError(f"{path} is an input of this command; name another file")
@@ -44,11 +44,11 @@ def check_output(path: Path, *, replace: bool, inputs: Iterable[Path | None] = (
 
 
 def write_atomically(path: Path, content: bytes, *, replace: bool = True) -> None:
-    """Write a file that is never seen half-written, not even after a kill or on a full disk.
+    """Write a file so that a partial one is never visible, not even after a kill or on a full disk.
 
     Raises:
-        OutputError: it is there already and may not be replaced, or another process is writing it.
-        OSError: it cannot be written; what was there stays.
+        OutputError: the file exists and must not be replaced, or another process is writing it.
+        OSError: it cannot be written. An existing file is unchanged.
     """
     target = path.resolve()
     _check_present(path, replace)
@@ -63,17 +63,17 @@ def write_atomically(path: Path, content: bytes, *, replace: bool = True) -> Non
             _move(unfinished, target, path, replace)
         except BaseException as error:
             unfinished.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:  # of a file that is open: a full disk
+            if isinstance(error, OSError) and error.filename is None:  # of an open file, as when the disk is full
                 error.filename = str(path)
             raise
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Open a file that no other process has open in this way; a killed process leaves the file, but no lock.
+    """Create or open a file and hold an exclusive lock on it. A killed process leaves the file, but not the lock.
 
     Raises:
-        OutputError: another process has it.
+        OutputError: another process holds the lock.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -81,10 +81,10 @@ def locked(path: Path) -> Iterator[int]:
             _lock(descriptor)
         except BlockingIOError:
             os.close(descriptor)
-            raise OutputError(f"{path} is in use: another process is writing there") from None
+            raise OutputError(f"{path} is in use by another process") from None
         if _is_at(descriptor, path):
             break
-        os.close(descriptor)  # its owner removed or renamed it between our opening and locking it
+        os.close(descriptor)  # its owner removed or renamed it after we opened it, before we locked it
     try:
         yield descriptor
     finally:
@@ -97,7 +97,7 @@ def _check_present(path: Path, replace: bool) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        raise OutputError(f"{path} is not a regular file, and is not replaced")
+        raise OutputError(f"{path} is not a regular file, so it is not replaced")
     if not replace:
         raise OutputError(f"{path} exists; --force replaces it")
 
@@ -107,7 +107,7 @@ def _move(unfinished: Path, target: Path, path: Path, replace: bool) -> None:
         unfinished.replace(target)
         return
     try:
-        os.link(unfinished, target)  # unlike a rename, fails where a file has come up meanwhile
+        os.link(unfinished, target)  # unlike a rename, fails if the file was created meanwhile
     except FileExistsError:
         raise OutputError(f"{path} exists; --force replaces it") from None
     except OSError:  # a file system without hard links

@@ -1,7 +1,7 @@
-"""Weights that PaddleClas published: `.pdparams`, a pickled dict of NumPy arrays. Nothing in the file is ever run.
+"""Reads the weights that PaddleClas published: `.pdparams`, a pickled dict of NumPy arrays. Nothing in it is executed.
 
-A pickle is a program that calls what it names. Here each name stands for a harmless record of what NumPy would have
-been asked for, any other name is refused, and arrays are made afterwards, from records that make sense.
+A pickle is a program that calls the functions it names. Here each accepted name is mapped to a harmless record of the
+call, any other name is refused, and arrays are made afterwards from valid records.
 """
 
 import io
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from rednet.model.io.untrusted_files import UntrustedError, check_pickle
 
-NOT_TENSORS = "StructuredToParameterName@@"  # an entry with names that Paddle uses inside
+NOT_TENSORS = "StructuredToParameterName@@"  # an entry with Paddle's internal names
 RENAMED = {"_mean": "running_mean", "_variance": "running_var"}
 DTYPES = ("f2", "f4", "f8", "i4", "i8")
 
 
 class PaddleError(ValueError):
-    """The file holds something else than arrays, or is damaged."""
+    """The file contains other things than arrays, or is damaged."""
 
 
 @dataclass(eq=False)
 class _Dtype:
-    """In the place of `numpy.dtype(code, align, copy)`."""
+    """Replaces `numpy.dtype(code, align, copy)`."""
 
     code: str
     order: str = "<"
@@ -38,12 +38,12 @@ class _Dtype:
 
     def resolve(self) -> np.dtype[Any]:
         if self.code not in DTYPES or self.order not in ("<", "|", "="):
-            raise PaddleError(f"it holds an array of {self.order}{self.code}, not of plain numbers")
+            raise PaddleError(f"it has an array of {self.order}{self.code}, not of plain numbers")
         return np.dtype(f"<{self.code}")
 
 
 class _Array:
-    """In the place of an array."""
+    """Replaces a NumPy array."""
 
     shape: tuple[int, ...] = ()
     dtype: Any = None
@@ -55,12 +55,12 @@ class _Array:
 
     def resolve(self) -> Tensor:
         if not isinstance(self.dtype, _Dtype) or not isinstance(self.content, bytes | bytearray):
-            raise PaddleError("it holds an array of objects, not of plain numbers")
+            raise PaddleError("it has an array of objects, not of plain numbers")
         dtype = self.dtype.resolve()
         if not all(isinstance(size, int) and size >= 0 for size in self.shape):
-            raise PaddleError(f"it holds an array of shape {self.shape}")
+            raise PaddleError(f"it has an array of shape {self.shape}")
         if math.prod(self.shape) * dtype.itemsize != len(self.content):
-            raise PaddleError(f"it holds an array of shape {list(self.shape)} in {len(self.content)} bytes")
+            raise PaddleError(f"it has an array of shape {list(self.shape)} in {len(self.content)} bytes")
         numbers = np.frombuffer(self.content, dtype).reshape(self.shape, order="F" if self.fortran else "C")
         return torch.from_numpy(numbers.copy())
 
@@ -80,7 +80,7 @@ def _from_buffer(content: object, dtype: object, shape: tuple[int, ...], order: 
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Bytes in pickles of protocol 2 and before."""
+    """Return the bytes that pickles up to protocol 2 store as text."""
     return text.encode("latin1")
 
 
@@ -98,34 +98,34 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _STAND_INS.get(f"{module}.{name}")
         if found is None:
-            raise PaddleError(f"it holds more than tensors (it names {module}.{name})")
+            raise PaddleError(f"it contains more than tensors (it names {module}.{name})")
         return found
 
 
 def read_pdparams(content: bytes) -> dict[str, Tensor]:
-    """The tensors of a `.pdparams` file under the names of the official checkpoints.
+    """Return the tensors of a `.pdparams` file under the names of the official checkpoints.
 
     Raises:
-        PaddleError: it is damaged or holds anything but arrays, strings and containers.
+        PaddleError: the file is damaged, or contains anything but arrays, strings and containers.
     """
     try:
         check_pickle(io.BytesIO(content), len(content))
         entries = _Unpickler(io.BytesIO(content)).load()
         if not isinstance(entries, dict):
-            raise PaddleError("it holds no dict of arrays")
+            raise PaddleError("it is not a dict of arrays")
         entries.pop(NOT_TENSORS, None)
         return dict(_tensor(name, value) for name, value in entries.items())
     except PaddleError:
         raise
     except UntrustedError as error:
         raise PaddleError(f"it {error}") from error
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise anything
         raise PaddleError("it is damaged") from error
 
 
 def _tensor(name: object, value: object) -> tuple[str, Tensor]:
     if not isinstance(name, str) or not isinstance(value, _Array):
-        raise PaddleError(f"its entry {name!r} is no array")
+        raise PaddleError(f"its entry {name!r} is not an array")
     tensor = value.resolve()
     if name == "fc.weight":
         tensor = tensor.t().contiguous()

@@ -1,4 +1,4 @@
-"""State dicts inside the files that training scripts save, and the architecture that their tensors belong to."""
+"""Finds the state dict in the files that training scripts save, and infers the architecture from its tensors."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,28 +9,28 @@ from torch import Tensor
 
 from rednet.model.nn.rednet import BLOCKS, RedNetConfig
 
-STEM = "backbone.stem.0.conv.weight"  # every RedNet has this tensor
-MAX_NESTING = 3  # dicts around a state dict: checkpoint, model, module
-USUAL_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")  # the usual keys, the more common ones first
+STEM = "backbone.stem.0.conv.weight"  # a tensor of every RedNet
+MAX_NESTING = 3  # levels of dicts around a state dict, such as checkpoint, model, module
+USUAL_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")  # most common first
 AVERAGED = re.compile(r"(^|_)(ema|swa|averaged|average|shadow)(_|\d|$)")  # in a key or prefix
-AVERAGING_COUNTERS = {"n_averaged", "steps", "num_updates"}  # entries that averaging adds beside the weights
+AVERAGING_COUNTERS = {"n_averaged", "steps", "num_updates"}  # entries that averaging adds to the weights
 
 
 class StateDict(NamedTuple):
     """A network's tensors under their official names."""
 
     tensors: dict[str, Tensor]
-    source: str  # where in the file they were; empty: nowhere else
+    source: str  # keys and prefix that led to them in the file; empty: the tensors were the whole file
 
 
 def find_state_dict(content: object) -> StateDict:
-    """The state dict of a RedNet, wherever in a file's content it is, and whatever prefix its names have.
+    """Find the state dict of a RedNet anywhere in a file's content, under any prefix.
 
-    `module.` of data-parallel training, `_orig_mod.` of torch.compile, `model.` of Lightning and others, also several
-    of them, are taken off. Averaged weights (EMA) are preferred to the plain ones beside them, as timm does.
+    Prefixes are removed: `module.` of data-parallel training, `_orig_mod.` of torch.compile, `model.` of Lightning, and
+    combinations. Averaged weights (EMA) are preferred to plain ones in the same file, as in timm.
 
     Raises:
-        ValueError: there is none, it holds other things than plain tensors, or there are several equally good ones.
+        ValueError: there is no state dict, it contains other things than plain tensors, or several are equally good.
     """
     found = list(_candidates(content, (), set()))
     if not found:
@@ -38,20 +38,19 @@ def find_state_dict(content: object) -> StateDict:
     keys, held = min(found, key=lambda each: _rank(content, each[0]))
     tensors, prefix, prefixes = _without_prefix(_tensors(held))
     source = ".".join((*keys, prefix.rstrip("."))).strip(".")
-    beside = [".".join(other) or "the file itself" for other, _ in found if other != keys] + prefixes
-    return StateDict(tensors, f"{source} (beside {', '.join(beside)})" if beside else source)
+    unused = [".".join(other) or "the top level" for other, _ in found if other != keys] + prefixes
+    return StateDict(tensors, f"{source} (preferred to {', '.join(unused)})" if unused else source)
 
 
 def class_names(content: object) -> list[str] | None:
-    """Names of classes from the `meta` entry of a checkpoint of mmcls (`CLASSES`) or mmpretrain (`dataset_meta`)."""
+    """Return class names from the `meta` entry of a checkpoint of mmcls (`CLASSES`) or mmpretrain (`dataset_meta`)."""
     meta = content.get("meta") if isinstance(content, dict) else None
     if not isinstance(meta, dict):
         return None
     inner = meta.get("dataset_meta")
-    places = (meta, inner) if isinstance(inner, dict) else (meta,)
-    for place in places:
+    for entry in (meta, inner) if isinstance(inner, dict) else (meta,):
         for key in ("CLASSES", "classes"):
-            names = place.get(key)
+            names = entry.get(key)
             if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
                 return list(names)
     return None
@@ -72,11 +71,11 @@ def _candidates(
 
 
 def _rank(content: object, keys: tuple[str, ...]) -> tuple[bool, int]:
-    """Smaller for what is better: averaged weights, then the usual keys."""
+    """Return a sort key, lowest for the best candidate: averaged weights first, then the usual keys."""
     averaged = any(AVERAGED.search(key) for key in keys)
     if keys == ("ema_state_dict",) and isinstance(content, dict):
         meta = content.get("meta")
-        # mmengine swaps the two when it saves: its `state_dict` is the average, `ema_state_dict` what was averaged.
+        # mmengine swaps the two when it saves: its `state_dict` has the averaged weights, `ema_state_dict` the others.
         averaged = not (isinstance(meta, dict) and "mmengine_version" in meta)
     usual = USUAL_KEYS.index(keys[-1]) if keys and keys[-1] in USUAL_KEYS else len(USUAL_KEYS)
     return not averaged, usual
@@ -84,7 +83,7 @@ def _rank(content: object, keys: tuple[str, ...]) -> tuple[bool, int]:
 
 def _tensors(held: Mapping[Any, Any]) -> dict[str, Tensor]:
     if not all(isinstance(key, str) and _is_plain(value) for key, value in held.items()):
-        raise ValueError("holds no state dict of plain tensors")
+        raise ValueError("has no state dict of plain tensors")
     return {key.replace("_orig_mod.", ""): value for key, value in held.items()}
 
 
@@ -95,14 +94,14 @@ def _is_plain(value: object) -> bool:
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Names without what stands before `backbone.`; that prefix; and those of other networks in the same dict."""
+    """Return the tensors without the prefix of `backbone.`, that prefix, and those of other networks in the dict."""
     prefixes = [key.removesuffix(STEM) for key in tensors if key.endswith(STEM)]
     averaged = [prefix for prefix in prefixes if any(AVERAGED.search(part) for part in prefix.split("."))]
     chosen = averaged if len(prefixes) > 1 and averaged else prefixes
     if len(chosen) > 1:
-        raise ValueError(f"holds several networks: {', '.join(f'{prefix}backbone' for prefix in sorted(chosen))}")
+        raise ValueError(f"contains several networks: {', '.join(f'{prefix}backbone' for prefix in sorted(chosen))}")
     prefix = chosen[0]
-    copies = {f"ema_{key.replace('.', '_')}" for key in tensors}  # mmcv's EMAHook keeps what it averaged as buffers
+    copies = {f"ema_{key.replace('.', '_')}" for key in tensors}  # mmcv's EMAHook stores these as buffers
     kept = {
         key.removeprefix(prefix): tensor
         for key, tensor in tensors.items()
@@ -116,26 +115,26 @@ def _reason_for_none(content: object) -> str:
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and _is_plain(each) for key, each in tensors.items()
     ):
-        return "holds no state dict of plain tensors"
+        return "has no state dict of plain tensors"
     first = next(iter(tensors), None)
     return f"is not a RedNet: it has no tensor {STEM}" + (f", but {first[:100]}" if first else "")
 
 
 def infer_config(shapes: Mapping[str, Sequence[int]]) -> RedNetConfig:
-    """The architecture that tensors of these names and shapes belong to.
+    """Infer the architecture from the names and shapes of tensors.
 
-    Kernel size and group width show only as the quotient K*K / width, so the paper's 16 channels per group are taken
-    as given. Strides leave no trace in tensors; the official ones are assumed.
+    Shapes depend only on the quotient of K*K and the channels per group, so the paper's 16 channels are assumed. They
+    do not depend on strides at all; the official ones are assumed.
 
     Raises:
-        ValueError: they belong to no RedNet.
+        ValueError: the tensors are not those of a RedNet.
     """
     blocks = tuple(
         len({key.split(".")[2] for key in shapes if key.startswith(f"backbone.layer{stage}.")}) for stage in range(1, 5)
     )
     depth = next((depth for depth, layout in BLOCKS.items() if layout == blocks), None)
     if depth is None:
-        raise ValueError(f"it has {blocks} blocks in its stages, which is no RedNet")
+        raise ValueError(f"its stages have {blocks} blocks, unlike any RedNet")
     try:
         num_classes = shapes["head.fc.weight"][0]
         half_stem, in_channels = shapes["backbone.stem.0.conv.weight"][:2]
@@ -146,7 +145,7 @@ def infer_config(shapes: Mapping[str, Sequence[int]]) -> RedNetConfig:
     except KeyError as error:
         raise ValueError(f"its tensor {error} is missing") from error
     except (IndexError, ValueError) as error:
-        raise ValueError("the tensors that tell its width have too few dimensions") from error
+        raise ValueError("the tensors that determine its width have too few dimensions") from error
     return RedNetConfig(
         depth=depth,
         num_classes=num_classes,

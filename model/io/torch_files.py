@@ -1,4 +1,4 @@
-"""Files of torch.save, in both layouts that it has had, read without executing them."""
+"""Reads files of torch.save, in both the current and the legacy layout, without executing them."""
 
 import mmap
 import pickle
@@ -10,9 +10,9 @@ import torch
 from rednet.model.io.untrusted_files import UntrustedError, check_archive, check_pickle
 
 ZIP = b"PK\x03\x04"
-TORCH_PICKLE = b"\x80\x02\x8a\x0a"  # torch before 1.6 wrote pickles, a long magic number first
+TORCH_PICKLE = b"\x80\x02\x8a\x0a"  # torch before 1.6 wrote pickles, of which the first is a magic number
 LEGACY_PICKLES = 5  # before the tensors: magic number, version, system, content, keys of the tensors
-# What training scripts store beside weights: options, scores as NumPy's numbers, logs.
+# Types that training scripts store next to weights: options, scores as NumPy numbers, logs.
 IGNORED = (
     "argparse.Namespace",
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -31,7 +31,7 @@ IGNORED = (
 
 
 class Ignored:
-    """Stands in for an object that is not needed, whatever it was made of."""
+    """Replaces an object that is not needed."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -41,11 +41,11 @@ class Ignored:
 
 
 def read_torch_file(path: Path) -> object:
-    """The content of a `.pth` file: tensors, containers, text and numbers.
+    """Return the content of a `.pth` file: tensors, containers, text and numbers.
 
     Raises:
-        UntrustedError: it is damaged, would take more memory than its size explains, or holds anything else.
-        OSError: it cannot be read.
+        UntrustedError: the file is damaged, would expand in memory, or contains anything else.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         zipped = file.read(4) == ZIP
@@ -59,9 +59,9 @@ def read_torch_file(path: Path) -> object:
         with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Torch's own text advises to load without its protection, which nobody should: only what it found is passed on.
+        # Torch's message advises loading with weights_only=False, which would execute the file. Keep only its finding.
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" (it names {found[1]})" if found else ""
-        raise UntrustedError(f"is damaged or holds more than tensors{what}; it was not loaded") from None
-    except Exception as error:  # a damaged zip archive or pickle raises nearly anything
+        raise UntrustedError(f"is damaged or contains more than tensors{what}; it was not loaded") from None
+    except Exception as error:  # a damaged zip archive or pickle can raise anything
         raise UntrustedError(f"is damaged: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error

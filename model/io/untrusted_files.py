@@ -1,7 +1,7 @@
-"""What a checkpoint file claims of itself, checked before a library believes it and takes the memory.
+"""Checks the sizes that a checkpoint file claims, before a library trusts them and allocates the memory.
 
-Nothing here executes or decompresses anything. One rule covers bombs of every format: what a file holds is no larger
-than the file. Nothing that writes checkpoints compresses or repeats tensors.
+Nothing here executes or decompresses anything. One rule covers decompression bombs of every format: the content of a
+file is not larger than the file. No tool that writes checkpoints compresses or repeats tensors.
 """
 
 import io
@@ -11,13 +11,13 @@ import zipfile
 from pathlib import Path
 from typing import Any, Protocol
 
-MAX_HEADER_BYTES = 8_000_000  # of a safetensors file: ten times the labels of ImageNet-21k
-MAX_DIRECTORY_BYTES = 8_000_000  # of a zip archive, at least 46 for each of its entries
-MAX_PICKLE_BYTES = 64_000_000  # of the pickle in a zip archive, which holds no tensor data
-MAX_STEPS = 2_000_000  # of a pickle; RedNet-152 with its optimizer's state takes 200,000
-MAX_VALUES = 10_000_000  # that a pickle may make, counting what is used again as often as it is used
+MAX_HEADER_BYTES = 8_000_000  # of a safetensors file; ten times the labels of ImageNet-21k
+MAX_DIRECTORY_BYTES = 8_000_000  # of a zip archive; an entry takes at least 46
+MAX_PICKLE_BYTES = 64_000_000  # of the pickle in a zip archive, which does not include tensor data
+MAX_STEPS = 2_000_000  # opcodes of a pickle; RedNet-152 with its optimizer's state takes 200,000
+MAX_VALUES = 10_000_000  # values that a pickle may create, counting a reused one at every use
 
-# The dtypes that `rednet.model.io.checkpoint` goes on to check; float8 and float4 need scales that are not here.
+# The dtypes that `rednet.model.io.checkpoint` checks further. float8 and float4 would need scales.
 SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
@@ -26,7 +26,7 @@ INTO_CONTAINER = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD
 
 
 class UntrustedError(ValueError):
-    """The file claims more than it holds, or is damaged. The message goes on after the name of the file."""
+    """The file claims more than it contains, or is damaged. The message continues after the name of the file."""
 
 
 class Readable(Protocol):
@@ -40,20 +40,20 @@ class Readable(Protocol):
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object, refused where two of its entries have one key, of which readers see either."""
+    """Hook for `json.loads` that refuses duplicate keys, of which different readers use different ones."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise UntrustedError("has an entry twice in its header")
+        raise UntrustedError("has a duplicate entry in its header")
     return made
 
 
 def check_safetensors(path: Path) -> None:
     """Check the header of a safetensors file: its length, that names are unique, and the dtypes.
 
-    Offsets and shapes are checked by the safetensors library.
+    The safetensors library checks offsets and shapes.
 
     Raises:
-        UntrustedError: the header cannot be what it says.
+        UntrustedError: the header is damaged, too long, or has duplicate names or unsupported dtypes.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -61,7 +61,7 @@ def check_safetensors(path: Path) -> None:
         if length > size - 8:
             raise UntrustedError("is damaged: it ends within its header")
         if length > MAX_HEADER_BYTES:
-            raise UntrustedError(f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
+            raise UntrustedError(f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
         try:
             header = json.loads(file.read(length), object_pairs_hook=unique_keys)
         except UntrustedError:
@@ -70,32 +70,32 @@ def check_safetensors(path: Path) -> None:
             raise UntrustedError("is damaged: its header is not JSON") from error
     for name, tensor in header.items() if isinstance(header, dict) else ():
         if name != "__metadata__" and (not isinstance(tensor, dict) or tensor.get("dtype") not in SAFETENSORS_DTYPES):
-            held = tensor.get("dtype") if isinstance(tensor, dict) else None
-            raise UntrustedError(f"has a tensor {name[:100]} of {str(held)[:20]}, a type that is not read")
+            dtype = tensor.get("dtype") if isinstance(tensor, dict) else None
+            raise UntrustedError(f"has a tensor {name[:100]} of {str(dtype)[:20]}, which is not supported")
 
 
 def check_archive(path: Path) -> None:
-    """Check a zip archive as torch.save writes it, and the pickle in it.
+    """Check a zip archive of torch.save and the pickle in it.
 
     Raises:
-        UntrustedError: it is damaged, compressed, or its entries overlap, share names or are larger than the file.
-        OSError: it cannot be read.
+        UntrustedError: the archive is damaged or compressed, or its entries overlap, share names or exceed the file.
+        OSError: the file cannot be read.
     """
     _check_directory(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise UntrustedError("is compressed, which torch.save never does; it was not unpacked")
+                raise UntrustedError("is compressed, unlike files of torch.save; it was not unpacked")
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise UntrustedError("is hostile: the entries of its archive are larger than the file")
             if len({entry.filename.casefold() for entry in entries}) < len(entries):
-                raise UntrustedError("is hostile: two entries of its archive have one name")
+                raise UntrustedError("is hostile: two entries of its archive have the same name")
             for entry in entries:
                 if entry.filename.endswith("data.pkl"):
                     if entry.file_size > MAX_PICKLE_BYTES:
                         raise UntrustedError(
-                            f"has a pickle of {entry.file_size} bytes; at most {MAX_PICKLE_BYTES} are read"
+                            f"has a pickle of {entry.file_size} bytes; at most {MAX_PICKLE_BYTES} are allowed"
                         )
                     content = archive.read(entry)
                     check_pickle(io.BytesIO(content), len(content))
@@ -106,10 +106,10 @@ def check_archive(path: Path) -> None:
 
 
 def _check_directory(path: Path) -> None:
-    """Check the end of a zip archive, so that zipfile and torch's reader see the same directory, and a small one.
+    """Check the end of a zip archive, so that zipfile and torch's reader use the same directory, and a small one.
 
-    Without a comment, and with the directory right before it: then no reader has to search or to guess. (zipfile
-    takes the directory by its size from the end, torch by its offset from the start.)
+    The archive must have no comment, and the directory must end where the end record begins; then no reader has to
+    search or guess. (zipfile locates the directory by its size from the end, torch by its offset from the start.)
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -117,7 +117,7 @@ def _check_directory(path: Path) -> None:
         tail = file.read(42)
         end = size - 22
         short = directory, offset = (_number(tail[-10:-6]), _number(tail[-6:-2]))
-        if tail[-42:-38] == b"PK\x06\x07":  # the end in the format for large files lies before it
+        if tail[-42:-38] == b"PK\x06\x07":  # the zip64 end record is in front of it
             end = _number(tail[-34:-26])
             file.seek(min(end, size))
             record = file.read(56)
@@ -130,7 +130,7 @@ def _check_directory(path: Path) -> None:
         raise UntrustedError("is damaged: the end of its archive is missing or wrong")
     if directory > MAX_DIRECTORY_BYTES:
         raise UntrustedError(
-            f"has an archive with a directory of {directory} bytes; at most {MAX_DIRECTORY_BYTES} are read"
+            f"has an archive with a directory of {directory} bytes; at most {MAX_DIRECTORY_BYTES} are allowed"
         )
 
 
@@ -139,29 +139,29 @@ def _number(field: bytes) -> int:
 
 
 def check_pickle(file: Readable, size: int) -> None:
-    """Follow a pickle up to its end without making anything, and refuse what would take much more than its size.
+    """Simulate a pickle without creating its objects, and refuse one that would expand far beyond its size.
 
-    Three ways are known: a short text that claims a huge length (which `pickletools` reads, and finds missing), a place
-    in the memo far beyond what was stored, for which the C code takes memory, and values that hold one another twice,
-    level by level: a tuple of such ones takes for ever to hash.
+    Three attacks are known: a short text that claims a huge length (`pickletools` finds it missing); a memo index far
+    beyond the stored values, for which the C code allocates memory; and values that contain each other twice at every
+    level, whose hash takes exponential time.
 
     Args:
-        file: at the start of the pickle; left behind its end.
-        size: of the file.
+        file: at the start of the pickle; afterwards at its end.
+        size: of the file, in bytes.
 
     Raises:
-        UntrustedError: it is damaged or would grow.
+        UntrustedError: the pickle is damaged or would expand.
     """
     try:
         _Machine(MAX_VALUES + 2 * size).run(file)
     except UntrustedError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise anything
         raise UntrustedError("is damaged: its pickle is broken") from error
 
 
 class _Machine:
-    """The pickle machine with sizes instead of values. A size is a list of one number: containers grow."""
+    """The pickle machine with sizes instead of values. A size is a list of one number, because containers grow."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -172,18 +172,18 @@ class _Machine:
     def run(self, file: Readable) -> None:
         for steps, (opcode, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
             if steps > MAX_STEPS:
-                raise UntrustedError(f"has a pickle of more than {MAX_STEPS} steps")
-            place = argument if isinstance(argument, int) else 0  # of the operations that have one
+                raise UntrustedError(f"has a pickle of more than {MAX_STEPS} opcodes")
+            index = argument if isinstance(argument, int) else 0  # in the memo; not all opcodes have one
             if opcode.name == "MARK":
                 self._marks.append(len(self._stack))
             elif opcode.name == "MEMOIZE":
                 self._memo[len(self._memo)] = self._stack[-1]
             elif opcode.name in PUT:
-                if place > steps:
+                if index > steps:
                     raise UntrustedError("is hostile: its pickle claims memory that it does not fill")
-                self._memo[place] = self._stack[-1]
+                self._memo[index] = self._stack[-1]
             elif opcode.name in GET:
-                self._push(self._memo[place])
+                self._push(self._memo[index])
             else:
                 self._step(opcode, argument)
 
@@ -206,5 +206,5 @@ class _Machine:
 
     def _push(self, size: list[int]) -> None:
         if size[0] > self._limit:
-            raise UntrustedError("is hostile: its pickle repeats what it holds without end")
+            raise UntrustedError("is hostile: its pickle expands without limit")
         self._stack.append(size)
