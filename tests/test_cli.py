@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rednet import load_checkpoint, save_checkpoint
+from rednet import __version__, load_checkpoint, save_checkpoint
 from rednet.model.native import int8_unavailable, unavailable
 from rednet.model.training.recipe import FINE_TUNING_RATE, Recipe
 from rednet.service.cli.parser import RECIPE_FLAGS, main
@@ -25,6 +25,18 @@ def photos(tmp_path: Path) -> list[str]:
     for seed in range(3):
         (tmp_path / f"{seed}.jpg").write_bytes(encoded(photo(seed), "JPEG"))
     return [str(tmp_path / f"{seed}.jpg") for seed in range(3)]
+
+
+def test_version_is_printed_without_importing_torch() -> None:
+    """The package's version, which `rednet.__version__` also holds."""
+    printed = subprocess.run([REDNET, "--version"], capture_output=True, text=True, check=True)
+    assert printed.stdout == f"rednet {__version__}\n"
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules));"
+        "from rednet.service.cli.parser import main; main(['--version'])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert printed.stdout == f"rednet {__version__}\nFalse\n"
 
 
 def test_predict_gives_what_the_server_gives(

@@ -1,15 +1,11 @@
 """Writes files atomically, by one process at a time, and replaces existing files only on request."""
 
+import fcntl
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-if sys.platform != "win32":
-    import fcntl
-
 
 LONGEST_SUFFIX = ".training.unfinished"  # the longest one that temporary files add to an output's name
 
@@ -118,13 +114,12 @@ def _move(unfinished: Path, target: Path, path: Path, replace: bool) -> None:
 
 
 def _lock(descriptor: int) -> None:
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:  # a file system without locks
-            pass
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        pass
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

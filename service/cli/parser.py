@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rednet import __version__
 from rednet.service.system.init_process import fork_if_init
 from rednet.service.system.terminal import printable
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     from rednet.service.settings import add_flags
 
     parser = argparse.ArgumentParser(prog="rednet", description="Serve, try and train RedNet involution classifiers.")
+    parser.add_argument("--version", action="version", version=f"rednet {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = _command(subparsers, commands.serve, "answer requests over HTTP; every option is also REDNET_<OPTION>")

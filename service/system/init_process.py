@@ -1,39 +1,46 @@
-"""What a container's first process has to do: pass signals on and reap orphans.
+"""The init process of a container: forwards signals and reaps orphans.
 
-The kernel drops every signal to PID 1 that has no handler, and gives it all orphaned processes as children. `rednet` is
-PID 1 in a container, and imports PyTorch for seconds before it could handle a signal. So there it forks first: the
-child does the work as an ordinary process, the parent is the init process.
+The kernel drops every signal to PID 1 that has no handler, and makes PID 1 the parent of all orphaned processes. In a
+container `rednet` is PID 1, and it spends seconds importing PyTorch before it can handle a signal. So it forks first:
+the child does the work as an ordinary process, and the parent is the init process.
 """
 
 import os
 import signal
-import sys
 
-PASSED_ON = {
-    getattr(signal, name)
-    for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCONT")
-    if hasattr(signal, name)
+FORWARDED = {
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCONT,
 }
 
 
 def fork_if_init() -> None:
-    """Return in an ordinary process: this one, or its child where this one is PID 1, which then stays as init."""
-    if os.getpid() != 1 or sys.platform == "win32":
+    """Return in an ordinary process: if this process is PID 1, fork, return in the child, and stay as init."""
+    if os.getpid() != 1:
         return
-    # Blocked signals wait, even those that PID 1 would lose; `_run_init` takes them one by one.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED_ON, signal.SIGCHLD})
+    # Blocked signals stay pending, even those that the kernel would drop; `_run_init` takes them one by one.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
     child = os.fork()
     if child == 0:
-        os.setsid()  # else Ctrl-C would reach it twice, from the terminal and from its parent
+        os.setsid()  # without this, Ctrl-C would reach the child twice: from the terminal and from its parent
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
     os._exit(_run_init(child))
 
 
 def _run_init(child: int) -> int:
-    """Pass signals on to the child and reap processes until the child ends; its exit status, as a shell shows it."""
+    """Forward signals to the child and reap processes until the child ends.
+
+    Returns:
+        The child's exit status, as a shell reports it.
+    """
     while True:
-        received = signal.sigwait({*PASSED_ON, signal.SIGCHLD})
+        received = signal.sigwait({*FORWARDED, signal.SIGCHLD})
         if received != signal.SIGCHLD:
             os.kill(child, received)
             continue
