@@ -1,20 +1,20 @@
-"""What a batch costs, measured: batch size, backlog and `Retry-After` follow from it."""
+"""Measured batch times. Batch size, backlog and `Retry-After` follow from them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-# A larger batch is worth taking if it needs less than this share of the time per image. Batches grow only while images
-# are waiting, and then whatever raises the rate shortens the wait; less than this is noise.
+# A larger batch is worthwhile if it takes less than this share of the time per image. Batches grow only while images
+# wait, and then a higher rate shortens the wait. A smaller gain is noise.
 WORTHWHILE = 0.95
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Measured batches.
+    """The measured time of batches.
 
     Attributes:
-        seconds: of a batch, by its size; sizes ascend from 1. Empty: nothing has been measured yet.
+        seconds: by batch size, ascending from 1; empty before warm-up.
         max_batch_size: the size that batches should not exceed.
     """
 
@@ -22,7 +22,7 @@ class CostTable:
     max_batch_size: int = 1
 
     def batch_s(self, images: int) -> float:
-        """The time of a batch: between measured sizes in proportion, beyond them as the largest per image."""
+        """The time of a batch: interpolated between measured sizes, beyond them proportional to the largest."""
         if images in self.seconds:
             return self.seconds[images]
         if not self.seconds or images <= 0:
@@ -35,40 +35,40 @@ class CostTable:
         return self.seconds[low] * (1 - share) + self.seconds[high] * share
 
     def queue_s(self, images: int) -> float:
-        """The time of so many images, in batches as large as they may be."""
+        """The time of a number of images in full batches."""
         full, rest = divmod(images, self.max_batch_size)
         return full * self.batch_s(self.max_batch_size) + self.batch_s(rest)
 
 
-def measure(batch_s: Callable[[int], float], largest: int, auto: bool, least: int = 1) -> CostTable:
+def measure(batch_s: Callable[[int], float], max_size: int, auto: bool, min_size: int = 1) -> CostTable:
     """Measure batches of 1, 2, 4, ... images.
 
     Args:
-        batch_s: runs a batch of that size and says how long it took.
-        largest: the last size.
-        auto: take the smallest size than which no larger one is worthwhile, and stop when that is clear or memory ends;
-            otherwise batches may be as large as `largest`.
-        least: what auto does not go below, however little it seems to gain.
+        batch_s: runs a batch of a size, and returns its time.
+        max_size: the last size.
+        auto: choose the smallest size above which no size is worthwhile, and stop as soon as that is clear or memory
+            runs out. Otherwise batches may have up to `max_size` images.
+        min_size: the smallest size that `auto` chooses, even if it seems to gain little.
     """
     seconds: dict[int, float] = {}
     best = 1
-    for size in _ladder(largest):
+    for size in _sizes(max_size):
         try:
             seconds[size] = batch_s(size)
-        except (MemoryError, RuntimeError):  # torch says RuntimeError when a device has no memory left
+        except (MemoryError, RuntimeError):  # torch raises RuntimeError when a device runs out of memory
             if not auto or size == 1:
                 raise
             break
         if seconds[size] / size < WORTHWHILE * seconds[best] / best:
             best = size
-        if auto and size > 2 * max(best, least):
+        if auto and size > 2 * max(best, min_size):
             break
-    return CostTable(seconds, max(best, min(least, max(seconds))) if auto else largest)
+    return CostTable(seconds, max(best, min(min_size, max(seconds))) if auto else max_size)
 
 
-def _ladder(largest: int) -> Iterator[int]:
+def _sizes(max_size: int) -> Iterator[int]:
     size = 1
-    while size < largest:
+    while size < max_size:
         yield size
         size *= 2
-    yield largest
+    yield max_size

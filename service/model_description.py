@@ -1,4 +1,4 @@
-"""What is served: the network, its labels, and what runs it."""
+"""The description of what is served: the network, its labels, and the backend that runs it."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -28,16 +28,22 @@ class ModelBody(BaseModel):
     provenance: dict[str, Any] = Field(description="where the weights come from")
     device: str
     precision: str
-    backend: str = Field(description="what runs the network")
-    passed_over: list[str] = Field(description="why faster ways to run it were not taken, if so")
-    deviation: float = Field(description="relative distance from the plain network's answers, by the check at start")
-    max_batch_size: int = Field(1, description="decided in warm-up, unless by an option")
-    cost_s: dict[int, float] = Field({}, description="seconds of a batch by its size, measured in warm-up")
+    backend: str = Field(description="the implementation that runs the network")
+    passed_over: list[str] = Field(description="faster backends that were rejected, with the reason")
+    deviation: float = Field(
+        description="largest relative error against the reference network, found by the self-check at start"
+    )
+    max_batch_size: int = Field(1, description="chosen by warm-up, unless set by an option")
+    cost_s: dict[int, float] = Field({}, description="seconds per batch, by batch size, measured by warm-up")
 
 
 def describe(checkpoint: "Checkpoint", prepared: "Sequence[Prepared]") -> ModelBody:
-    """What `/v1/model` and `rednet info` say of a network and where it runs; precision and backend are the same on all
-    devices."""
+    """Describe a network for `/v1/model` and `rednet info`.
+
+    Args:
+        checkpoint: of the network.
+        prepared: on each device; precision and backend are the same on all of them.
+    """
     net, first = checkpoint.net, prepared[0]
     return ModelBody(
         name=checkpoint.name,

@@ -1,4 +1,4 @@
-"""The values that travel through the server, and the seams along the way."""
+"""The values that parts of the server exchange, and the interfaces between the parts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ Upload = bytes | memoryview | Floats | ServiceError
 
 
 class ClassActivation(NamedTuple):
-    """Asks what each position adds to the logit of a class."""
+    """A class activation map: what each position adds to the logit of a class."""
 
-    class_index: int | None = None  # None: of the class that is predicted
+    class_index: int | None = None  # None: the predicted class
 
 
 class KernelSums(NamedTuple):
-    """Asks for the sum of each position's kernel, of the last involution of a stage."""
+    """A map of kernel sums: the sum of each position's kernel, in the last involution of a stage."""
 
-    stage: int  # counted from 0
+    stage: int  # from 0
     group: int | None = None  # of channels that share a kernel; None: the mean of all groups
 
 
@@ -41,9 +41,9 @@ class RunnerOutput(NamedTuple):
     grids: Mapping[int, Floats] = {}  # [h, w] each, by position in the batch, of images that asked for one
 
     def finite(self, index: int) -> bool:
-        """Whether everything that was computed for this image is a finite number.
+        """Whether all values computed for an image are finite.
 
-        Images of a batch do not mix: values that overflow for one of them leave the rows of the others as they are.
+        Images of a batch are independent: an overflow in one of them does not affect the rows of the others.
         """
         rows = [self.logits[index], self.features[index]]
         if index in self.grids:
@@ -53,7 +53,7 @@ class RunnerOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """The network's answer for one image, and what it took."""
+    """The network's output for one image, and the time it took."""
 
     logits: Floats  # [num_classes]
     features: Floats  # [feature_channels]
@@ -65,7 +65,7 @@ class Inference:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image on its way to the device. Times are those of the engine's clock, in seconds."""
+    """One image on its way to the device. Times are in seconds, by the engine's clock."""
 
     id: int
     pixels: Pixels
@@ -76,7 +76,7 @@ class Job:
 
 
 class State(StrEnum):
-    """Where a server is in its life; only `ready` takes work."""
+    """The state of a server. Only `ready` takes requests."""
 
     STARTING = "starting"
     READY = "ready"
@@ -86,27 +86,27 @@ class State(StrEnum):
 
 
 class DeviceLost(Exception):
-    """The device answers nothing any more; only a new process can have it back."""
+    """The device does not respond any more. Only a new process can use it again."""
 
 
 class Running(Protocol):
-    """A batch that was given to the device."""
+    """A batch that was launched on the device."""
 
     def done(self) -> bool:
         """Whether `wait` returns at once."""
 
     def wait(self) -> RunnerOutput:
-        """The answers; may raise what `ModelRunner.launch` may."""
+        """Wait for the output. Raises what `ModelRunner.launch` raises."""
 
 
 class ModelRunner(Protocol):
-    """The device. Used from one thread only."""
+    """Runs batches on the device. Used from one thread only."""
 
     def warm_up(self, begin: Callable[[float], None]) -> CostTable:
-        """Do everything that makes a first call slower than later ones, and measure what batches cost.
+        """Run whatever makes a first call slower than later ones, and measure batches.
 
         Args:
-            begin: called before each step with the seconds that it should take, going by those before it.
+            begin: called before each step with its expected time in seconds.
         """
 
     def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
@@ -114,20 +114,25 @@ class ModelRunner(Protocol):
 
         Args:
             pixels: of each image.
-            specs: by position in the batch, of those who have one. A batch without costs nothing more.
+            specs: the requested maps, by position in the batch. A batch without maps costs nothing more.
 
         Raises:
-            MemoryError: there is no memory for so many.
-            DeviceLost: nothing will run any more.
+            MemoryError: there is not enough memory for this many images.
+            DeviceLost: the device has failed.
         """
 
 
 class EngineEvents(Protocol):
-    """What the engine tells those who watch it. Called on the engine's thread; must be quick and must not raise."""
+    """Receives events of the engine, on the engine's thread. Methods must be quick, and must not raise."""
 
     def batch_done(self, queue_s: Sequence[float], inference_s: float, starved_s: float) -> None:
-        """A batch has run: how long each of its images waited for that, how long it kept the device busy, and how long
-        the device had nothing to do before although one of its images was there."""
+        """A batch has run.
+
+        Args:
+            queue_s: the time that each image waited.
+            inference_s: the time that the batch kept the device busy.
+            starved_s: the time before it that the device was idle although one of its images had arrived.
+        """
 
     def dropped(self, stage: Literal["queue"], count: int) -> None: ...
 
@@ -150,10 +155,10 @@ class Permit(Protocol):
 
 
 class EngineClient(Protocol):
-    """The engine, or several, as the routes see it, wherever it runs."""
+    """One engine or several, wherever they run."""
 
     def start(self) -> None:
-        """Load and warm up; until that has ended, requests are refused."""
+        """Load and warm up. Requests are refused until that is done."""
 
     @property
     def state(self) -> State: ...
@@ -164,11 +169,11 @@ class EngineClient(Protocol):
 
     @property
     def requests(self) -> int:
-        """Requests admitted and not yet answered, also those whose images are still on their way."""
+        """Requests admitted and not yet answered, including those whose body is still arriving."""
 
     @property
     def backlog_s(self) -> float:
-        """Predicted time to answer all of them."""
+        """Predicted time to answer all accepted images."""
 
     @property
     def offered_s(self) -> float:
@@ -176,11 +181,11 @@ class EngineClient(Protocol):
 
     @property
     def costs(self) -> CostTable:
-        """The measured time of batches; empty before warm-up has ended."""
+        """The measured time of batches; empty before the end of warm-up."""
 
     @property
     def max_images(self) -> int:
-        """How many images one request may hold: for more there would never be room."""
+        """The most images that one request may have: the capacity of the queue."""
 
     def admit(self, deadline: float) -> Permit:
         """Admit a request before its body is read. An admitted request is answered even if a drain begins.
@@ -205,7 +210,7 @@ class EngineClient(Protocol):
         """
 
     def begin_drain(self) -> None:
-        """Take no more work; what was accepted is still answered."""
+        """Refuse new requests; admitted ones are still answered."""
 
     async def close(self) -> None:
         """Stop, and fail what is still waiting. May be called again."""

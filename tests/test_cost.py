@@ -50,9 +50,9 @@ def test_batches_grow_while_that_is_worthwhile(per_image: dict[int, float], best
 
 def test_auto_does_not_go_below_the_least() -> None:
     """However little larger batches gain; where not even those fit, the largest that did is taken."""
-    assert measure(float, 64, auto=True, least=3).max_batch_size == 3
-    assert measure(float, 2, auto=True, least=3).max_batch_size == 2
-    assert measure(lambda size: size * (0.5 if size == 8 else 1.0), 64, auto=True, least=4).max_batch_size == 8
+    assert measure(float, 64, auto=True, min_size=3).max_batch_size == 3
+    assert measure(float, 2, auto=True, min_size=3).max_batch_size == 2
+    assert measure(lambda size: size * (0.5 if size == 8 else 1.0), 64, auto=True, min_size=4).max_batch_size == 8
 
 
 def test_a_size_that_was_asked_for_is_kept() -> None:

@@ -1,5 +1,5 @@
-"""What each command does; its exit status: 0 done, 1 partly or wholly failed. Each imports what it needs, so that
-`rednet --help` is instant."""
+"""The commands. Each returns its exit status, 0 for success, and imports what it needs, so that `rednet --help` is
+instant."""
 
 import argparse
 import io
@@ -20,7 +20,7 @@ def serve(options: argparse.Namespace) -> int:
     from rednet.service.system.sockets import bind
 
     check_files(settings)
-    # Everything that can fail at once does so before PyTorch is imported.
+    # Whatever can fail at once fails before PyTorch is imported.
     keys = read_keys(settings.api_key_file) if settings.api_key_file else None
     sockets = bind(settings.host, settings.port)
     from rednet.service.main import serve as run_server
@@ -46,7 +46,7 @@ def info(options: argparse.Namespace) -> int:
     set_threads(usable_cores())
     checkpoint = load_checkpoint(options.checkpoint)
     prepared = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
-    model = describe(checkpoint, [prepared]).model_dump(exclude={"max_batch_size", "cost_s"})  # a server measures those
+    model = describe(checkpoint, [prepared]).model_dump(exclude={"max_batch_size", "cost_s"})  # measured by a server
     model["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     if options.json:
         print(json.dumps(model))
@@ -90,12 +90,12 @@ def quantize(options: argparse.Namespace) -> int:
     from rednet import load_checkpoint, save_checkpoint
     from rednet.model.io.checkpoint import fits_half
     from rednet.model.io.output_files import check_output
-    from rednet.model.training.quantization import quantize as with_scales
+    from rednet.model.training.quantization import quantize as run
     from rednet.service.engine.runner import set_threads
 
     set_threads(usable_cores())
     check_output(options.output, replace=options.force, inputs=[options.checkpoint])
-    checkpoint = with_scales(load_checkpoint(options.checkpoint), options.photos, usable_cores())
+    checkpoint = run(load_checkpoint(options.checkpoint), options.photos, usable_cores())
     save_checkpoint(options.output, checkpoint, half=fits_half(checkpoint.net), replace=options.force)
     report = checkpoint.provenance["int8"]
     print(f"{printable(options.output)}: {checkpoint.net.config.name} with int8 scales from {report['photos']} photos")
@@ -148,7 +148,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from rednet.model.io.output_files import check_output, write_atomically
     from rednet.model.training.confusion import draw_confusion
     from rednet.model.training.dataset import read_folder
-    from rednet.model.training.evaluation import evaluate as ask_about
+    from rednet.model.training.evaluation import evaluate as run_evaluation
     from rednet.service.engine.runner import set_threads
 
     set_threads(usable_cores())
@@ -159,7 +159,7 @@ def evaluate(options: argparse.Namespace) -> int:
     _, photos, left_out = read_folder(options.data / "val", [label.id for label in checkpoint.labels])
     for line in left_out.lines():
         print(line, file=sys.stderr)
-    answers = ask_about(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
+    answers = run_evaluation(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
     result: dict[str, Any] = {"model": checkpoint.name, "precision": run.precision} | answers.summary()
     names = [label.name for label in checkpoint.labels]
     by_class = answers.by_class(names)

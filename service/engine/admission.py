@@ -1,5 +1,5 @@
-"""Which requests are admitted: no more than may wait, and none that would be answered too late. Pure state; used from
-one thread."""
+"""Admission control: bounds the queue, and rejects requests that would miss their deadline. Pure state; used from one
+thread."""
 
 import math
 import time
@@ -9,16 +9,16 @@ from rednet.service.engine.retry_scheduler import RetryScheduler
 from rednet.service.errors import Overloaded
 
 SMOOTHING = 0.05  # weight of the newest answer in the running estimate
-# Time constants of the running estimate of the load: a flood is seen at once, while a moment without work is no end.
+# Time constants of the running estimate of the load. It rises quickly when a flood begins, and outlasts short pauses.
 BUSIER_S, IDLER_S = 0.5, 2.0
-# As long as two of three requests are rejected, one that comes back is, too. So slots are given away more slowly then,
-# so that most callers come back when the flood is over; but not without end.
+# While two of three requests are rejected, a retry is likely to be rejected, too. Retries are then scheduled further
+# apart, so that most clients return after the flood; this bounds how far.
 MAX_REJECTED_SHARE = 0.75
-# More in one answer is an accident, not a rule; less is an answer that did not need the device, as to a damaged photo.
-LARGEST_FACTOR, SMALLEST_FACTOR = 10.0, 0.5
+# Bounds on what one answer teaches: more is an outlier, less an answer that did not need the device (a damaged photo).
+MAX_RATIO, MIN_RATIO = 10.0, 0.5
 # Predictions are unbiased, so half of them are too low. This factor makes nearly all admitted requests meet their
 # deadline. A queue of half a deadline keeps the device as busy as a longer one.
-CAUTION = 2.0
+SAFETY_FACTOR = 2.0
 
 
 class Permit:
@@ -62,17 +62,19 @@ class Permit:
 
 
 class Admission:
-    """Counts the images that were accepted and not yet answered, and predicts when another would be.
+    """Counts the images that are accepted and not yet answered, and predicts when the next one would be answered.
 
     Args:
-        most: how many there may be.
-        work_s: the device's time for so many images. What else an answer takes (decoding, sending, waiting for a core)
-            is learned from the answers themselves, as a factor.
-        clock: tells the time, in seconds.
+        max_images: the queue's capacity.
+        work_s: predicts the device time of a number of images. Whatever else an answer takes (decoding, sending,
+            waiting for a core) is learned from the answers, as a factor.
+        clock: returns the time, in seconds.
     """
 
-    def __init__(self, most: int, work_s: Callable[[int], float], clock: Callable[[], float] = time.monotonic) -> None:
-        self.most = most
+    def __init__(
+        self, max_images: int, work_s: Callable[[int], float], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.max_images = max_images
         self.accepted = 0
         self.requests = 0  # admitted and not yet answered; images of those whose body is still arriving are not counted
         # Predicted device time of all images that were admitted or refused, in seconds. A request that would be late
@@ -83,17 +85,17 @@ class Admission:
         self._clock = clock
         self._factor = 1.0
         self._retries = RetryScheduler()
-        self._rejected_share = 0.0  # running estimate, of requests
-        self._load = 0.0  # share of the last seconds in which there were accepted images
+        self._rejected_share = 0.0  # of requests, a running estimate
+        self._load = 0.0  # share of the last seconds during which images were accepted and unanswered
         self._load_known_at = clock()
 
     @property
     def backlog_s(self) -> float:
-        """Predicted time to answer everything that was accepted."""
+        """Predicted time to answer everything that is accepted."""
         return self.predicted_s(self.accepted)
 
     def predicted_s(self, images: int) -> float:
-        """Predicted time until the last of so many images is answered."""
+        """Predicted time to answer a number of images."""
         return self._work_s(images) * self._factor
 
     def admit(self, deadline: float) -> Permit:
@@ -111,7 +113,7 @@ class Admission:
         return Permit(self, deadline)
 
     def hold(self, images: int, deadline: float) -> tuple[float, float]:
-        """The present time, and the device's work until so many images more are answered.
+        """The present time, and the device time until these images are answered, too.
 
         Raises:
             Overloaded: they do not fit, or would be answered after the deadline.
@@ -138,10 +140,10 @@ class Admission:
         return self._load * share + (1 - share if self.accepted else 0.0)
 
     def _offer(self, images: float) -> None:
-        self.offered_s += images * self._work_s(self.most) / self.most
+        self.offered_s += images * self._work_s(self.max_images) / self.max_images
 
     def _check(self, images: int, deadline: float, offered: float) -> float:
-        """The present time, if so many images may wait behind those accepted.
+        """The present time, if these images fit behind those that are accepted.
 
         Args:
             images: to be checked.
@@ -149,25 +151,25 @@ class Admission:
             offered: how many count as offered if they are refused.
 
         Raises:
-            Overloaded: they may not; it says when to try again.
+            Overloaded: they do not; it says when to try again.
         """
         now = self._clock()
         if not self.accepted:
             return now
-        if self.accepted > self.most - images:
+        if self.accepted > self.max_images - images:
             reason = f"{self.accepted} images are waiting"
-            wait_s = self.backlog_s - self.predicted_s(self.most - images)
-        elif (late_s := now + CAUTION * self.predicted_s(self.accepted + images) - deadline) > 0:
+            wait_s = self.backlog_s - self.predicted_s(self.max_images - images)
+        elif (late_s := now + SAFETY_FACTOR * self.predicted_s(self.accepted + images) - deadline) > 0:
             reason, wait_s = "the answer would come after the deadline", late_s
         else:
             return now
-        hopeless = now + CAUTION * self.predicted_s(images) > deadline
-        work_s = 0.0  # a request that would be late if nobody were ahead takes no slot from others
+        hopeless = now + SAFETY_FACTOR * self.predicted_s(images) > deadline
+        work_s = 0.0  # a request that would be late with an empty queue takes no retry slot from others
         if not hopeless:
             self._offer(offered)
             self._rejected_share += (1 - self._rejected_share) * SMOOTHING
             room = 1 - min(MAX_REJECTED_SHARE, self._rejected_share)
-            work_s = images * self.predicted_s(self.most) / self.most / room
+            work_s = images * self.predicted_s(self.max_images) / self.max_images / room
         error = Overloaded(
             f"{reason}; try again later", self._retries.schedule(now, wait_s, work_s, self._load_at(now))
         )
@@ -176,5 +178,5 @@ class Admission:
     def learn(self, since: float, work_s: float) -> None:
         """Compare the time of an answer with the device's work that was ahead when its images were counted."""
         if work_s > 0:
-            ratio = min(LARGEST_FACTOR, max(SMALLEST_FACTOR, (self._clock() - since) / work_s))
+            ratio = min(MAX_RATIO, max(MIN_RATIO, (self._clock() - since) / work_s))
             self._factor += (ratio - self._factor) * SMOOTHING

@@ -1,4 +1,4 @@
-"""The engines as asyncio sees them."""
+"""The engines of this process behind asyncio."""
 
 import asyncio
 import math
@@ -13,15 +13,16 @@ from rednet.service.errors import DeviceFailed, Draining, NotReady, ServiceError
 from rednet.service.types import ExplainSpec, Inference, Permit, Pixels, State
 
 STARTING_RETRY_S = 2.0
-LAST_BATCH_S = 1.0  # how long closing waits for the batch that is running, whose callers have been told already
+LAST_BATCH_S = 1.0  # how long closing waits for the running batch, whose requests have already failed
 
 
 class LocalClient:
     """An `EngineClient` for engines in threads of this process, one for each device. Used from one event loop.
 
     Args:
-        engines: at least one; started by `start`, stopped by `close`. An image goes where it is answered first.
-        max_queue: how many images may be accepted and unanswered at once.
+        engines: at least one; started by `start`, stopped by `close`. An image goes to the engine that is expected to
+            answer it first.
+        max_queue: the most images that may be accepted and unanswered.
     """
 
     def __init__(self, engines: Sequence[Engine], max_queue: int) -> None:
@@ -47,7 +48,7 @@ class LocalClient:
 
     @property
     def max_images(self) -> int:
-        return self._admission.most
+        return self._admission.max_images
 
     @property
     def queue_depth(self) -> int:
@@ -81,7 +82,7 @@ class LocalClient:
         self._waiting.add(future)
 
         def reply(outcome: Inference | ServiceError) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the process ends and nobody waits for this answer
+            with suppress(RuntimeError):  # the loop is closed: the process ends, and nothing waits for this answer
                 loop.call_soon_threadsafe(_settle, future, outcome)
 
         engine = min(self._engines, key=lambda engine: engine.backlog_s(self._loads[engine] + 1))
@@ -110,13 +111,13 @@ class LocalClient:
         return DeviceFailed() if self.state is State.FAILED else Draining()
 
     def _work_s(self, images: int) -> float:
-        """The time of all devices together for so many images, of which a faster device takes more."""
+        """The time that all devices together take for a number of images; a faster device takes more of them."""
         if len(self._engines) == 1:
             return self._engines[0].backlog_s(images)
         alone_s = [engine.backlog_s(images) for engine in self._engines]
         if min(alone_s) <= 0:  # nothing to do, or nothing known yet
             return 0.0
-        # No image is shared out: the last one takes at least as long as on the device that is fastest.
+        # An image is not split: the last one takes at least as long as on the fastest device.
         share = math.ceil(images / len(self._engines))
         return max(1 / sum(1 / each_s for each_s in alone_s), min(engine.backlog_s(share) for engine in self._engines))
 
@@ -131,7 +132,7 @@ class LocalClient:
 
 
 def _settle(future: "asyncio.Future[Inference]", outcome: Inference | ServiceError) -> None:
-    if future.done():  # cancelled, or told that the server is stopping
+    if future.done():  # cancelled, or failed because the server is stopping
         return
     if isinstance(outcome, ServiceError):
         future.set_exception(outcome)

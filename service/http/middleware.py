@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 requests = structlog.get_logger()
 
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # fit for a header, and for a line of the log
-WITH_FINAL_SLASH = ("/v1/", "/v2/", "/livez/", "/readyz/")  # not /metrics/: proxies may hide /metrics only
+WITH_TRAILING_SLASH = ("/v1/", "/v2/", "/livez/", "/readyz/")  # not /metrics/: proxies may hide /metrics only
 PROBES = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}  # requested every few seconds
 CLIENT_CLOSED_REQUEST = 499  # nginx's status, for metrics and the log: the client is gone
 
 
 def _as_routed(scope: Scope) -> Scope:
-    """The request as the routes know it.
+    """The request as it is routed.
 
-    HEAD is routed as GET: uvicorn, which has the scope as it came, leaves out the body. A final slash in the path of
-    an API endpoint is ignored: a redirect would make clients send the photo again, and need the public address.
+    HEAD is routed as GET; uvicorn, which has the original scope, omits the body. A trailing slash in the path of an API
+    endpoint is ignored: a redirect would make clients send the photo twice, and would need the public address.
     """
     path: str = scope["path"]
     if scope["method"] == "HEAD":
         scope = {**scope, "method": "GET"}
-    if path.endswith("/") and path.startswith(WITH_FINAL_SLASH):
+    if path.endswith("/") and path.startswith(WITH_TRAILING_SLASH):
         scope = {**scope, "path": path[:-1]}
     return scope
 
@@ -72,11 +72,11 @@ class RequestContextMiddleware:
             await self._app(routed, receive, send_with_id)
         except ClientDisconnect:
             status = CLIENT_CLOSED_REQUEST
-        except asyncio.CancelledError:  # uvicorn ends what is left when the drain is over: an upload, most likely
+        except asyncio.CancelledError:  # the drain is over, and uvicorn cancels what is left: most likely an upload
             if not status:
                 await error_response(scope, Draining())(scope, receive, send_with_id)
         except Exception:
-            logger.exception("a defect")
+            logger.exception("unhandled exception")
             if not status:
                 await error_response(scope, Internal())(scope, receive, send_with_id)
         finally:

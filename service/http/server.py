@@ -29,8 +29,8 @@ KEEP_ALIVE_S = 75
 
 
 class Server(uvicorn.Server):
-    """Uvicorn with a drain: after SIGTERM, SIGINT or SIGHUP the port stays open, and new requests are refused, until
-    all accepted ones are answered. A second SIGTERM or SIGINT stops at once.
+    """uvicorn with a drain. After SIGTERM, SIGINT or SIGHUP the port stays open, and new requests are refused, until
+    all admitted ones are answered. A second SIGTERM or SIGINT stops at once.
     """
 
     def __init__(self, config: uvicorn.Config, client: EngineClient, drain_timeout_s: float) -> None:
@@ -55,21 +55,21 @@ class Server(uvicorn.Server):
             logger.info("running on %s (press Ctrl-C to quit)", url(each))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.started:  # nothing has been accepted, and what startup waits for may take long
+        if not self.started:  # nothing has been admitted, and startup may take long
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
         elif self._drain_since is None:
-            if self._client.state is State.STARTING:  # nothing has been accepted
+            if self._client.state is State.STARTING:  # nothing has been admitted
                 self._min_drain_s = 0.0
             self._drain_since = time.monotonic()
             self._client.begin_drain()
-        elif sig != signal.SIGHUP:  # when a terminal is closed, the kernel sends it, and so does the shell
+        elif sig != signal.SIGHUP:  # a closing terminal sends it twice: the kernel does, and the shell
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         if self._client.state is State.FAILED:
-            self._failed = True  # for good: a device that hung may come back while the server stops
-            await self._client.close()  # an engine that hangs would keep its callers waiting, and them the server
+            self._failed = True  # for good: a device that hung may recover while the server stops
+            await self._client.close()  # requests that wait for a hung engine would keep the server running
             self.config.timeout_graceful_shutdown = 1
             return True
         if self._drain_since is not None:

@@ -1,4 +1,4 @@
-"""Where in a photo the network looked: heat-maps out of the pass that predicts anyway."""
+"""Explanations: heat maps from the forward pass that predicts."""
 
 import time
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,12 +18,12 @@ from rednet.service.pipeline import Answer
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums
 
 JSON, PNG = "application/json", "image/png"
-LISTED = 10  # so many ids stand in an error's message
+LISTED = 10  # ids in an error message
 Layer = Literal["class", "stage1", "stage2", "stage3", "stage4"]
 
 
 class Asked(NamedTuple):
-    """What the parameters ask for."""
+    """The parsed parameters."""
 
     layer: Layer
     group: int | None
@@ -33,16 +33,16 @@ class Asked(NamedTuple):
 async def _asked(
     request: Request,
     layer: Annotated[
-        Layer, Query(description="`class`: what each place adds to a class; `stageN`: the kernels of that stage")
+        Layer, Query(description="`class`: what each position adds to a class; `stageN`: the kernels of that stage")
     ] = "class",
     class_: Annotated[
-        str | None, Query(alias="class", description="for `class`: index or id of it; by default the predicted one")
+        str | None, Query(alias="class", description="for `class`: its index or id; by default the predicted class")
     ] = None,
     group: Annotated[
-        int | None, Query(ge=0, description="for `stageN`: which group of channels; by default the mean of all groups")
+        int | None, Query(ge=0, description="for `stageN`: the group of channels; by default the mean of all groups")
     ] = None,
 ) -> Asked:
-    """Raises `MalformedRequest` where a parameter does not go with the layer, or names nothing that is there."""
+    """Raises `MalformedRequest` if a parameter does not fit the layer, or its value does not exist."""
     model = context(request).pipeline.model
     if layer == "class":
         if group is not None:
@@ -67,7 +67,7 @@ router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
         **ERRORS,
         200: {
             "content": {PNG: {"schema": {"type": "string", "format": "binary"}}},
-            "description": "The photo with a heat-map over it, from the lowest value (violet) to the highest (yellow); "
+            "description": "The photo with a heat map over it, from the lowest value (violet) to the highest (yellow); "
             "or the values.",
         },
     },
@@ -78,13 +78,14 @@ async def explain(
     asked: Annotated[Asked, Depends(_asked)],
     accept: Annotated[str, Header(description=f"{PNG}, or {JSON} for the values of the map")] = "*/*",
 ) -> Response:
-    """A heat-map over a photo, from the pass that also predicts.
+    """Draw a heat map over a photo, from the same forward pass that predicts.
 
-    `class` is the class activation map: how much each place adds to the logit of a class. For this network that is no
-    estimate: the values' mean is the logit, but for a constant. `stageN` is the sum of the involution kernel made at
-    each place, by the last layer of that stage: where the operator aggregates, not why a class was chosen.
+    `class` is the class activation map: what each position adds to the logit of a class. For this network it is exact,
+    not an estimate: the mean of the values is the logit, up to a constant. `stageN` is the sum of the involution kernel
+    that the last layer of the stage makes at each position: it shows where the operator aggregates, not why a class was
+    chosen.
 
-    As a picture the answer has place for one image; with `Accept: application/json` for any number of them.
+    A picture explains one image; with `Accept: application/json` the request may have any number of them.
     """
     server, as_json = context(request), prefers(accept, JSON, PNG)
     found = await server.images.answer(request, body_format(request), asked.explain, not as_json)
@@ -98,7 +99,7 @@ async def explain(
 
 
 def _class_index(text: str, model: ModelBody) -> int:
-    """The class of that index, else of that id."""
+    """The index of a class, given its index or its id."""
     ids = [label.id for label in model.labels]
     if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < len(ids):
         return int(text)

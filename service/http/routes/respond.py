@@ -1,4 +1,4 @@
-"""The last step of every answer about images."""
+"""The last step of every response about images."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,13 +20,13 @@ async def respond(
     started: float,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The response around a body, with where the time went, and in which precision.
+    """The response with a body, and `Server-Timing` for its slowest image.
 
     Args:
-        body: its pieces, each of which takes no more than a millisecond to make, or is made already.
+        body: its pieces, each made in at most a millisecond.
         answers: at least one of them an inference.
-        started: when the answers were there, by `time.monotonic()`.
-        headers: more of them.
+        started: when the answers were complete, by `time.monotonic()`.
+        headers: additional ones.
     """
     pieces = [piece async for piece in in_turns(body)]
     server.pipeline.metrics.stage("respond", time.monotonic() - started)

@@ -1,4 +1,4 @@
-"""The native endpoints: predictions, features, and what is served."""
+"""The `/v1` endpoints: predictions, features, and the description of the model."""
 
 import io
 import time
@@ -42,13 +42,13 @@ router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
 @direct.post("/predict", response_model=PredictBody, responses=ERRORS, openapi_extra=described_images())
 async def predict(
     request: Request,
-    top_k: Annotated[int, Query(ge=1, description="classes per image; all of them where there are fewer")] = 5,
+    top_k: Annotated[int, Query(ge=1, description="classes per image; all of them if there are fewer")] = 5,
 ) -> Response:
-    """The likeliest classes of each image.
+    """Predict the most likely classes of each image.
 
     Send the image itself as the body, a form with any number of files, or JSON with base64. An image that cannot be
-    read has its error in its place; if none can be read, the answer's status is the error's. A part of a form is an
-    image if it has a file name, an image type or the first bytes of an image; `ignored` names the others.
+    read has an error in its place; if no image can be read, the response has the status of the first error. A part of a
+    form is an image if it has a file name, an image type, or the first bytes of an image; `ignored` names the others.
     """
     server = context(request)
     answers, ignored = await _answers(request, server)
@@ -74,9 +74,9 @@ async def features(
     normalize: Annotated[bool, Query(description="scale each vector to length 1")] = False,
     accept: Annotated[str, Header(description=f"{NPY} for a float32 array [N, D] instead of JSON")] = "*/*",
 ) -> Response:
-    """The feature vector of each image: the last stage, averaged over all positions.
+    """Compute the feature vector of each image: the output of the last stage, averaged over all positions.
 
-    As an array the answer has no place for errors: there, one image that cannot be read fails the request.
+    An array has no place for errors: one image that cannot be read then fails the request.
     """
     server = context(request)
     answers, ignored = await _answers(request, server)
@@ -95,14 +95,14 @@ async def features(
 
 @router.get("/model")
 async def model(request: Request) -> ModelBody:
-    """What is served: name, architecture, labels, preprocessing, device, and what batches cost here."""
+    """Describe the model: name, architecture, labels, preprocessing, device, and the measured time of batches."""
     pipeline = context(request).pipeline
     costs = pipeline.client.costs
     return pipeline.model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
 
 
 def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
-    """An error as it stands in every answer."""
+    """An error as JSON, the same in all `/v1` responses."""
     return {"error": {"code": error.code, "message": error.message}}
 
 
@@ -112,15 +112,15 @@ async def _answers(request: Request, server: Context) -> tuple[Sequence[Answer],
 
 
 def ignored_parts(answers: Answers) -> dict[str, Any]:
-    """The field of an answer that names the parts of a form that were not read, if there are any."""
+    """The response field that names the parts of a form that are not images, if there are any."""
     return {"ignored": list(answers.ignored)} if answers.ignored else {}
 
 
 def body_format(request: Request) -> BodyFormat:
-    """How the body of a request to a `/v1` endpoint is to be parsed.
+    """How to parse the body of a `/v1` request.
 
     Raises:
-        MalformedRequest: the Content-Type is so long that it takes a while to read.
+        MalformedRequest: the Content-Type is too long.
     """
     content_type = request.headers.get("content-type", "")
     if len(content_type) > MAX_CONTENT_TYPE:
@@ -129,7 +129,7 @@ def body_format(request: Request) -> BodyFormat:
 
 
 def answered(answers: Sequence[Answer]) -> Sequence[Answer]:
-    """The same answers; raises the first error where not one image has an answer."""
+    """The same answers. Raises the first error if no image has an answer."""
     errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
     if len(errors) == len(answers):
         raise of_image(0, errors[0], len(answers))
@@ -137,7 +137,7 @@ def answered(answers: Sequence[Answer]) -> Sequence[Answer]:
 
 
 def of_image(index: int, error: ServiceError, images: int) -> ServiceError:
-    """The error of one image, which says so where the request has several."""
+    """The error of one image, with the image's index if the request has several."""
     return error.with_message(f"image {index}: {error.message}") if images > 1 else error
 
 
@@ -159,12 +159,12 @@ async def json_response(
     answers: Sequence[Answer],
     started: float,
 ) -> Response:
-    """A response in JSON.
+    """A JSON response.
 
     Args:
-        fields: that come first.
-        name: of the list that holds an entry for every image.
-        entries: may hold arrays.
+        fields: the first fields.
+        name: of the list with one entry per image.
+        entries: may contain arrays.
         server, answers, started: as for `respond`.
     """
     head = orjson.dumps({"model": server.pipeline.model.name, **fields})

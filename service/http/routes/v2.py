@@ -1,6 +1,6 @@
-"""The Open Inference Protocol, version 2, as KServe, Triton and their clients speak it.
+"""The Open Inference Protocol, version 2, as spoken by KServe, Triton and their clients.
 
-https://github.com/kserve/open-inference-protocol, with Triton's binary tensor data extension. There is one model, in
+https://github.com/kserve/open-inference-protocol, with Triton's binary tensor data extension. There is one model in
 one version.
 """
 
@@ -40,15 +40,15 @@ VERSION = "1"
 NO_MODEL: Described = {404: {"model": InferErrorBody, "description": "not_found: no such model or version"}}
 
 
-async def _named(request: Request, name: Annotated[str, Path(description="the model's")]) -> None:
+async def _named(request: Request, name: Annotated[str, Path(description="of the model")]) -> None:
     served = context(request).pipeline.model.name
     if name != served:
-        raise NotFound(f"there is no model of that name; this server has {served!r}")
+        raise NotFound(f"no such model; this server has {served!r}")
 
 
 async def _versioned(version: Annotated[str, Path(description=f"{VERSION!r}")]) -> None:
     if version != VERSION:
-        raise NotFound(f"there is no such version of the model; this server has {VERSION!r}")
+        raise NotFound(f"no such version of the model; this server has {VERSION!r}")
 
 
 router = APIRouter(tags=["v2"], route_class=StrictRoute)
@@ -56,7 +56,7 @@ router = APIRouter(tags=["v2"], route_class=StrictRoute)
 
 @router.get("/v2")
 async def server_metadata() -> ServerBody:
-    """The server and the extensions of the protocol that it understands."""
+    """Describe the server and the protocol extensions that it supports."""
     version = importlib.metadata.version("rednet-serve")
     return ServerBody(
         name="rednet-serve", version=version, extensions=["binary_tensor_data", "classification", "parameters"]
@@ -64,7 +64,7 @@ async def server_metadata() -> ServerBody:
 
 
 async def metadata(request: Request) -> ModelMetadataBody:
-    """Inputs and outputs. A request has one of the inputs, and gets all outputs unless it names some."""
+    """Describe inputs and outputs. A request has one of the inputs, and gets all outputs unless it names some."""
     model = context(request).pipeline.model
     side, classes = model.preprocess["crop"], len(model.labels)
     return ModelMetadataBody(
@@ -84,7 +84,7 @@ async def metadata(request: Request) -> ModelMetadataBody:
 
 
 async def ready(request: Request, response: Response) -> ModelReadyBody:
-    """200 while requests are taken."""
+    """200 while the model takes requests, else 503."""
     server = context(request)
     takes_work = server.pipeline.state is State.READY
     response.status_code = 200 if takes_work else 503
@@ -92,14 +92,14 @@ async def ready(request: Request, response: Response) -> ModelReadyBody:
 
 
 async def infer(request: Request) -> Response:
-    """The network's outputs for N images: logits, probabilities and features.
+    """Compute logits, probabilities and features of N images.
 
-    The input is either `image`, BYTES `[N]`: photos as files, in JSON as base64; or `pixels`, FP32 `[N, 3, H, W]`: cut
-    and normalised as `/v1/model` says. The protocol has no place for errors of single images: the first image that
-    cannot be read fails the request.
+    The input is either `image`, BYTES `[N]`: encoded photos, in JSON as base64; or `pixels`, FP32 `[N, 3, H, W]`:
+    cropped and normalised as described by `/v1/model`. The protocol has no place for errors of single images: the first
+    image that cannot be read fails the request.
 
-    With the parameter `classification`: k, an output is BYTES `[N, k]` instead: its k highest values, best first, each
-    as "value:index:label" (`features` have no labels).
+    With the parameter `classification`: k, an output is BYTES `[N, k]` instead: its k highest values, highest first,
+    each as "value:index:label" (`features` have no labels).
     """
     server = context(request)
     header_length = request.headers.get(HEADER_LENGTH)
@@ -124,7 +124,7 @@ async def infer(request: Request) -> Response:
 
 
 async def _tensors(answers: Sequence[Answer]) -> dict[str, Sequence[Floats]]:
-    """Every output of the network, a row for each image; raises the first error among the answers."""
+    """The outputs of the network, with one row per image. Raises the first error among the answers."""
     inferences: list[Inference] = []
     for index, answer in enumerate(answers):
         if isinstance(answer.outcome, ServiceError):
@@ -141,10 +141,10 @@ for path, checks in (
     ("/v2/models/{name}", [Depends(_named)]),
     ("/v2/models/{name}/versions/{version}", [Depends(_named), Depends(_versioned)]),
 ):
-    # a prefix of the router's own: metrics are labelled with the paths of routes, which know nothing of a later prefix
+    # The router's own prefix: metrics are labelled with route paths, which do not include a prefix that is added later.
     models = APIRouter(prefix=path, dependencies=checks, responses=NO_MODEL, route_class=StrictRoute)
     models.add_api_route("", metadata)
-    # a probe, which may carry a parameter against caches
+    # A probe may carry a query parameter against caches.
     models.add_api_route("/ready", ready, responses={503: {"model": ModelReadyBody}}, route_class_override=APIRoute)
     models.add_api_route(
         "/infer",
