@@ -19,7 +19,7 @@ struct engine {
 void EXPORT(engine_free)(struct engine *engine) {
     if (!engine) return;
     if (!engine->pool ||
-        pool_alive(engine->pool)) { /* a forked child may have copies of barriers with waiting threads */
+        pool_alive(engine->pool)) { /* in a forked child, barriers may have waiters that do not exist */
         for (int t = 0; t < MAX_THREADS; t++) barrier_destroy(&engine->teams[t].barrier);
     }
     if (engine->pool) pool_destroy(engine->pool);
@@ -64,8 +64,7 @@ const char *EXPORT(run)(struct engine *engine, struct workspace *workspace, cons
     const struct config *c = &engine->network->config;
     if (workspace->network != engine->network) return "the workspace belongs to another engine";
     int64_t photo = (int64_t)3 * workspace->height * workspace->width;
-    if (batch < 0 || batch > INT_MAX / MAX_THREADS || values != batch * photo)
-        return "the number of pixels does not match the workspace and the batch";
+    if (batch < 0 || batch > INT_MAX / MAX_THREADS || values != batch * photo) return "the photos have the wrong size";
     struct outputs requested = {(float *)outputs[0].data, (float *)outputs[1].data, {NULL}, {NULL}};
     int64_t lengths[2 + 2 * STAGES] = {c->classes, stage_channels(c, STAGES - 1)};
     for (int s = 0; s < STAGES; s++) {

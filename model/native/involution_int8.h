@@ -1,7 +1,7 @@
 /* Sums over windows in int8. Included by involution.h.
  *
- * One instruction multiplies KR taps, TAP_ROWS rows by TAP_COLUMNS columns. Kernels are padded with zero taps to
- * multiples of both, so a window may read, without using them, up to TAP_COLUMNS - 1 pixels to its right. */
+ * One instruction multiplies KR taps, TAP_ROWS rows by TAP_COLS columns. Kernels are padded with zero taps to
+ * multiples of both, so a window may read, without using them, up to TAP_COLS - 1 pixels to its right. */
 #pragma once
 
 #include "vector_int8.h"
@@ -13,20 +13,20 @@
 #endif
 
 /* Taps in a row, padding included. */
-ALWAYS_INLINE int padded_row(int size) { return (size + TAP_COLUMNS - 1) / TAP_COLUMNS * TAP_COLUMNS; }
+ALWAYS_INLINE int padded_row(int size) { return (size + TAP_COLS - 1) / TAP_COLS * TAP_COLS; }
 
 /* Taps of a kernel, padding included. */
 ALWAYS_INLINE int padded_taps(int size) { return (size + TAP_ROWS - 1) / TAP_ROWS * TAP_ROWS * padded_row(size); }
 
 /* Index of a tap in a padded kernel. */
 ALWAYS_INLINE int tap_index(int size, int row, int column) {
-    return (row / TAP_ROWS * padded_row(size) + column / TAP_COLUMNS * TAP_COLUMNS) * TAP_ROWS +
-           row % TAP_ROWS * TAP_COLUMNS + column % TAP_COLUMNS;
+    return (row / TAP_ROWS * padded_row(size) + column / TAP_COLS * TAP_COLS) * TAP_ROWS + row % TAP_ROWS * TAP_COLS +
+           column % TAP_COLS;
 }
 
-/* Whether a column of the window is the first of TAP_COLUMNS columns. */
+/* Whether a column of the window is the first of TAP_COLS columns. */
 ALWAYS_INLINE bool starts_taps(int size, int column) {
-    return 0 <= column && column < padded_row(size) && column % TAP_COLUMNS == 0;
+    return 0 <= column && column < padded_row(size) && column % TAP_COLS == 0;
 }
 
 /* Offset to the row below. In the last row of a window it is 0: the zero taps below may multiply any pixels. */
@@ -44,7 +44,7 @@ ALWAYS_INLINE void involve_strip(const int size, const int stride, const int pix
     for (int row = 0; row < size; row += TAP_ROWS) {
         size_t below = row_below(w, size, row);
         UNROLL
-        for (int column = 0; column <= stride * (pixels - 1) + padded_row(size) - TAP_COLUMNS; column++) {
+        for (int column = 0; column <= stride * (pixels - 1) + padded_row(size) - TAP_COLS; column++) {
             bool used = false;
             UNROLL
             for (int p = 0; p < pixels; p++) used |= starts_taps(size, column - stride * p);
@@ -71,7 +71,7 @@ static void involve_any(int size, int stride, int pixels, const struct window *w
         window_sum sum = zero_window_sum();
         for (int row = 0; row < size; row += TAP_ROWS, x += TAP_ROWS * w->x_row) {
             size_t below = row_below(w, size, row);
-            for (int tap = 0; tap < padded_row(size); tap += TAP_COLUMNS, kernel += KR) {
+            for (int tap = 0; tap < padded_row(size); tap += TAP_COLS, kernel += KR) {
                 accumulate_taps(&sum, interleave(x + tap * GROUP, below), kernel);
             }
         }

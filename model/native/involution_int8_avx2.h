@@ -6,7 +6,7 @@
 #pragma once
 
 #define TAP_ROWS 2 /* rows of the taps that one instruction multiplies */
-#define TAP_COLUMNS 1 /* and columns */
+#define TAP_COLS 1 /* and columns */
 
 typedef struct {
     __m256i low, high;
@@ -32,9 +32,8 @@ ALWAYS_INLINE vec load_interleaved(const float *from) {
 }
 
 ALWAYS_INLINE void epilogue(const struct window *w, int pixel, window_sum sum) {
-    vec low = fused_multiply_add(to_floats(sum.low), load_interleaved(w->bn_scale), load_interleaved(w->bn_shift));
-    vec high =
-        fused_multiply_add(to_floats(sum.high), load_interleaved(w->bn_scale + 4), load_interleaved(w->bn_shift + 4));
+    vec low = fmadd(to_floats(sum.low), load_interleaved(w->bn_scale), load_interleaved(w->bn_shift));
+    vec high = fmadd(to_floats(sum.high), load_interleaved(w->bn_scale + 4), load_interleaved(w->bn_shift + 4));
     /* Packing restores the order of the channels. */
     __m256i values = _mm256_packs_epi32(round_and_clamp(low, 0, 255), round_and_clamp(high, 0, 255));
     _mm256_storeu_si256((__m256i *)(w->out + (size_t)pixel * w->out_pixel), values);

@@ -6,7 +6,7 @@
 #pragma once
 
 #define TAP_ROWS 1 /* rows of the taps that one instruction multiplies */
-#define TAP_COLUMNS 4 /* and columns */
+#define TAP_COLS 4 /* and columns */
 
 typedef __m512i interleaved;
 typedef __m512i window_sum;
@@ -26,6 +26,6 @@ ALWAYS_INLINE void accumulate_taps(window_sum *sum, interleaved pixels, const el
 }
 
 ALWAYS_INLINE void epilogue(const struct window *w, int pixel, window_sum sum) {
-    vec value = fused_multiply_add(to_floats(sum), load(w->bn_scale), load(w->bn_shift));
+    vec value = fmadd(to_floats(sum), load(w->bn_scale), load(w->bn_shift));
     store_u8(w->out + (size_t)pixel * w->out_pixel, value);
 }

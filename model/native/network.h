@@ -38,7 +38,7 @@ struct arena {
     size_t used; /* elements */
 };
 
-static element *arena_alloc(struct arena *arena, size_t elements) {
+static element *alloc(struct arena *arena, size_t elements) {
     element *start = arena->memory ? arena->memory + arena->used : NULL;
     size_t bytes = (elements * sizeof(element) + 127) / 64 * 64; /* whole cache lines, and one between pieces */
     arena->used += bytes / sizeof(element);
@@ -47,15 +47,14 @@ static element *arena_alloc(struct arena *arena, size_t elements) {
 
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
-static void allocate_space(const struct network *n, const struct workspace *w, struct space *space,
-                           struct arena *arena) {
+static void alloc_space(const struct network *n, const struct workspace *w, struct space *space, struct arena *arena) {
     const struct config *c = &n->config;
     int height = ceil_div(w->height, 2), width = ceil_div(w->width, 2), half = c->stem_channels / 2;
-    space->stem.pixels = (float *)arena_alloc(arena, (size_t)(w->height + 2) * (size_t)(w->width + 2) * 3 *
-                                                         (sizeof(float) / sizeof(element)));
-    space->stem.planes = arena_alloc(arena, blocked_elements(1, height, width, half, c->stem_kernel_size / 2));
-    space->stem.middle = arena_alloc(arena, (size_t)(height + 2) * (size_t)(width + 2) * (size_t)half);
-    space->stage[0] = arena_alloc(arena, (size_t)w->sides[0][0] * (size_t)w->sides[0][1] * (size_t)c->stem_channels);
+    space->stem.pixels =
+        (float *)alloc(arena, (size_t)(w->height + 2) * (size_t)(w->width + 2) * 3 * (sizeof(float) / sizeof(element)));
+    space->stem.planes = alloc(arena, blocked_elements(1, height, width, half, c->stem_kernel_size / 2));
+    space->stem.middle = alloc(arena, (size_t)(height + 2) * (size_t)(width + 2) * (size_t)half);
+    space->stage[0] = alloc(arena, (size_t)w->sides[0][0] * (size_t)w->sides[0][1] * (size_t)c->stem_channels);
 
     const struct involution *widest = &n->stem.involution;
     size_t planes = 0, middle = 0, tile = 0;
@@ -65,7 +64,7 @@ static void allocate_space(const struct network *n, const struct workspace *w, s
         int images = s < LATE_STAGE ? 1 : w->late_images, out_images = s + 1 < LATE_STAGE ? 1 : w->late_images;
         const int *in = w->sides[s], *out = w->sides[s + 1];
         space->stage[s + 1] =
-            arena_alloc(arena, (size_t)out_images * (size_t)out[0] * (size_t)out[1] * (size_t)stage_channels(c, s));
+            alloc(arena, (size_t)out_images * (size_t)out[0] * (size_t)out[1] * (size_t)stage_channels(c, s));
         for (int b = 0; b < min(c->blocks[s], 2); b++, in = out) { /* later blocks have the sizes of the second */
             const struct involution *layer = &n->blocks[s][b].involution;
             size_t kernel_pixels = (size_t)kernel_tile(layer), channels = (size_t)layer->channels;
@@ -77,13 +76,13 @@ static void allocate_space(const struct network *n, const struct workspace *w, s
             tile = max_size(tile, (size_t)BLOCK_TILE * channels);
         }
     }
-    space->bottleneck.planes = arena_alloc(arena, planes);
-    space->bottleneck.middle = arena_alloc(arena, middle);
-    space->scratch.pooled = arena_alloc(arena, pooled);
-    space->scratch.reduced = arena_alloc(arena, reduced);
-    space->scratch.kernels = arena_alloc(arena, kernels);
-    space->scratch.involved = arena_alloc(arena, max_size(tile, (size_t)MC * NR)); /* also holds the head's logits */
-    space->scratch.rows = arena_alloc(arena, 3 * (size_t)width * (size_t)c->stem_channels);
+    space->bottleneck.planes = alloc(arena, planes);
+    space->bottleneck.middle = alloc(arena, middle);
+    space->scratch.pooled = alloc(arena, pooled);
+    space->scratch.reduced = alloc(arena, reduced);
+    space->scratch.kernels = alloc(arena, kernels);
+    space->scratch.involved = alloc(arena, max_size(tile, (size_t)MC * NR)); /* also holds the head's logits */
+    space->scratch.rows = alloc(arena, 3 * (size_t)width * (size_t)c->stem_channels);
 }
 
 static struct workspace *workspace_create(const struct network *n, int height, int width, int threads,
@@ -103,12 +102,12 @@ static struct workspace *workspace_create(const struct network *n, int height, i
         const int *late = w->sides[LATE_STAGE + 1];
         w->late_images = max(1, min(MAX_LATE_IMAGES, LATE_PIXELS / min(LATE_PIXELS, late[0] * late[1])));
         struct arena count = {0};
-        for (int t = 0; t < threads; t++) allocate_space(n, w, &w->spaces[t], &count);
+        for (int t = 0; t < threads; t++) alloc_space(n, w, &w->spaces[t], &count);
         w->memory =
             calloc(count.used + 64 / sizeof(element), sizeof(element)); /* zeroed, because borders must be zero */
         if (w->memory) {
             struct arena arena = {(element *)(((uintptr_t)w->memory + 63) & ~(uintptr_t)63), 0};
-            for (int t = 0; t < threads; t++) allocate_space(n, w, &w->spaces[t], &arena);
+            for (int t = 0; t < threads; t++) alloc_space(n, w, &w->spaces[t], &arena);
             return w;
         }
         free(w);

@@ -31,7 +31,7 @@ struct operation {
 #undef REAL
 
 /* Adds the gradients of a strip to the gradient of x: the transpose of involve_strip. */
-ALWAYS_INLINE void input_gradient_strip(const int size, const int stride, const int pixels, const struct window *w) {
+ALWAYS_INLINE void grad_x_strip(const int size, const int stride, const int pixels, const struct window *w) {
     UNROLL
     for (int channel = 0; channel < GROUP; channel += VL) {
         float *x = (float *)w->x + channel;
@@ -64,11 +64,11 @@ ALWAYS_INLINE void input_gradient_strip(const int size, const int stride, const 
  * and the input pixel. x is laid out as [row][channel][pixel] ("lines"), so neighbouring lanes are neighbouring taps
  * and no sum runs across lanes. A row of taps takes `lanes` lanes, one more than it has taps: the next row overwrites
  * the extra value, and the last row is stored without it. */
-#define KERNEL_GRADIENT(size, lanes) \
+#define GRAD_KERNEL(size, lanes) \
     typedef float taps_##size __attribute__((vector_size(lanes * sizeof(float)))); \
     typedef float taps_##size##_unaligned \
         __attribute__((vector_size(lanes * sizeof(float)), aligned(sizeof(float)), may_alias)); \
-    static void kernel_gradient_##size(const float *lines, size_t length, const float *grad, float *kernel) { \
+    static void grad_kernel_##size(const float *lines, size_t length, const float *grad, float *kernel) { \
         taps_##size sum[size] = {0}; \
         for (int channel = 0; channel < GROUP; channel++) { \
             UNROLL \
@@ -81,12 +81,12 @@ ALWAYS_INLINE void input_gradient_strip(const int size, const int stride, const 
         for (int row = 0; row < size - 1; row++) *(taps_##size##_unaligned *)(kernel + row * size) = sum[row]; \
         memcpy(kernel + (size - 1) * size, &sum[size - 1], size * sizeof(float)); \
     }
-KERNEL_GRADIENT(3, 4)
-KERNEL_GRADIENT(7, 8)
+GRAD_KERNEL(3, 4)
+GRAD_KERNEL(7, 8)
 
-STRIP_FUNCTIONS(input_gradient, 3, 1)
-STRIP_FUNCTIONS(input_gradient, 7, 1)
-STRIP_FUNCTIONS(input_gradient, 7, 2)
+STRIP_FUNCTIONS(grad_x, 3, 1)
+STRIP_FUNCTIONS(grad_x, 7, 1)
+STRIP_FUNCTIONS(grad_x, 7, 2)
 
 static bool operator_fast(const struct operation *o) {
     return o->element_size <= sizeof(float) && o->group_channels == GROUP && involve_functions(o->size, o->stride);
@@ -171,12 +171,9 @@ static void row_gradients(const struct operation *o, const struct operator_scrat
     for (int column = 0; column < o->out_width; column++) {
         const float *window = s->lines + (size_t)(y * o->stride) * GROUP * length + (size_t)(column * o->stride);
         float *kernel = s->grad_kernel + (size_t)column * w->kernel_pixel;
-        (o->size == 7 ? kernel_gradient_7 : kernel_gradient_3)(window, length, w->out + (size_t)column * GROUP, kernel);
+        (o->size == 7 ? grad_kernel_7 : grad_kernel_3)(window, length, w->out + (size_t)column * GROUP, kernel);
     }
-    in_strips(o->size == 3     ? input_gradient_3_1
-              : o->stride == 1 ? input_gradient_7_1
-                               : input_gradient_7_2,
-              o->stride, o->out_width, *w);
+    in_strips(o->size == 3 ? grad_x_3_1 : o->stride == 1 ? grad_x_7_1 : grad_x_7_2, o->stride, o->out_width, *w);
 }
 
 static void operator_item(const struct operation *o, int image, int group, float *floats) {

@@ -41,10 +41,10 @@ ALWAYS_INLINE void multiply_tile(const int rows, const int vectors, const struct
         size_t at = tile->column + column_offset(v, tile->group);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            vec value = fused_multiply_add(to_floats(sum[r][v]), multiplier, bias);
+            vec value = fmadd(to_floats(sum[r][v]), multiplier, bias);
             if (tile->residual) {
                 vec residual = load_quantised(tile->residual[r] + at, tile->residual_signed);
-                value = fused_multiply_add(residual, broadcast(tile->residual_multiplier), value);
+                value = fmadd(residual, broadcast(tile->residual_multiplier), value);
             }
             if (tile->relu) {
                 store_u8(tile->out[r] + at, value);

@@ -21,9 +21,7 @@ ALWAYS_INLINE void accumulate_products(ivec *sum, ivec inputs, ivec weights) {
     *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(inputs, weights));
 }
 
-ALWAYS_INLINE vec fused_multiply_add(vec a, vec b, vec c) {
-    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
+ALWAYS_INLINE vec fmadd(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
 ALWAYS_INLINE vec to_floats(ivec sum) { return (vec)_mm256_cvtepi32_ps(sum); }
 

@@ -19,9 +19,7 @@ ALWAYS_INLINE void accumulate_products(ivec *sum, ivec inputs, ivec weights) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(inputs), "v"(weights));
 }
 
-ALWAYS_INLINE vec fused_multiply_add(vec a, vec b, vec c) {
-    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
+ALWAYS_INLINE vec fmadd(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
 ALWAYS_INLINE vec to_floats(ivec sum) { return (vec)_mm512_cvtepi32_ps(sum); }
 
