@@ -1,6 +1,6 @@
-"""RedNet and involution for PyTorch: the network, its operator, its checkpoints, its inference backends, its training.
+"""RedNet and involution for PyTorch: the network, its operator, checkpoints, inference backends and training.
 
-Names are imported when they are first used: what decodes images does without PyTorch.
+Names are imported on first use, so that the processes that decode images do not load PyTorch.
 """
 
 from importlib import import_module

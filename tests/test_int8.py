@@ -123,9 +123,9 @@ def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) 
     ("fields", "layer"),
     [
         ({"stem_channels": 14_720}, None),
-        ({"stem_channels": 14_752}, r"backbone\.stem\.4\.conv adds up 66384"),
+        ({"stem_channels": 14_752}, r"backbone\.stem\.4\.conv sums 66384"),
         ({"base_channels": 4_144}, None),
-        ({"base_channels": 4_160}, r"backbone\.layer3\..\.conv1 adds up 66560"),
+        ({"base_channels": 4_160}, r"backbone\.layer3\..\.conv1 sums 66560"),
     ],
 )
 def test_int8_is_refused_where_sums_could_overflow(fields: dict[str, Any], layer: str | None) -> None:

@@ -131,10 +131,10 @@ def test_native_involution_in_bfloat16_is_the_rounded_float32_result(
     ("x", "kernel", "stride", "message"),
     [
         ((2, 16, 4), (2, 1, 9, 4, 4), 1, r"x \[B, C, H, W\]"),
-        ((2, 16, 4, 4), (2, 1, 8, 4, 4), 1, "square of an odd K"),
+        ((2, 16, 4, 4), (2, 1, 8, 4, 4), 1, r"K\*K taps with odd K"),
         ((2, 16, 4, 4), (2, 1, 9, 4, 4), 0, "stride >= 1"),
         ((2, 16, 4, 4), (1, 1, 9, 4, 4), 1, "batch sizes must agree"),
-        ((2, 16, 4, 4), (2, 3, 9, 4, 4), 1, "groups divide the channels"),
+        ((2, 16, 4, 4), (2, 3, 9, 4, 4), 1, "groups must divide the channels"),
         ((2, 16, 5, 5), (2, 1, 9, 2, 2), 2, "must be 3x3"),
     ],
 )

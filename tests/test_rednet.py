@@ -203,7 +203,7 @@ def test_every_field_of_the_configuration_shapes_the_network() -> None:
         ({"kernel_size": 4}, "odd"),
         ({"reduction_ratio": 0}, "reduction_ratio"),
         ({"base_channels": 48, "stem_channels": 32, "reduction_ratio": 3}, "half of stem_channels"),
-        ({"kernel_size": 7.0}, "whole number"),
+        ({"kernel_size": 7.0}, "integer"),
         ({"num_classes": 10**9}, "at most"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Image files to pixels: which formats are read, how they are opened, and how any of them becomes 8-bit RGB.
+"""Decodes image files: which formats are supported, how they are opened, and how they are converted to 8-bit RGB.
 
-Serving and training both read files through `open_photo` and `upright_rgb`. Nothing here imports torch: the processes
-that decode photos do without it.
+Serving and training both read files through `open_photo` and `upright_rgb`. Nothing here imports torch, so the decoding
+processes start quickly and stay small.
 """

@@ -1,8 +1,8 @@
-"""Why an image file is not read."""
+"""Errors of image files."""
 
 
 class UnsupportedImage(ValueError):
-    """Not an image, or a format, or a variant of a format, that is not read. The message names it and the remedy."""
+    """Not an image, or an unsupported format or variant of a format. The message names it and the remedy."""
 
 
 class DamagedImage(ValueError):

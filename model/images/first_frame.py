@@ -1,13 +1,13 @@
-"""Where the first frame of an animation lies on its canvas; outside of it nothing is drawn."""
+"""Finds the part of the canvas that an animation's first frame covers; the rest of the canvas is empty."""
 
 from PIL import ImageFile
 
-KEY = "first_frame"  # in `Image.info`: left, top, right, bottom, where that is not the whole canvas
+KEY = "first_frame"  # in `Image.info`: left, top, right, bottom, unless the frame covers the whole canvas
 Box = tuple[int, int, int, int]
 
 
 def note_first_frame(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Put the box of the first frame into `image.info`, where it is smaller than the canvas."""
+    """Store the box of the first frame in `image.info` if it is smaller than the canvas."""
     box = None
     if image.format == "GIF" and image.tile:
         box = image.tile[0].extents
@@ -18,7 +18,7 @@ def note_first_frame(image: ImageFile.ImageFile, data: bytes) -> None:
 
 
 def _webp_frame(data: bytes) -> Box | None:
-    """The box of the first animation frame (WebP container specification, chunk ANMF)."""
+    """Return the box of the first animation frame (WebP container specification, chunk ANMF)."""
     at = 12
     while (kind := data[at : at + 4]) in (b"VP8X", b"ANIM", b"ICCP"):
         length = int.from_bytes(data[at + 4 : at + 8], "little")

@@ -1,4 +1,4 @@
-"""Opens image files: the one way in, for serving and for training."""
+"""Opens image files, for serving and for training."""
 
 import io
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from rednet.model.images.errors import DamagedImage, UnsupportedImage
 from rednet.model.images.first_frame import note_first_frame
 from rednet.model.images.signatures import REMEDY, foreign_format, has_supported_signature
 
-# The only formats that are ever opened, whatever a file is called. Pillow knows many more, and for some of them starts
-# other programs: for an EPS file, Ghostscript.
+# The only formats that are ever opened, whatever its name. Pillow supports many more, and for some of them it starts
+# other programs, such as Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# Of 32 MB, a JPEG can make eight million segments, which Pillow reads one after the other in Python.
+# Pillow reads the segments of a JPEG one by one in Python, and 32 MB have room for eight million of them.
 MAX_READS = 200_000
 
-# Pillow's own limit only warns. `open_photo` takes a check instead, which it calls before pixels are decoded.
+# Pillow's own limit only warns. `open_photo` instead calls a check before pixels are decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 
 class Header(Protocol):
-    """What is known of an image before its pixels are decoded: a `PIL.Image.Image`, or a `tiff.Layout`."""
+    """An image whose pixels are not decoded yet: a `PIL.Image.Image` or a `tiff.Layout`."""
 
     @property
     def format(self) -> str | None: ...
@@ -39,18 +39,18 @@ class Header(Protocol):
 
 
 def accept(header: Header) -> None:
-    """Accept every image: for files of one's own."""
+    """Accept every image; the check for trusted files."""
 
 
 def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.Image:
-    """Open an encoded photo. Its header has been read; its pixels are read when they are needed.
+    """Open an encoded photo and read its header. The pixels are decoded when they are needed.
 
     Args:
-        data: the file.
-        check: called before pixels are decoded; may raise.
+        data: the content of the file.
+        check: called with the header before pixels are decoded; may raise.
 
     Raises:
-        UnsupportedImage: it is not an image, or of a format or variant that is not read.
+        UnsupportedImage: it is not an image, or its format or variant is not supported.
         DamagedImage: the header is damaged.
         OSError, ValueError, SyntaxError and others of Pillow's: the file is damaged.
     """
@@ -58,12 +58,12 @@ def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.I
         layout = tiff.read_layout(data)
         check(layout)
         if layout.unsupported:
-            raise UnsupportedImage(f"{layout.unsupported} is not read; {REMEDY}")
+            raise UnsupportedImage(f"{layout.unsupported} is not supported; {REMEDY}")
         if not layout.read_by_pillow:
             return tiff.decode(data, layout)
     elif data.startswith(b"\xff\xd8"):
         if variant := jpeg.unsupported_variant(data):
-            raise UnsupportedImage(f"{variant} is not read; {REMEDY}")
+            raise UnsupportedImage(f"{variant} is not supported; {REMEDY}")
         data = jpeg.with_end(data)
     elif data.startswith(png.SIGNATURE):
         data = png.without_damaged_chunks(data)
@@ -81,21 +81,21 @@ def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.I
 
 
 def _reason(data: bytes, error: OSError) -> UnsupportedImage | DamagedImage | None:
-    """Why Pillow did not open a file, if more can be said than its error says."""
+    """Return a more specific error than the one that Pillow raised for a file, or None."""
     if not isinstance(error, UnidentifiedImageError):
         kind, _, variant = str(error).partition(" ")
-        return UnsupportedImage(f"{variant} is not read; {REMEDY}") if kind == "Unsupported" else None
+        return UnsupportedImage(f"{variant} is not supported; {REMEDY}") if kind == "Unsupported" else None
     if data.startswith(TIFF_STARTS):
-        return UnsupportedImage(f"{tiff.read_layout(data)} is not read; {REMEDY}")
+        return UnsupportedImage(f"{tiff.read_layout(data)} is not supported; {REMEDY}")
     if has_supported_signature(data):
         return DamagedImage("the image's header is damaged")
     if name := foreign_format(data):
-        return UnsupportedImage(f"this is {name}; {', '.join(FORMATS)} are read: {REMEDY}")
-    return UnsupportedImage(f"the data is in no known image format; {', '.join(FORMATS)} are read")
+        return UnsupportedImage(f"this is {name}; {', '.join(FORMATS)} are supported: {REMEDY}")
+    return UnsupportedImage(f"the data is in no known image format; {', '.join(FORMATS)} are supported")
 
 
 class _CountedReads(io.BytesIO):
-    """A file that may be read a limited number of times: each read means that Pillow does something in Python."""
+    """A file with a limited number of reads, because each of them costs Pillow time in Python."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)

@@ -6,17 +6,17 @@ from rednet.model.images.errors import DamagedImage
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 100_000
-# Ancillary chunks that change what the pixels look like; without them the answer would be wrong.
+# Ancillary chunks that change the pixels; without them the prediction would be wrong.
 REQUIRED_CHUNKS = {b"tRNS", b"eXIf"}
 
 
 def without_damaged_chunks(data: bytes) -> bytes:
-    """Return the file without ancillary chunks whose checksum is wrong; Pillow would refuse all of it.
+    """Return the file without ancillary chunks whose checksum is wrong. Pillow would refuse the whole file.
 
-    Pillow does not check the checksums of image data, so that is done here.
+    Pillow does not verify the checksums of image data, so this function does.
 
     Raises:
-        DamagedImage: a chunk that is needed for the pixels has a wrong checksum, or there are too many chunks.
+        DamagedImage: a chunk that affects the pixels has a wrong checksum, or there are too many chunks.
     """
     at, bad = len(SIGNATURE), []
     for _ in range(MAX_CHUNKS):
@@ -25,7 +25,7 @@ def without_damaged_chunks(data: bytes) -> bytes:
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + length
         if end > len(data):
-            break  # truncated: Pillow says so, or has all it needs
+            break  # truncated: Pillow raises, or has all that it needs
         checksum = zlib.crc32(memoryview(data)[at + 4 : end - 4])
         if checksum != int.from_bytes(data[end - 4 : end], "big"):
             if not kind[:1].islower() or kind in REQUIRED_CHUNKS:  # a capital letter: critical

@@ -1,4 +1,4 @@
-"""From a photo to the pixels a network expects: one implementation for training, evaluation and serving."""
+"""Converts photos to a network's inputs: one implementation for training, evaluation and serving."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -10,7 +10,7 @@ from PIL import Image
 
 from rednet.model.images.rgb import upright_rgb
 
-if TYPE_CHECKING:  # processes that only decode photos do without PyTorch
+if TYPE_CHECKING:  # decoding processes must not import PyTorch
     from torch import Tensor
 
 Pixels = NDArray[np.uint8]  # [3, H, W], RGB
@@ -19,8 +19,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels o
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_RESIZE = 4096  # pixels of a photo's short side after scaling
-MAX_CROP = 1024  # pixels of what the network sees; RedNet-26 is prepared for it in 1.1 GB, for 4096 in 12
-MIN_STD = 1e-6  # quotients are still ordinary float32 numbers
+MAX_CROP = 1024  # pixels of the input's side; preparing RedNet-26 takes 1.1 GB for it, and 12 GB for 4096
+MIN_STD = 1e-6  # quotients are still normal float32 numbers
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -58,7 +58,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.crop, int) and isinstance(self.resize, int)):
-            raise ValueError(f"crop and resize must be whole pixels, got {self.crop} and {self.resize}")
+            raise ValueError(f"crop and resize must be integers, got {self.crop} and {self.resize}")
         if not 1 <= self.crop <= self.resize <= MAX_RESIZE:
             raise ValueError(f"1 <= crop <= resize <= {MAX_RESIZE} must hold, got {self.crop} and {self.resize}")
         if self.crop > MAX_CROP:
@@ -66,41 +66,41 @@ class Preprocess:
         if self.interpolation not in FILTERS:
             raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}, got {self.interpolation!r}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(map(isfinite, (*self.mean, *self.std))):
-            raise ValueError(f"mean and std must hold three numbers, got {self.mean} and {self.std}")
+            raise ValueError(f"mean and std must be three finite numbers each, got {self.mean} and {self.std}")
         if min(self.std) < MIN_STD or max(map(abs, (*self.mean, *self.std))) > 1 / MIN_STD:
-            raise ValueError(f"std must be above 0, and no number extreme, got mean {self.mean}, std {self.std}")
+            raise ValueError(f"std must be above 0, and no value extreme, got mean {self.mean}, std {self.std}")
 
     def pixels(self, image: Image.Image) -> Pixels:
-        """The photo upright, scaled and cropped, [3, crop, crop]. Reads the pixels of a lazily opened file.
+        """Return a photo upright, scaled and cropped, [3, crop, crop]. Decodes a lazily opened file.
 
         Raises:
             OSError, ValueError, SyntaxError and others of Pillow's: the file is damaged.
         """
-        # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which costs that much less. Twice the size that is
-        # needed is left for the antialiasing filter, which hides the difference.
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, at a correspondingly lower cost. The decoded photo is at
+        # least twice the needed size, so that the antialiasing filter hides the difference.
         scale = 2 * self.resize / min(image.size)
         if scale < 1:
             image.draft(None, (int(image.width * scale), int(image.height * scale)))
         return self.square(upright_rgb(image))
 
     def square(self, image: Image.Image) -> Pixels:
-        """The middle of an upright RGB photo, resized and cropped in one step: only pixels that stay are made."""
+        """Crop and scale the middle of an upright RGB photo in one step, which computes only the pixels that remain."""
         return scaled_box(image, self.box(*image.size), self.crop, self.interpolation)
 
     def box(self, width: int, height: int) -> Box:
-        """The part of an upright photo of that size that the network sees."""
+        """Return the part of an upright photo of that size that the network sees."""
         side = min(width, height) * self.crop / self.resize
         left, top = (width - side) / 2, (height - side) / 2
         return left, top, left + side, top + side
 
     def normalise(self, pixels: "Tensor") -> "Tensor":
-        """Network input, float32, from uint8 pixels [B, 3, H, W] on any device."""
+        """Return the network's input, float32, for uint8 pixels [B, 3, H, W] on any device."""
         values = pixels.float() / 255
         mean, std = (values.new_tensor(each).reshape(3, 1, 1) for each in (self.mean, self.std))
         return (values - mean) / std
 
 
 def scaled_box(image: Image.Image, box: Box, side: int, interpolation: str = "bilinear") -> Pixels:
-    """The part of an RGB photo inside box, scaled to [3, side, side]."""
+    """Scale the part of an RGB photo inside `box` to [3, side, side]."""
     scaled = image.resize((side, side), FILTERS[interpolation], box=box)
     return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))

@@ -1,4 +1,4 @@
-"""Any opened image as upright 8-bit RGB."""
+"""Converts opened images to upright 8-bit RGB."""
 
 from contextlib import suppress
 
@@ -15,13 +15,13 @@ GREY_BITS = {"L;2": 2, "L;4": 4}  # raw modes of PNG files whose samples Pillow 
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as 8-bit RGB, turned as its EXIF tag says, what is transparent over white.
+    """Return an image as 8-bit RGB, rotated by its EXIF orientation, with transparent pixels over white.
 
     Args:
-        image: opened by `open_photo`; its pixels are read here if they have not been.
+        image: opened by `open_photo`; its pixels are decoded here unless they have been.
 
     Raises:
-        UnsupportedImage: its transparency cannot be told from its pixels as they are read.
+        UnsupportedImage: Pillow's conversion has lost which pixels are transparent.
         OSError, ValueError, SyntaxError and others of Pillow's: the pixels are damaged.
     """
     raw_mode = None
@@ -30,13 +30,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if box := image.info.get(first_frame.KEY):
         image = _on_canvas(image, box)
-    with suppress(Exception):  # a broken EXIF block raises nearly anything, and is no reason to refuse a sound photo
+    with suppress(Exception):  # a broken EXIF block can raise anything, but the photo is usable without it
         ImageOps.exif_transpose(image, in_place=True)
     return _rgb(image, raw_mode)
 
 
 def _on_canvas(image: Image.Image, box: first_frame.Box) -> Image.Image:
-    """A frame of an animation over a white canvas; Pillow makes what lies outside of it black, or of any colour."""
+    """Return a frame of an animation on a white canvas. Pillow fills the rest with black or another colour."""
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(_rgb(image, None).crop(box), box)
     with suppress(Exception):  # as above
@@ -61,20 +61,20 @@ def _rgb(image: Image.Image, raw_mode: object) -> Image.Image:
 def _over_white(image: Image.Image, raw_mode: object) -> Image.Image:
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
-        # Pillow has reduced the pixels to 8 bits: which of them had exactly this colour is lost.
-        raise UnsupportedImage(f"PNG with 16-bit RGB samples and a transparent colour is not read; {REMEDY}")
-    if bits := GREY_BITS.get(str(raw_mode)):  # the file counts in its own bits, Pillow's pixels in eight
+        # Pillow has reduced the pixels to 8 bits, so those of exactly this colour can no longer be found.
+        raise UnsupportedImage(f"PNG with 16-bit RGB samples and a transparent colour is not supported; {REMEDY}")
+    if bits := GREY_BITS.get(str(raw_mode)):  # in units of the file's bit depth, unlike Pillow's pixels
         image.info["transparency"] = int(transparent or 0) * 255 // (2**bits - 1)
-    if image.format == "BMP" and image.getchannel("A").getextrema() == (0, 0):  # nobody draws an invisible photo
+    if image.format == "BMP" and image.getchannel("A").getextrema() == (0, 0):  # an unused alpha channel
         return image.convert("RGB")
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # La has no direct conversion
-    paper = Image.new("RGB", image.size, "white")
-    paper.paste(image, mask=image.getchannel("A"))
-    return paper
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
 
 
 def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
-    """Return 8-bit grey; white is the smallest usual maximum (of 16 bits, say) that holds the largest value."""
+    """Return 8-bit grey. White is the smallest usual maximum (such as that of 16 bits) that is not exceeded."""
     largest = float(np.max(values, where=np.isfinite(values), initial=0))
     if values.dtype.itemsize == 2:
         scales = [65535.0]
@@ -82,7 +82,7 @@ def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
         scales = [1.0, 255.0, 65535.0] if values.dtype.kind == "f" else [255.0, 65535.0]
     factor = 255 / next((scale for scale in scales if largest <= scale), largest)
     grey = np.empty(values.shape, np.uint8)
-    for row, line in enumerate(values):  # line by line: floats of a whole large photo would take hundreds of megabytes
+    for row, line in enumerate(values):  # row by row: a large photo as floats would take hundreds of megabytes
         finite = np.nan_to_num(line.astype(np.float32), posinf=largest, neginf=0.0)
         grey[row] = (finite * factor).round().clip(0, 255)
     return Image.fromarray(grey)

@@ -1,11 +1,11 @@
-"""Recognises files by their first bytes, so that an error can name what was sent."""
+"""Recognises file formats by their first bytes, so that errors can name an unsupported format."""
 
 REMEDY = "convert it to JPEG or PNG"
 
 # First bytes of supported formats. WebP and BMP need more than a prefix: see `has_supported_signature`.
 SUPPORTED = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# Brands of the ISO base media file format (ISO/IEC 14496-12), at byte 8, by what they stand for.
+# Brands of the ISO base media file format (ISO/IEC 14496-12), at byte 8, and their formats.
 BRANDS = {
     b"avif": "AVIF",
     b"avis": "AVIF",
@@ -68,14 +68,14 @@ TEXT = (
 
 
 def has_supported_signature(data: bytes) -> bool:
-    """Whether data begins like one of the formats that are read."""
+    """Return whether data begins like one of the supported formats."""
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     is_bmp = data[:2] == b"BM" and data[6:10] == bytes(4)  # reserved, zero
     return data.startswith(SUPPORTED) or is_webp or is_bmp
 
 
 def foreign_format(data: bytes) -> str | None:
-    """Return the name of the format that data begins like, if it is a known one that is not read."""
+    """Return the name of the format of data if it is a known one that is not supported."""
     for recognise in (_by_prefix, _by_brand, _by_text):
         if name := recognise(data):
             return name
@@ -91,7 +91,7 @@ def _by_brand(data: bytes) -> str | None:
         return None
     compatible = [data[at : at + 4] for at in range(16, min(len(data), 64, int.from_bytes(data[:4], "big")), 4)]
     known = [BRANDS[brand] for brand in (data[8:12], *compatible) if brand in BRANDS]
-    # "mif1" says HEIF only; the brand that names the codec may come after it.
+    # "mif1" means only HEIF; a later brand may name the codec.
     return next((name for name in known if name != "HEIF"), known[0] if known else "MP4 video")
 
 

@@ -1,7 +1,7 @@
-"""The sample layouts of TIFF files (TIFF 6.0), and pixels of those that Pillow takes for others.
+"""Reads the sample layout of TIFF files (TIFF 6.0), and the pixels of layouts that Pillow misreads.
 
-Pillow chooses among about a hundred layouts by some of the tags, and reads others as if they were one of these: 16-bit
-samples in separate planes, white as zero in 16 bits, signed and 32-bit samples. So the tags are read here first.
+Pillow chooses among about a hundred layouts by some of the tags, and misreads others as one of these: 16-bit samples in
+separate planes, white as zero in 16 bits, signed and 32-bit samples. So this module reads the tags first.
 """
 
 import io
@@ -33,7 +33,7 @@ SAMPLE_FORMATS = {SIGNED: "signed ", FLOAT: "floating-point "}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a TIFF file's first image holds its samples."""
+    """How a TIFF file's first image stores its samples."""
 
     width: int
     height: int
@@ -56,12 +56,12 @@ class Layout:
 
     @property
     def bytes_per_pixel(self) -> int:
-        """What `decode` takes: the samples, a row at a time as floats, and the RGB that comes of them, twice."""
+        """Memory that `decode` takes: the samples, one row of them as floats, and two copies of the resulting RGB."""
         return self.samples * max(self.bits) // 8 + 8
 
     @property
     def read_by_pillow(self) -> bool:
-        """Whether Pillow gives this layout the right pixels. Decided by comparison with tifffile, see the tests."""
+        """Whether Pillow decodes this layout correctly. The tests compare it with tifffile."""
         if self.big_endian_bigtiff or self.sample_format != UNSIGNED or len(set(self.bits)) != 1:
             return False
         if self.photometric in LAB:
@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def unsupported(self) -> str | None:
-        """What of this layout is read neither by Pillow nor by tifffile, whatever the samples are."""
+        """The feature of this layout that neither Pillow nor tifffile supports, if there is one."""
         if self.thumbnail:
             return "TIFF whose first image is a thumbnail, as in camera raw files (DNG, NEF),"
         if self.compression not in COMPRESSIONS:
@@ -130,17 +130,17 @@ def read_layout(data: bytes) -> Layout:
 
 
 def decode(data: bytes, layout: Layout) -> Image.Image:
-    """Return the pixels of a layout that Pillow does not read, as 8-bit RGB, what is transparent over white.
+    """Decode a layout that Pillow does not support, to 8-bit RGB with transparent pixels over white.
 
     Raises:
-        UnsupportedImage: the layout is not read here, either.
+        UnsupportedImage: this function does not support the layout either.
         DamagedImage: the pixels cannot be read.
     """
     import tifffile  # noqa: PLC0415  (30 ms, for rare files)
 
     readable = layout.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) and layout.sample_format in (UNSIGNED, FLOAT)
     if not readable or layout.samples > 5:
-        raise UnsupportedImage(f"{layout} is not read; {REMEDY}")
+        raise UnsupportedImage(f"{layout} is not supported; {REMEDY}")
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             values = file.pages[0].asarray()
@@ -148,7 +148,7 @@ def decode(data: bytes, layout: Layout) -> Image.Image:
         raise
     except Exception as error:
         if "imagecodecs" in str(error):  # a compression or packing that tifffile has no code for
-            raise UnsupportedImage(f"{layout}, packed or compressed as this one is, is not read; {REMEDY}") from error
+            raise UnsupportedImage(f"{layout} in this packing or compression is not supported; {REMEDY}") from error
         raise DamagedImage(f"the image is damaged: {str(error)[:100]}") from error
     image = Image.fromarray(_to_rgb(values, layout))
     image.getexif()[ORIENTATION] = layout.orientation
@@ -156,7 +156,7 @@ def decode(data: bytes, layout: Layout) -> Image.Image:
 
 
 def _to_rgb(values: NDArray[np.generic], layout: Layout) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] from samples [H, W], [H, W, S] or, in separate planes, [S, H, W]."""
+    """Convert samples [H, W], [H, W, S] or, in separate planes, [S, H, W] to uint8 [H, W, 3]."""
     if values.ndim == 2:
         values = values[..., None]
     elif layout.planar == SEPARATE:
@@ -167,7 +167,7 @@ def _to_rgb(values: NDArray[np.generic], layout: Layout) -> NDArray[np.uint8]:
     rgb = np.empty((layout.height, layout.width, 3), np.uint8)
     scale = _full_scale(values, layout)
     alpha_kind = layout.extra[0] if layout.extra else None
-    for row, line in enumerate(values):  # row by row: floats of a whole large photo would take hundreds of megabytes
+    for row, line in enumerate(values):  # row by row: a large photo as floats would take hundreds of megabytes
         unit = np.nan_to_num(line.astype(np.float32) / np.float32(scale), posinf=1.0, neginf=0.0).clip(0, 1)
         colour = 1 - unit[:, :colours] if layout.photometric == WHITE_IS_ZERO else unit[:, :colours]
         if alpha_kind in (ASSOCIATED, UNASSOCIATED) and layout.samples > colours:
@@ -178,7 +178,7 @@ def _to_rgb(values: NDArray[np.generic], layout: Layout) -> NDArray[np.uint8]:
 
 
 def _full_scale(values: NDArray[np.generic], layout: Layout) -> float:
-    """The value that stands for white; of floats, the smallest usual one that holds the largest value."""
+    """Return the value of white; for floats, the smallest usual maximum that is not exceeded."""
     if layout.sample_format == UNSIGNED:
         return float(2 ** layout.bits[0] - 1)
     largest = float(np.max(values, where=np.isfinite(values), initial=0))
@@ -186,7 +186,7 @@ def _full_scale(values: NDArray[np.generic], layout: Layout) -> float:
 
 
 def _tags(data: bytes) -> dict[int, tuple[int, ...]]:
-    """The integer tags of the first directory, in classic TIFF and BigTIFF."""
+    """Return the integer tags of the first directory, in classic TIFF or BigTIFF."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     offset = struct.unpack_from(f"{order}Q" if big else f"{order}I", data, 8 if big else 4)[0]
@@ -197,7 +197,7 @@ def _tags(data: bytes) -> dict[int, tuple[int, ...]]:
         at = start + index * entry
         tag, kind, values = struct.unpack_from(f"{order}HHQ" if big else f"{order}HHI", data, at)
         size = SIZES.get(kind)
-        if size is None or not 1 <= values <= 8:  # of the tags that matter, none holds more values
+        if size is None or not 1 <= values <= 8:  # no relevant tag has more values
             continue
         at += 12 if big else 8
         if size * values > (8 if big else 4):

@@ -1,7 +1,7 @@
-"""Activation ranges for int8: for each stored activation, the real value that the largest quantised value stands for.
+"""Activation ranges (amax) for int8: for each stored activation, the real value of the largest quantised value.
 
-An activation that is never negative is stored as uint8, where 255 stands for its range. Activations with a sign (the
-kernels that involution generates, and the shortcut of a block) are int8, where 127 does. Zero is always 0.
+Activations without negative values are stored as uint8, where 255 represents the range. Signed activations (the kernels
+that involution generates, and the shortcut of a block) are int8, where 127 does. Zero is always 0.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,10 +17,10 @@ from rednet.model.inference.tf32 import ieee_float32
 from rednet.model.nn.rednet import Bottleneck, RedNet
 
 BATCH_SIZE = 16
-# Percentile calibration: a range covers the largest value of this share of the photos. A few photos go far beyond all
-# others, and a range that holds them costs the others more precision than it gains: on 1,966 photos the embedded
-# network's int8 class was that of float32 for 99.0%; for 98.1% with ranges of the overall maximum, for 98.9% with the
-# ranges of least squared error.
+# Percentile calibration: a range covers the maximum of this share of the photos. A few photos go far beyond all others,
+# and a range that covers them costs the others more precision than it gains. On 1,966 photos the embedded network's
+# int8 class was that of float32 for 99.0%; with ranges of the overall maximum for 98.1%, with the ranges of least
+# squared error for 98.9%.
 PERCENTILE = 0.9
 MIN_RANGE, MAX_RANGE = 1e-18, 1e18  # quotients and products of two ranges are still normal float32 numbers
 
@@ -35,8 +35,8 @@ class _Location(NamedTuple):
 def required_activations(net: RedNet) -> list[str]:
     """Return the names of the activations that need a range: the names of the modules that produce them.
 
-    `....conv1` and `....conv2` of a bottleneck, and the involution of the stem, stand for their output after batch norm
-    and ReLU; `....conv2.conv2` for the kernels of an involution.
+    `....conv1` and `....conv2` of a bottleneck, and the involution of the stem, mean their output after batch norm and
+    ReLU; `....conv2.conv2` means the kernels of an involution.
     """
     return list(_locations(net))
 
@@ -84,8 +84,8 @@ def collect_activation_ranges(net: RedNet, preprocess: Preprocess, photos: Tenso
     ranges = {name: float(torch.cat(values).quantile(PERCENTILE)) for name, values in observed.items()}
     for name, amax in ranges.items():
         if not amax <= MAX_RANGE:
-            raise ValueError(f"these photos give {amax} in {name}, which no int8 range can hold")
-    return {name: amax if amax >= MIN_RANGE else 1.0 for name, amax in ranges.items()}  # all zeros fit any range
+            raise ValueError(f"these photos give {amax} in {name}, beyond any int8 range")
+    return {name: amax if amax >= MIN_RANGE else 1.0 for name, amax in ranges.items()}  # zeros fit any range
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Class activation maps, from the pass that classifies."""
+"""Class activation maps, computed in the same forward pass as the logits."""
 
 import torch
 from torch import Tensor

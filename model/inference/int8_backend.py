@@ -13,9 +13,9 @@ from rednet.model.native import int8_builds, int8_unavailable
 from rednet.model.nn.rednet import Bottleneck, RedNet
 
 MAX_UNSIGNED, MAX_SIGNED, MAX_WEIGHT = 255, 127, 127  # largest quantised values
-# The engine accumulates products in signed 32 bits. In the worst case each is 255 * 127 = 32,385, so that
-# (2**31 - 1) // 32,385 = 66,311 of them cannot overflow. A convolution adds up K * K * in_channels: the 3x3 convolution
-# of the stem takes up to 7,367 channels (`stem_channels` up to 14,720), a 1x1 convolution 66,311.
+# The engine accumulates products in signed 32 bits. A product is at most 255 * 127 = 32,385, so sums of
+# (2**31 - 1) // 32,385 = 66,311 products cannot overflow. A convolution sums K * K * in_channels products: the stem's
+# 3x3 convolution is safe up to 7,367 channels (`stem_channels` up to 14,720), a 1x1 convolution up to 66,311.
 MAX_SUMMANDS = (2**31 - 1) // (MAX_UNSIGNED * MAX_WEIGHT)
 
 
@@ -61,15 +61,15 @@ def validate_sums(net: RedNet) -> None:
     """Check that no sum of a network can overflow in int8.
 
     Raises:
-        ValueError: a convolution adds up more than `MAX_SUMMANDS` products.
+        ValueError: a convolution sums more than `MAX_SUMMANDS` products.
     """
     for name, conv in net.named_modules():
-        if not isinstance(conv, nn.Conv2d) or name == "backbone.stem.0.conv":  # which stays float32
+        if not isinstance(conv, nn.Conv2d) or name == "backbone.stem.0.conv":  # the first convolution stays float32
             continue
         summands = conv.weight[0].numel()
         if summands > MAX_SUMMANDS:
             raise ValueError(
-                f"int8 sums could overflow: {name} adds up {summands} products, at most {MAX_SUMMANDS} fit into 32 bits"
+                f"int8 sums could overflow: {name} sums {summands} products; at most {MAX_SUMMANDS} fit into 32 bits"
             )
 
 

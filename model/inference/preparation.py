@@ -20,13 +20,13 @@ from rednet.model.nn.rednet import RedNet
 from rednet.model.ops import IMPLEMENTATIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Largest accepted relative error. Rounding alone stays ten times below; int8 has less margin, because the noise that it
-# is checked with is unlike the photos that its ranges come from.
+# Largest accepted relative error. Rounding errors are ten times smaller. int8 has less margin, because the self-check's
+# input is noise, unlike the photos that the ranges come from.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1.5e-1}
 AUTO = {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}  # candidates of "auto"; half precision is slower on a CPU
-TIMED_IMAGES = {"cpu": 2, "cuda": 16}  # in the batch that decides between precisions; on the CPU per thread
+TIMED_IMAGES = {"cpu": 2, "cuda": 16}  # batch size of the timing that decides between precisions; on the CPU per thread
 MIN_TIMED_RUNS, MAX_TIMED_RUNS = 2, 6
-MAX_SLOWDOWN = 1.1  # how many times as long the preferred precision may take before another one is used
+MAX_SLOWDOWN = 1.1  # of the preferred precision against the fastest one, before another one is used
 STAGES = range(4)
 
 
@@ -66,7 +66,7 @@ class Prepared:
 
     @property
     def backend(self) -> str:
-        """What runs the network, for people."""
+        """The name of the backend, for people."""
         return self.implementation.name
 
     @property

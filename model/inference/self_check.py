@@ -17,16 +17,16 @@ from rednet.model.ops import use
 
 
 class ReferenceOutput(NamedTuple):
-    """What the network itself returns for one photo."""
+    """The network's own output for one photo."""
 
     pixels: Tensor  # [1, 3, H, W]
     logits: Tensor  # [1, num_classes]
     features: Tensor  # [1, feature_channels]
-    logit_scale: float  # what errors of logits are relative to; the logits of few classes may happen to be near zero
+    logit_scale: float  # the norm that errors are relative to; logits of few classes can all be near zero by chance
 
 
 def reference_output(net: RedNet, preprocess: Preprocess, pixels: Tensor) -> ReferenceOutput:
-    """Run the network as it is, in PyTorch operations alone, where its weights are, in float32 or better."""
+    """Run the unchanged network with PyTorch's operations, on the device of its weights, in float32 or better."""
     if net.head.fc.weight.dtype.itemsize < 4:
         net = copy.deepcopy(net).float()
     weight, bias = net.head.fc.weight, net.head.fc.bias
@@ -34,7 +34,7 @@ def reference_output(net: RedNet, preprocess: Preprocess, pixels: Tensor) -> Ref
     with _evaluating(net), use("torch"), torch.inference_mode(), no_autocast, ieee_float32():
         features = net.features(preprocess.normalise(pixels.to(weight.device)).to(weight.dtype))
         logits = net.head(features)
-        # The product of a weight and a feature vector of random directions and D components is about this large.
+        # Typical logits if weights and features had random directions in D dimensions.
         expected = torch.linalg.norm(weight) * torch.linalg.norm(features) / features.shape[1] ** 0.5
         scale = torch.maximum(expected + torch.linalg.norm(bias), torch.linalg.norm(logits))
         return ReferenceOutput(pixels, logits.float().cpu(), features.float().cpu(), float(scale))
@@ -51,10 +51,10 @@ def first_valid_backend(
 
     Args:
         candidates: names of backends and functions that make them, best first.
-        reference: what the network returns for one photo.
-        copies: how many copies of the photo the compared batch holds.
+        reference: the network's own output for one photo.
+        copies: number of copies of the photo in the compared batch.
         tolerance: largest accepted relative error.
-        rejected: gets one line per rejected backend, with the reason.
+        rejected: a line with the reason is appended for each rejected backend.
 
     Returns:
         (None, NaN) where no backend agrees.
@@ -79,7 +79,7 @@ def first_valid_backend(
 
 @contextmanager
 def _evaluating(net: RedNet) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module has the mode that it had before."""
+    """Switch to evaluation mode inside the block, and restore every module's mode afterwards."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -90,5 +90,5 @@ def _evaluating(net: RedNet) -> Iterator[None]:
 
 
 def _relative_error(output: Tensor, reference: Tensor, scale: float) -> float:
-    """The distance of the worst row from the reference's only row, relative to scale; NaN where a value is NaN."""
+    """Return the largest distance of a row from the reference's only row, relative to `scale`; NaN for NaN values."""
     return float((torch.linalg.norm(output.cpu() - reference, dim=1) / max(scale, 1e-12)).max())

@@ -9,7 +9,7 @@ import torch
 
 _lock = threading.Lock()
 _inside = 0  # threads that are inside `ieee_float32`
-_saved: list[str] = []  # the process's settings, to be restored by the last one that leaves
+_saved: list[str] = []  # the process's settings, which the last thread restores
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def ieee_float32() -> Iterator[None]:
     """
     global _inside  # noqa: PLW0603  (counts across threads, like the setting that it guards)
     backends: Any = torch.backends  # the settings below are missing from torch's type stubs
-    # torch reads the two of cuDNN together and warns where they differ
+    # torch reads both settings of cuDNN together, and warns if they differ
     settings = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
     with _lock:
         if _inside == 0:

@@ -1,4 +1,4 @@
-"""Involution: a convolution whose kernel is made anew at every position, from the features at that position.
+"""Involution: a convolution whose kernel is generated at every position, from the features at that position.
 
 Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition", CVPR 2021, section 3;
 https://arxiv.org/abs/2103.06255.
@@ -42,35 +42,35 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
                 [0.6667, 1.0000, 0.6667],
                 [0.4444, 0.6667, 0.4444]])
     """
-    if has_torch_function((x, kernel)):  # torch.fx traces a call, not the checks, which need sizes
+    if has_torch_function((x, kernel)):  # torch.fx traces the call only, because the checks need sizes
         result: Tensor = handle_torch_function(involution, (x, kernel), x, kernel, stride)
         return result
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         x, kernel = _autocast(x), _autocast(kernel)
     if x.dim() != 4 or kernel.dim() != 5:
-        raise ValueError(f"involution wants x [B, C, H, W] and kernel [B, G, K*K, h, w], got {_shapes(x, kernel)}")
+        raise ValueError(f"involution needs x [B, C, H, W] and kernel [B, G, K*K, h, w], got {_shapes(x, kernel)}")
     taps = kernel.shape[2]
     if stride < 1 or isqrt(taps) ** 2 != taps or taps % 2 == 0:
-        raise ValueError(f"involution wants stride >= 1 and the square of an odd K as taps, got {stride} and {taps}")
+        raise ValueError(f"involution needs stride >= 1 and K*K taps with odd K, got {stride} and {taps}")
     if x.shape[0] != kernel.shape[0] or kernel.shape[1] == 0 or x.shape[1] % kernel.shape[1] != 0:
-        raise ValueError(f"batch sizes must agree and groups divide the channels, got {_shapes(x, kernel)}")
+        raise ValueError(f"batch sizes must agree and groups must divide the channels, got {_shapes(x, kernel)}")
     height, width = -(-x.shape[2] // stride), -(-x.shape[3] // stride)
     if (height, width) != (kernel.shape[3], kernel.shape[4]):
         raise ValueError(f"at stride {stride} the kernel map must be {height}x{width}, got {_shapes(x, kernel)}")
     if x.dtype != kernel.dtype or x.device != kernel.device:
         raise ValueError(f"x is {x.dtype} on {x.device}, kernel is {kernel.dtype} on {kernel.device}")
     if not x.is_floating_point():
-        raise ValueError(f"involution wants floating point, got {x.dtype}")
+        raise ValueError(f"involution needs floating point, got {x.dtype}")
     if not torch.compiler.is_compiling() and any(
         forward_ad.unpack_dual(each).tangent is not None for each in (x, kernel)
     ):
-        # The operator would drop the tangent, and the derivative would be wrong.
-        raise NotImplementedError("involution has no rule for forward-mode differentiation (torch.func.jvp)")
+        # The operator would drop the tangent and return a wrong derivative.
+        raise NotImplementedError("involution does not support forward-mode differentiation (torch.func.jvp)")
     return forward(x, kernel, stride)
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What autocast makes of a convolution's operand: float64, integers and other devices' tensors stay."""
+    """Cast as autocast casts a convolution's operand: float64 and integers stay."""
     if not x.is_floating_point() or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
@@ -81,7 +81,7 @@ def _shapes(x: Tensor, kernel: Tensor) -> str:
 
 
 class ConvModule(nn.Module):
-    """Convolution, with batch norm and ReLU after it unless `bare`. Attribute names are those of the checkpoints."""
+    """A convolution, with batch norm and ReLU unless `bare`. Attribute names are those of the checkpoints."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, bare: bool = False

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution. Training on the CPU computes it as a matrix product, whose gradients in bfloat16 take 0.6 of
-    the time of a convolution's.
+    """A 1x1 convolution. In training on the CPU it is a matrix product, whose bfloat16 gradients take 0.6 of the time.
 
     Args:
         in_channels, out_channels, stride, bias: as for `torch.nn.Conv2d`.
@@ -19,7 +18,7 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, stride, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        """Map [B, C, H, W] to [B, out_channels, ceil(H / stride), ceil(W / stride)]."""
         eager = type(x) is Tensor and not torch.compiler.is_compiling()
         if not (self.training and eager and x.device.type == "cpu" and x.dim() == 4):
             return super().forward(x)
@@ -30,7 +29,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class _Subsample(torch.autograd.Function):
-    """Every n-th pixel of every n-th row of x [B, H, W, C]. One copy each way; the gradient of slicing makes two."""
+    """Takes every n-th pixel of every n-th row of x [B, H, W, C] in one copy; the gradient of slicing makes two."""
 
     generate_vmap_rule = True
 

@@ -17,8 +17,8 @@ BLOCKS: Mapping[int, tuple[int, int, int, int]] = {  # depth -> bottleneck block
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-MAX_SIZE, MAX_KERNEL_SIZE = 1 << 16, 63  # far beyond any use; a hostile checkpoint must not overflow a product
-EXPANSION = 4  # a bottleneck's output has this many times the channels of its middle
+MAX_SIZE, MAX_KERNEL_SIZE = 1 << 16, 63  # far beyond any use; so no product overflows for a hostile checkpoint
+EXPANSION = 4  # ratio of a bottleneck's output channels to its inner channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,10 @@ class RedNetConfig:
         if self.depth not in BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {self.depth}")
         if len(self.strides) != len(BLOCKS[self.depth]):
-            raise ValueError(f"strides must name one stride for each of the four stages, got {self.strides}")
+            raise ValueError(f"strides must have one stride for each of the four stages, got {self.strides}")
         numbers = [value for name, value in vars(self).items() if name != "strides"]
         if not all(isinstance(number, int) for number in (*numbers, *self.strides)):
-            raise ValueError(f"every field must be a whole number, got {self}")
+            raise ValueError(f"every field must be an integer, got {self}")
         sizes = (self.num_classes, self.in_channels, self.stem_channels, self.base_channels, *self.strides)
         if min(sizes) < 1 or max(sizes) > MAX_SIZE:
             raise ValueError(f"every size and stride must be at least 1 and at most {MAX_SIZE}, got {self}")
@@ -84,19 +84,19 @@ class RedNetConfig:
 
     @property
     def feature_channels(self) -> int:
-        """Channels of the last stage, the length of a feature vector: 2048 at full width."""
+        """Channels of the last stage, the length of a feature vector: 2048 for the official networks."""
         return self.base_channels * EXPANSION * 8
 
 
 class Downsample(nn.Sequential):
-    """A convolution and a batch norm, under the names of the checkpoints: 0 and 1."""
+    """A convolution and a batch norm, named 0 and 1 as in the checkpoints."""
 
     def forward(self, x: Tensor) -> Tensor:
         return batch_norm(self[1], self[0](x), relu=False)
 
 
 class Bottleneck(nn.Module):
-    """1x1 convolution, involution, 1x1 convolution, and the way around them. Names are those of the checkpoints."""
+    """1x1 convolution, involution, 1x1 convolution, and a shortcut. Attribute names are those of the checkpoints."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, config: RedNetConfig) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Bottleneck(nn.Module):
 
 
 class Backbone(nn.Module):
-    """From pixels to the four stage maps."""
+    """The stem and the four stages."""
 
     def __init__(self, config: RedNetConfig) -> None:
         super().__init__()
@@ -144,10 +144,10 @@ class Backbone(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x1 = self.get_submodule("layer1")(self.maxpool(self.stem(x)))  # [B, 4*base, H/4, W/4] at full width: 256
+        x1 = self.get_submodule("layer1")(self.maxpool(self.stem(x)))  # [B, 4 * base_channels, H / 4, W / 4]
         x2 = self.get_submodule("layer2")(x1)
         x3 = self.get_submodule("layer3")(x2)
-        x4 = self.get_submodule("layer4")(x3)  # [B, 32*base, H/32, W/32] at full width: 2048
+        x4 = self.get_submodule("layer4")(x3)  # [B, 32 * base_channels, H / 32, W / 32]
         return x1, x2, x3, x4
 
 

@@ -1,7 +1,6 @@
 """RedNet and involution (Li et al., CVPR 2021): `rednet.model`, the network; `rednet.service`, the server.
 
-Names are imported when they are first used, so that `import rednet`, and the processes that decode images, do without
-PyTorch.
+Names are imported on first use, so that `import rednet` and the processes that decode images do not load PyTorch.
 
 Example:
     >>> from rednet import create_rednet

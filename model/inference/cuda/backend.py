@@ -1,7 +1,7 @@
 """The inference backend for CUDA: fused Triton operators, replayed from CUDA graphs.
 
-A graph launches a network's hundred kernels at once, in a fraction of the time of launching them one by one, which is
-what bounds small batches.
+A graph launches a network's hundred kernels at once, in a fraction of the time of launching them one by one. Launches
+are the bottleneck of small batches.
 """
 
 import threading
@@ -51,7 +51,7 @@ class CudaBackend:
             return self._run_eagerly(pixels, stages, kernel_sums)
 
     def _run_eagerly(self, pixels: Tensor, stages: Stages, kernel_sums: Stages) -> Output:
-        """Run without a graph, padded to a bucket's size: for those sizes cuDNN has its plans already."""
+        """Run without a graph, padded to a bucket's size, for which cuDNN already has its plans."""
         images = len(pixels)
         missing = bucket_size(images) - images if images else 0
         with self._precision():
@@ -89,7 +89,7 @@ class CudaBackend:
         return replay
 
     def _run_on_capture_stream(self, inputs: Tensor) -> None:
-        """Run once on the stream of the capture, so that libraries have set up there what they need."""
+        """Run once on the capture stream, so that libraries are initialised there."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -98,7 +98,7 @@ class CudaBackend:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether lack of memory caused the error, directly or through another one (a capture that ended early)."""
+    """Return whether lack of memory caused the error, directly or through another one (a capture that ended early)."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             return True

@@ -15,17 +15,17 @@ def bucket_size(images: int) -> int:
 
 
 class BatchBuckets:
-    """Makes a program for every bucket up to the largest batch so far, so that smaller batches find theirs ready.
+    """Makes a program for every bucket up to the largest batch so far, so that smaller batches need no capture.
 
-    Where memory ends, no larger program is made, and larger batches run in parts.
+    When memory is exhausted, no larger program is made, and larger batches run in parts.
 
     Args:
-        make: makes the program for a size; raises MemoryError where there is no memory for it.
+        make: makes the program for a size; raises MemoryError if there is not enough memory.
     """
 
     def __init__(self, make: Callable[[int], Program]) -> None:
         self._make = make
-        self._programs: dict[int, Program] = {}  # sizes that did not fit into memory are missing
+        self._programs: dict[int, Program] = {}  # without the sizes that did not fit into memory
         self._max_size: int | None = None  # the largest size that fits into memory; None: no limit met yet
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:

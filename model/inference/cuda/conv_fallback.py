@@ -9,7 +9,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-MAX_KEYS = 1024  # a network has about 30 shapes per batch size; the bound is for programs that vary image sizes
+MAX_KEYS = 1024  # a network has about 30 shapes per batch size; the bound matters if image sizes vary
 
 
 class ConvFallback:

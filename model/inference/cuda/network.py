@@ -1,4 +1,4 @@
-"""RedNet with fused Triton operators: no value passes through memory only to be scaled, shifted or clipped.
+"""RedNet with fused Triton operators: no pass over memory only scales, shifts or clips values.
 
 Everything is channels-last. Batch norms are folded into the convolutions before them; a convolution also adds its bias
 and the residual and applies the ReLU; an involution's Triton kernel applies the batch norm and ReLU that follow it.
