@@ -74,7 +74,7 @@ def _channels_first(maps: list[Floats | None]) -> Maps:
 
 
 def _numbers(config: RedNetConfig) -> list[int]:
-    """Return the fields of `struct config` in native/network.h."""
+    """Return the fields of `struct config` in native/weights.h."""
     return [
         *BLOCKS[config.depth],
         *config.strides,
@@ -88,7 +88,7 @@ def _numbers(config: RedNetConfig) -> list[int]:
 
 
 def _arrays(net: RedNet, preprocess: Preprocess) -> Iterator[Tensor]:
-    """Yield a network with folded batch norms in the order of `network_create` in native/network.h."""
+    """Yield a network with folded batch norms in the order of `network_create` in native/weights.h."""
     values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
     yield preprocess.normalise(values)  # the network's input for each pixel value: [1, 3, 1, 256]
     stem = net.backbone.stem
