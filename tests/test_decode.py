@@ -109,7 +109,7 @@ def test_a_jpeg_with_very_many_scans_is_an_error() -> None:
     whole = content.getvalue()
     assert decode_image(whole, PREPROCESS, 5_000_000).shape == (3, 32, 32)
     last = whole[whole.rindex(b"\xff\xda") : -2]
-    with pytest.raises(UnreadableImage, match="too many times"):
+    with pytest.raises(UnreadableImage, match="too many scans"):
         decode_image(whole[:-2] + 250 * last + whole[-2:], PREPROCESS, 5_000_000)
 
 

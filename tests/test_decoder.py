@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from rednet import Preprocess
-from rednet.service.decoding import pool as decoder_pool
+from rednet.service.decoding import stall_detector
 from rednet.service.decoding.decoder import Decoded, Decoder
 from rednet.service.decoding.limits import DecodeLimits
 from rednet.service.errors import DecoderUnavailable, Draining, UnreadableImage, UnsupportedMediaType
@@ -127,7 +127,7 @@ def test_a_photo_that_breaks_two_processes_is_broken() -> None:
 
 def test_sound_photo_survives_a_stopped_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stopped process uses no processor time; another one decodes the photo."""
-    monkeypatch.setattr(decoder_pool, "CHECK_S", 0.1)
+    monkeypatch.setattr(stall_detector, "CHECK_S", 0.1)
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)

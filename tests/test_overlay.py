@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from rednet import Preprocess
-from rednet.service.decoding.overlay import COLOURS, LONGEST, draw_overlay
+from rednet.service.decoding.overlay import COLOURS, MAX_SIDE, draw_overlay
 from rednet.service.types import Floats
 from tests.conftest import encoded, photo
 
@@ -68,7 +68,7 @@ def test_outside_of_what_the_network_sees_is_only_the_photo() -> None:
 def test_pictures_are_bounded_whatever_the_photo(size: tuple[int, int]) -> None:
     """Also very thin and very small ones are drawn."""
     picture = drawn(Image.new("RGB", size), spot(3, 3))
-    assert max(picture.shape) <= LONGEST
+    assert max(picture.shape) <= MAX_SIDE
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "CMYK", "I;16", "RGBA", "1"])

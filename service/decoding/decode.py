@@ -1,6 +1,6 @@
-"""Bytes to pixels: the only place that meets hostile images.
+"""Decodes encoded images to pixels. The only code that handles hostile images.
 
-What a file claims of itself is checked from its header; pixels are decoded only for what passed.
+The header is checked first; pixels are decoded only if it passes.
 """
 
 import re
@@ -18,18 +18,18 @@ from rednet.service.decoding.overlay import draw_overlay
 from rednet.service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
 from rednet.service.types import Floats, Pixels
 
-# What begins a scan: a marker, the length of what follows, and the number of components, from which that length comes
-# (ITU-T T.81, B.2.3). The marker alone is by chance in what phones append to photos, a film of the moment, say.
+# Start of a scan (ITU-T T.81, B.2.3): the marker, the length of the scan header, and the number of components, which
+# implies that length. The marker alone also occurs by chance in data that phones append to photos, such as videos.
 SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 
 Check = Callable[[Header], None]  # may raise a ServiceError or TooCostly
 
 
 class TooCostly(Exception):
-    """The image takes more than it may where it was to be decoded.
+    """Decoding the image would cost more than this worker allows.
 
     Attributes:
-        cost: what it is expected to take.
+        cost: the estimate.
     """
 
     def __init__(self, cost: Cost) -> None:
@@ -38,28 +38,28 @@ class TooCostly(Exception):
 
 
 def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int, check: Check | None = None) -> Pixels:
-    """An encoded photo as the network's uint8 pixels [3, crop, crop]; raises what `opened` does."""
-    with opened(data, max_pixels, check) as image:
+    """Decode an image to the network's uint8 pixels [3, crop, crop]; raises what `open_checked` raises."""
+    with open_checked(data, max_pixels, check) as image:
         return preprocess.pixels(image)
 
 
 def draw_image(data: bytes, grid: Floats, preprocess: Preprocess, max_pixels: int, check: Check | None = None) -> bytes:
-    """An encoded photo with a map over it, as `draw_overlay` makes it; raises what `opened` does."""
-    with opened(data, max_pixels, check) as image:
+    """Draw a map over an image with `draw_overlay`, as a PNG; raises what `open_checked` raises."""
+    with open_checked(data, max_pixels, check) as image:
         return draw_overlay(image, grid, preprocess)
 
 
 @contextmanager
-def opened(data: bytes, max_pixels: int, check: Check | None = None) -> Iterator[Image.Image]:
-    """Open an encoded photo: its header has been read and checked, its pixels have not been decoded.
+def open_checked(data: bytes, max_pixels: int, check: Check | None = None) -> Iterator[Image.Image]:
+    """Open an encoded image and check its header, without decoding its pixels.
 
-    Errors inside the block are translated, too: Pillow's decoders raise nearly anything for damaged data.
+    Errors inside the block are translated as well: Pillow's decoders raise nearly anything for damaged data.
 
     Raises:
-        UnsupportedMediaType: it is not an image, or of a format or variant that is not served.
-        PayloadTooLarge: its header claims more than max_pixels.
-        UnreadableImage: the format is known, the data is broken.
-        TooCostly: `check` says so.
+        UnsupportedMediaType: the data is not an image, or its format or variant is not supported.
+        PayloadTooLarge: the header claims more than max_pixels.
+        UnreadableImage: the format is supported, but the data is damaged.
+        TooCostly: raised by `check`.
     """
 
     def check_header(header: Header) -> None:
@@ -69,7 +69,7 @@ def opened(data: bytes, max_pixels: int, check: Check | None = None) -> Iterator
                 f"the image has {header.width}x{header.height} pixels; at most {max_pixels} are allowed"
             )
         if data.startswith(b"\xff\xd8") and _has_scans(data, max_scanned_pixels(max_pixels) // count + 1):
-            raise UnreadableImage("the JPEG file goes over its pixels too many times")
+            raise UnreadableImage("the JPEG has too many scans for its size")
         if check:
             check(header)
 
@@ -83,10 +83,11 @@ def opened(data: bytes, max_pixels: int, check: Check | None = None) -> Iterator
     except DamagedImage as error:
         raise UnreadableImage(str(error)) from None
     except MemoryError:
-        raise PayloadTooLarge("the image needs more memory than there is") from None
+        raise PayloadTooLarge("the image needs more memory than the server has") from None
     except Exception as error:
         raise UnreadableImage(f"the image is damaged: {str(error)[:100]}") from error
 
 
-def _has_scans(jpeg: bytes, least: int) -> bool:
-    return next(islice(SCAN.finditer(jpeg), least - 1, None), None) is not None
+def _has_scans(jpeg: bytes, count: int) -> bool:
+    """Whether a JPEG has at least so many scans."""
+    return next(islice(SCAN.finditer(jpeg), count - 1, None), None) is not None

@@ -1,9 +1,9 @@
-"""Photos to pixels in processes of their own: on all cores at once, and out of harm's way.
+"""Decodes images in worker processes: on all cores, and isolated from the server.
 
-Three pools of processes keep costly photos from delaying others. A process reads a photo's header first, and decodes it
-at once if it is small. Large photos go to a pool of their own, which counts their memory and decodes few at a time.
-When one request has taken much decoding time, the rest of its photos go to the third pool. These two have a lower
-priority. In each pool, requests have equal shares.
+Three pools of processes keep costly images from delaying the others. A worker reads the header of an image first and
+decodes small images at once. Large images go to a second pool, which bounds their memory and decodes few at a time.
+When one request has used a lot of decode time, the rest of its images go to a third pool. These two pools have a lower
+priority. Each pool shares its time fairly among requests.
 """
 
 import asyncio
@@ -17,21 +17,19 @@ import numpy as np
 
 from rednet.model.images.preprocess import Preprocess
 from rednet.service.decoding.fair_queue import Flow
+from rednet.service.decoding.jobs import DecodeJob
 from rednet.service.decoding.limits import WORST_BYTES_PER_PIXEL, Cost, DecodeLimits
 from rednet.service.decoding.pool import Pool
-from rednet.service.decoding.worker_handle import Photo, fail
 from rednet.service.errors import Draining, Overloaded, PayloadTooLarge
 from rednet.service.types import Floats, Pixels
 
-START_S = 10.0  # for the processes to start
+START_TIMEOUT_S = 10.0
 NICE, NICE_SLOW = 5, 7
-PATIENT_S = 0.5  # decoding time that one request's photos may take before others go first
-MAX_ASIDE = 512  # photos that wait for slow decoding, of all requests
+MAX_FAST_S = 0.5  # decode time that a request may use before its remaining images move to the slow pool
+MAX_SET_ASIDE = 512  # images of all requests that wait in the slow pools
 MAX_RETRY_AFTER_S = 60.0
-ABANDON_S = (
-    0.5  # a photo that nobody waits for is decoded to its end if that takes no longer; a new process takes as long
-)
-SMOOTHING = 0.2  # weight of the newest large photo in the running estimate of the pace
+KILL_ABOVE_S = 0.5  # a cancelled image that needs less is decoded to its end: starting a new process takes as long
+SMOOTHING = 0.2  # weight of the newest large image in the running estimate of the pace
 
 
 class Decoded(NamedTuple):
@@ -45,14 +43,15 @@ class Drawn(NamedTuple):
 
 
 class Decoder:
-    """Decodes photos; more wait than there are processes. Used from one event loop.
+    """Decodes images in three pools of worker processes. Used from one event loop.
 
-    Processes are started when they are first needed, or those for small photos by `start`.
+    `start` starts the processes for small images; without it, they start with the first image. The processes of the
+    slow pools start when they are first needed.
 
     Args:
         preprocess: what the network expects.
-        limits: on photos, and on the memory of all processes.
-        count: processes for small photos.
+        limits: on images, and on the memory of all processes.
+        count: number of processes for small images.
     """
 
     def __init__(self, preprocess: Preprocess, limits: DecodeLimits, count: int) -> None:
@@ -64,115 +63,117 @@ class Decoder:
             return [sys.executable, "-P", "-m", "rednet.service.decoding.worker", options]
 
         side = preprocess.crop
+        few = max(1, count // 4)
         self._first = Pool(self, command(NICE, True), side, count)
         self._later = Pool(self, command(NICE_SLOW, True), side, count)
-        few = max(1, count // 4)
-        self._large = Pool(self, command(NICE_SLOW, False), side, few, limits.large_bytes, ahead=False)
+        self._large = Pool(self, command(NICE_SLOW, False), side, few, limits.large_bytes, prefetch=False)
         self._pools = (self._first, self._later, self._large)
-        self._aside = 0  # photos that wait in the two slow pools
-        self._pace = 1.0  # seconds for a second of expected processor time
+        self._set_aside_count = 0  # jobs in the two slow pools
+        self._pace = 1.0  # measured seconds per expected second of CPU time
         self._closed = False
 
     @property
     def available(self) -> bool:
-        """Whether photos can be decoded now."""
+        """Whether images can be decoded now."""
         return self._first.available
 
     async def start(self) -> None:
-        """Start the processes, so that the first photos do not wait for it, and nothing that is timed is disturbed."""
-        await self._first.start(START_S)
+        """Start the processes now, so that the first images need not wait and no measurement is disturbed later."""
+        await self._first.start(START_TIMEOUT_S)
 
     async def decode(self, data: bytes | memoryview, flow: Flow | None = None) -> Decoded:
-        """Decode a photo; raises what `decode_image` does.
-
-        Cancelled while it waits, it is not decoded.
+        """Decode an image. If cancelled while the image is queued, it is not decoded.
 
         Args:
-            data: the file.
-            flow: of the request that the photo belongs to; None: it has only this one.
+            data: the encoded image.
+            flow: of the request that the image belongs to; None: the request has only this image.
 
         Raises:
             ServiceError: what `decode_image` raises.
-            DecoderUnavailable, Overloaded: it is not decoded now, for no fault of its own.
+            DecoderUnavailable, Overloaded: the image cannot be decoded now.
         """
-        pixels, decode_s = await self._process_photo(data, None, flow)
+        pixels, decode_s = await self._run(data, None, flow)
         assert isinstance(pixels, np.ndarray)
         return Decoded(pixels, decode_s)
 
     async def draw(self, data: bytes | memoryview, grid: Floats, flow: Flow | None = None) -> Drawn:
-        """Draw a map [h, w] over a photo; otherwise like `decode`."""
-        png, draw_s = await self._process_photo(data, grid, flow)
+        """Draw a map [h, w] over an image; otherwise like `decode`."""
+        png, draw_s = await self._run(data, grid, flow)
         assert isinstance(png, bytes)
         return Drawn(png, draw_s)
 
-    async def _process_photo(
+    async def _run(
         self, data: bytes | memoryview, grid: Floats | None, flow: Flow | None
     ) -> tuple[Pixels | bytes, float]:
         if self._closed:
             raise Draining
-        photo = Photo(data, grid, asyncio.get_running_loop().create_future(), flow or Flow())
-        self._first.keep_all()
-        self._first.submit(photo)
+        job = DecodeJob(data, grid, asyncio.get_running_loop().create_future(), flow or Flow())
+        self._first.start_all()
+        self._first.submit(job)
         try:
-            return await photo.done
+            return await job.result
         finally:
-            photo.data = b""  # where its caller has left it may wait on; its bytes do not count any more
-            if photo.done.cancelled() and photo.pool:
-                photo.pool.leave(photo, ABANDON_S)
-            if photo.aside:
-                self._count_aside(photo, -1)
+            job.data = b""  # a cancelled job may stay queued, but must not hold the memory of its image
+            if job.result.cancelled() and job.pool:
+                job.pool.cancel(job, KILL_ABOVE_S)
+            if job.set_aside:
+                self._count_set_aside(job, -1)
 
     def close(self) -> None:
-        """End the processes, and all photos with `Draining`. Blocks until the processes have ended."""
+        """Stop the processes and fail all images with `Draining`. Blocks until the processes have exited."""
         self._closed = True
         for pool in self._pools:
             pool.close(Draining())
 
-    def decoded(self, pool: Pool, photo: Photo, took_s: float) -> None:
-        photo.flow.used_s += took_s
-        photo.flow.decoded += 1
-        if pool is self._large and photo.cost_s:
-            self._pace += (min(10.0, took_s / photo.cost_s * self._pace) - self._pace) * SMOOTHING
+    def on_decoded(self, pool: Pool, job: DecodeJob, took_s: float) -> None:
+        """A pool has finished a job, with or without success."""
+        job.flow.used_s += took_s
+        job.flow.decoded += 1
+        if pool is self._large and job.cost_s:
+            self._pace += (min(10.0, took_s / job.cost_s * self._pace) - self._pace) * SMOOTHING
 
-    def too_costly(self, photo: Photo, cost: Cost | None) -> None:
+    def on_too_costly(self, job: DecodeJob, cost: Cost | None) -> None:
+        """A job costs too much for its pool. Cost None: the job exceeded the CPU limit, and its cost is unknown."""
         worst_bytes = WORST_BYTES_PER_PIXEL * self._limits.max_pixels
         cost = cost or Cost(self._limits.cpu_s, min(worst_bytes, self._limits.large_bytes))
         if cost.memory_bytes > self._limits.large_bytes:
             sizes = f"{cost.memory_bytes / 1e6:.0f} MB of memory; this server has {self._limits.large_bytes / 1e6:.0f}"
-            fail(photo, PayloadTooLarge(f"decoding the image takes up to {sizes}"))
+            job.fail(PayloadTooLarge(f"decoding the image takes up to {sizes}"))
             return
-        photo.cost_s, photo.memory_bytes = cost.cpu_s * self._pace, cost.memory_bytes
-        self._set_aside(photo, self._large)
+        job.cost_s, job.memory_bytes = cost.cpu_s * self._pace, cost.memory_bytes
+        self._set_aside(job, self._large)
 
-    def moves(self, pool: Pool, photo: Photo) -> bool:
-        flow = photo.flow
-        if pool is not self._first or flow.used_s < PATIENT_S:
+    def reassign(self, pool: Pool, job: DecodeJob) -> bool:
+        """Move a job whose turn has come to a slow pool if its request has used a lot of decode time; returns whether
+        the job was moved or has failed."""
+        flow = job.flow
+        if pool is not self._first or flow.used_s < MAX_FAST_S:
             return False
-        photo.cost_s = flow.used_s / max(1, flow.decoded)
-        self._set_aside(photo, self._later)
+        job.cost_s = flow.used_s / max(1, flow.decoded)
+        self._set_aside(job, self._later)
         return True
 
-    def _set_aside(self, photo: Photo, pool: Pool) -> None:
-        """Have a photo decoded in a slow pool, unless it would come to its turn too late.
+    def _set_aside(self, job: DecodeJob, pool: Pool) -> None:
+        """Move a job to a slow pool, or fail it if its turn there would come too late.
 
-        One request may take half of the room that the others leave: some is always left for the next one.
+        One request may take half of the slots that the others leave, so that some are always left for the next one.
         """
-        wait_s = pool.wait_s(photo)
-        if photo.flow.waiting >= MAX_ASIDE - self._aside and not photo.aside:
-            fail(photo, Overloaded("too many large images are waiting; try again later", _retry_s(wait_s)))
-        elif asyncio.get_running_loop().time() + wait_s > photo.flow.ends:
-            message = "the image's decoding would begin after the deadline; try again later"
-            fail(photo, Overloaded(message, _retry_s(wait_s)))
+        wait_s = pool.wait_s(job)
+        if job.flow.waiting >= MAX_SET_ASIDE - self._set_aside_count and not job.set_aside:
+            job.fail(Overloaded("too many large images are waiting; try again later", _retry_s(wait_s)))
+        elif asyncio.get_running_loop().time() + wait_s > job.flow.ends:
+            message = "decoding the image would start after the deadline; try again later"
+            job.fail(Overloaded(message, _retry_s(wait_s)))
         else:
-            if not photo.aside:
-                self._count_aside(photo, 1)
-            pool.submit(photo)
+            if not job.set_aside:
+                self._count_set_aside(job, 1)
+            pool.submit(job)
 
-    def _count_aside(self, photo: Photo, change: int) -> None:
-        photo.aside = change > 0
-        photo.flow.waiting += change
-        self._aside += change
-        photo.flow.aside(change)
+    def _count_set_aside(self, job: DecodeJob, change: int) -> None:
+        job.set_aside = change > 0
+        job.flow.waiting += change
+        self._set_aside_count += change
+        job.flow.on_set_aside(change)
 
 
 def _retry_s(wait_s: float) -> float:

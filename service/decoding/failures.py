@@ -1,12 +1,12 @@
-"""Whose fault it is that a decoder process ended over an image: the one place for this rule.
+"""Decides what happens to an image when the worker that decodes it dies.
 
-- A crash (SIGSEGV and its like, or an exit status of its own) is the image's, if it happens to the same image twice:
-  422. The first time, another image or the process itself may have been the reason, and the image is tried again.
-- SIGXCPU comes from the limit that the process sets itself for each image, in processor time: 422 at once. Time that
-  passes while the process waits for a core, or while it or the machine is stopped, does not count.
-- Any other signal comes from outside: somebody's `kill`, or the system when memory is short. So does a process that no
-  longer makes progress, and that the server therefore ends. Nothing is known about the image: it is tried again, and
-  after MAX_LOSSES processes it is answered with 503.
+- A crash (SIGSEGV and the like, or a non-zero exit status) is blamed on the image if it happens twice: 422. The first
+  time, another image or the worker itself may have been the cause, and the image is retried.
+- SIGXCPU comes from the CPU time limit that the worker sets for each image: 422 at once. Time in which the worker waits
+  for a core, or in which it or the machine is stopped, does not count.
+- Any other signal comes from outside: an operator's `kill`, or the kernel when memory is short. A worker that makes no
+  progress, which the server kills, counts as well. Nothing is known about the image then: it is retried, and answered
+  with 503 after MAX_KILLS workers.
 """
 
 import signal
@@ -15,34 +15,35 @@ from rednet.service.errors import DecoderUnavailable, ServiceError, UnreadableIm
 
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGSYS, signal.SIGTRAP}
 MAX_CRASHES = 2
-MAX_LOSSES = 5
+MAX_KILLS = 5
 
 
-class History:
-    """What happened to one image so far."""
+class FailureHistory:
+    """The workers that have died over one image."""
 
-    __slots__ = ("crashes", "losses")
+    __slots__ = ("crashes", "kills")
 
     def __init__(self) -> None:
         self.crashes = 0
-        self.losses = 0
+        self.kills = 0
 
-    def ended(self, status: int) -> ServiceError | None:
-        """Take note that a process ended over the image; returns the image's error, or None: try again."""
+    def on_exit(self, status: int) -> ServiceError | None:
+        """Record that a worker has exited; returns the error of the image, or None to retry it."""
         if exceeded_cpu_limit(status):
             return UnreadableImage("decoding the image takes too long")
-        if came_from_outside(status):
-            return self.lost()
+        if is_external(status):
+            return self.on_kill()
         self.crashes += 1
-        return UnreadableImage("the image is damaged: it broke the decoder") if self.crashes >= MAX_CRASHES else None
+        return UnreadableImage("the image is damaged: it crashed the decoder") if self.crashes >= MAX_CRASHES else None
 
-    def lost(self) -> ServiceError | None:
-        """The process was killed, or made no progress."""
-        self.losses += 1
-        return DecoderUnavailable() if self.losses >= MAX_LOSSES else None
+    def on_kill(self) -> ServiceError | None:
+        """Record that a worker was killed from outside, or because it made no progress."""
+        self.kills += 1
+        return DecoderUnavailable() if self.kills >= MAX_KILLS else None
 
 
-def came_from_outside(status: int) -> bool:
+def is_external(status: int) -> bool:
+    """Whether a signal from outside has ended the process."""
     return status < 0 and -status not in CRASHES
 
 

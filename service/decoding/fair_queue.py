@@ -1,8 +1,9 @@
-"""A queue that shares decoding time fairly among requests: start-time fair queueing.
+"""Shares decode time fairly among requests: start-time fair queueing.
 
-Every image has a virtual start time: its request's images follow one another at a distance of what each costs, and a
-new request begins at the present. The image with the earliest start is next, so that a request with hundreds of images
-delays another one by no more than one of them. (P. Goyal, H. Vin, H. Cheng: Start-time Fair Queueing, 1996.)
+Every image has a virtual start time: that of the previous image of its request plus the cost of that image. The first
+image of a new request starts at the current virtual time. The image with the earliest start time is next, so that a
+request with hundreds of images delays another request by no more than one of them.
+(P. Goyal, H. Vin, H. Cheng: Start-time Fair Queueing, 1996.)
 
 Pure state: no clock, no processes.
 """
@@ -21,26 +22,26 @@ class Flow:
     """The images of one request.
 
     Attributes:
-        ends: the request's deadline, by the event loop's clock.
-        aside: called with how many images more, or fewer, wait for slow decoding.
-        used_s: decoding time that its images have taken.
-        decoded: images that have taken it.
-        waiting: its images that wait for slow decoding.
+        ends: deadline of the request, by the event loop's clock.
+        on_set_aside: called with the change in the number of images that wait for slow decoding.
+        used_s: decode time that the images have taken so far.
+        decoded: number of images that have taken it.
+        waiting: number of images that wait for slow decoding.
     """
 
     ends: float = float("inf")
-    aside: Callable[[int], None] = field(default=lambda _: None)
+    on_set_aside: Callable[[int], None] = field(default=lambda _: None)
     used_s: float = 0.0
     decoded: int = 0
     waiting: int = 0
 
 
 class Queued(Protocol):
-    """What a queue needs to know of an image."""
+    """What the queue needs to know about an image."""
 
     flow: Flow
-    cost_s: float  # expected
-    ticket: int  # of its place in the queue; 0: none
+    cost_s: float  # expected decode time
+    ticket: int  # identifies the entry in the queue; 0: not queued
 
 
 Item = TypeVar("Item", bound=Queued)
@@ -48,20 +49,20 @@ Item = TypeVar("Item", bound=Queued)
 
 @dataclass(slots=True)
 class _Backlog:
-    """What one flow has in the queue."""
+    """The images of one flow that are queued."""
 
-    finish: float
+    finish: float  # virtual time at which the last one ends
     count: int = 0
     work_s: float = 0.0
 
 
 class FairQueue(Generic[Item]):
-    """Images that wait for one kind of process."""
+    """The images that wait for one pool of workers."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Item]] = []  # entries that were discarded stay until they come up
+        self._heap: list[tuple[float, int, Item]] = []  # discarded entries stay until they reach the top
         self._backlogs: dict[Flow, _Backlog] = {}
-        self._now = 0.0  # in virtual time
+        self._now = 0.0  # virtual time
         self._tickets = itertools.count(1)
         self._live = 0
 
@@ -69,7 +70,7 @@ class FairQueue(Generic[Item]):
         return self._live
 
     def put(self, item: Item, first: bool = False) -> None:
-        """Queue an image, or put it before all others."""
+        """Queue an image, ahead of all others if `first`."""
         backlog = self._backlogs.get(item.flow)
         if backlog is None:
             backlog = self._backlogs[item.flow] = _Backlog(self._now)
@@ -83,7 +84,7 @@ class FairQueue(Generic[Item]):
         heapq.heappush(self._heap, (start, item.ticket, item))
 
     def peek(self) -> Item | None:
-        """The image that is next."""
+        """The next image, which stays queued."""
         while self._heap:
             _, ticket, item = self._heap[0]
             if item.ticket == ticket:
@@ -92,17 +93,18 @@ class FairQueue(Generic[Item]):
         return None
 
     def pop(self) -> Item | None:
-        """Take the image that is next."""
+        """Remove and return the next image."""
         item = self.peek()
         if item:
             start = heapq.heappop(self._heap)[0]
-            # Virtual time passes also where each request has one image: else one with many would never have a turn.
+            # Virtual time also passes while every request has a single image. Otherwise a request with many images
+            # would never have a turn.
             self._now = max(self._now, start) + item.cost_s / len(self._backlogs)
             self._remove(item)
         return item
 
     def discard(self, item: Item) -> None:
-        """Take an image out, if it is in the queue."""
+        """Remove an image, if it is queued."""
         if item.ticket:
             self._remove(item)
             if len(self._heap) > 2 * self._live + 100:
@@ -110,7 +112,7 @@ class FairQueue(Generic[Item]):
                 heapq.heapify(self._heap)
 
     def wait_s(self, item: Item) -> float:
-        """Decoding time of all that will come before the item's end, were it queued now."""
+        """Decode time until the item would be finished if it were queued now, its own included."""
         backlog = self._backlogs.get(item.flow)
         own_s = (backlog.work_s if backlog else 0.0) + item.cost_s
         return own_s + sum(min(each.work_s, own_s) for flow, each in self._backlogs.items() if flow is not item.flow)

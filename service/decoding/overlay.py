@@ -1,4 +1,4 @@
-"""A photo with a heat-map over it."""
+"""Draws heat maps over photos."""
 
 import io
 
@@ -9,18 +9,18 @@ from rednet.model.images.preprocess import Preprocess
 from rednet.model.images.rgb import upright_rgb
 from rednet.service.types import Floats
 
-LONGEST = 1024  # pixels of a picture's longer side
+MAX_SIDE = 1024  # pixels
 # Viridis, by Nathaniel Smith and Stéfan van der Walt (2015, public domain), at nine even steps. Its lightness rises
-# evenly, so that it reads the same for the colour-blind, and in grey.
+# evenly, so that it looks the same to colour-blind readers, and in greyscale.
 COLOURS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
-COVER = (0.25, 0.8)  # how much of the photo the colour hides: where the map is lowest, and where it is highest
-TAIL = 2  # percent of the values at either end that colours do not tell apart: a few would take them all
-OUTSIDE = 0.5  # brightness of the photo where there is no map
-COMPRESSION = 1  # of the PNG: more would take several times as long, and save a tenth
+OPACITY = (0.25, 0.8)  # of the colour over the photo, at the lowest and the highest value of the map
+CLIPPED_PERCENT = 2  # of the values at either end; otherwise a few outliers would take up most of the colours
+OUTSIDE_BRIGHTNESS = 0.5  # of the photo outside the map
+PNG_COMPRESSION = 1  # higher levels take several times as long and save a tenth
 
 
 def _palette() -> Floats:
-    """256 colours, [256, 3]."""
+    """256 RGB colours, [256, 3]."""
     steps = np.array([list(bytes.fromhex(colour)) for colour in COLOURS], np.float32)
     at, every = np.linspace(0, 1, len(COLOURS)), np.linspace(0, 1, 256)
     return np.stack([np.interp(every, at, channel) for channel in steps.T], axis=-1).astype(np.float32)
@@ -30,40 +30,40 @@ _PALETTE = _palette()
 
 
 def draw_overlay(image: Image.Image, grid: Floats, preprocess: Preprocess) -> bytes:
-    """The upright photo, in grey under its map: a PNG, its longer side at most 1024 pixels.
+    """Draw a heat map over the upright photo in greyscale, as a PNG with at most 1024 pixels on its longer side.
 
-    Colours run from the lowest value of the grid to its highest, a few outermost ones left out. Outside of what the
-    network sees there is no map, and the photo is darker.
+    Colours run from the lowest value of the grid to the highest, with outliers clipped. The photo is darkened outside
+    the part that the network sees.
 
     Args:
-        image: the photo; its pixels are read here, if they have not been.
-        grid: [h, w], over the part of the photo that the network sees.
-        preprocess: says which part that is.
+        image: the photo. Its pixels are decoded here, if they have not been before.
+        grid: the map [h, w], of the part of the photo that the network sees.
+        preprocess: determines that part.
 
     Raises:
-        OSError, ValueError, SyntaxError and others of Pillow's: the file is damaged.
+        OSError, ValueError, SyntaxError and other errors of Pillow: the file is damaged.
     """
-    scale = LONGEST / max(image.size)
-    if scale < 1:  # a JPEG is decoded at no more than twice the size that is needed
+    scale = MAX_SIDE / max(image.size)
+    if scale < 1:  # decode a JPEG at no more than twice the size that is needed
         image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
     photo = upright_rgb(image)
-    photo.thumbnail((LONGEST, LONGEST))
+    photo.thumbnail((MAX_SIDE, MAX_SIDE))
     grey = np.asarray(photo.convert("L"), np.float32)[..., None]  # [H, W, 1]
-    drawn = np.asarray(photo, np.float32) * OUTSIDE  # [H, W, 3]
+    drawn = np.asarray(photo, np.float32) * OUTSIDE_BRIGHTNESS  # [H, W, 3]
     left, top, right, bottom = (round(edge) for edge in preprocess.box(*photo.size))
     seen = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
     height, width = drawn[seen].shape[:2]
     heat = _smooth(grid, width, height)
-    cover = (COVER[0] + (COVER[1] - COVER[0]) * heat)[..., None]
-    drawn[seen] = grey[seen] * (1 - cover) + _PALETTE[(heat * 255).round().astype(np.uint8)] * cover
+    opacity = (OPACITY[0] + (OPACITY[1] - OPACITY[0]) * heat)[..., None]
+    drawn[seen] = grey[seen] * (1 - opacity) + _PALETTE[(heat * 255).round().astype(np.uint8)] * opacity
     content = io.BytesIO()
-    Image.fromarray(drawn.round().astype(np.uint8)).save(content, "PNG", compress_level=COMPRESSION)
+    Image.fromarray(drawn.round().astype(np.uint8)).save(content, "PNG", compress_level=PNG_COMPRESSION)
     return content.getvalue()
 
 
 def _smooth(grid: Floats, width: int, height: int) -> Floats:
-    """The grid from 0 to 1, [height, width]: smooth between the middles of its cells."""
-    low, high = np.percentile(grid, (TAIL, 100 - TAIL))
+    """The grid scaled to 0..1 and resized to [height, width], interpolated between the centres of its cells."""
+    low, high = np.percentile(grid, (CLIPPED_PERCENT, 100 - CLIPPED_PERCENT))
     unit = ((grid - low) / max(high - low, 1e-12)).clip(0, 1)
     scaled = Image.fromarray(unit.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(scaled).clip(0, 1)

@@ -1,278 +1,249 @@
-"""Decoder processes of one kind, and the photos that wait for them."""
+"""A pool of worker processes of one kind, and the queue of jobs in front of it."""
 
 import asyncio
 import contextvars
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from rednet.service.decoding.failures import came_from_outside, exceeded_cpu_limit
+from rednet.service.decoding.failures import exceeded_cpu_limit, is_external
 from rednet.service.decoding.fair_queue import FairQueue
+from rednet.service.decoding.jobs import DecodeJob
 from rednet.service.decoding.limits import Cost
 from rednet.service.decoding.worker import SLOTS
-from rednet.service.decoding.worker_handle import Link, Photo, fail
+from rednet.service.decoding.worker_handle import WorkerHandle
 from rednet.service.errors import DecoderUnavailable, ServiceError
+
+if TYPE_CHECKING:
+    from rednet.service.decoding.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
-STUCK_S = 0.05  # after which the photo behind another one is given to the next free process, too
-CHECK_S = 1.0  # between looks at processes that work on the same photo for long
-DOWN_AFTER = 3  # failed starts in a row
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0  # before a process is started after one that was of no use
-
-
-class PoolOwner(Protocol):
-    """What a pool reports to."""
-
-    def decoded(self, pool: "Pool", photo: Photo, took_s: float) -> None:
-        """A photo was finished, with or without success."""
-
-    def too_costly(self, photo: Photo, cost: Cost | None) -> None:
-        """A photo is for another pool; None: it has exceeded a limit, and nothing else is known of it."""
-
-    def moves(self, pool: "Pool", photo: Photo) -> bool:
-        """Give a photo that is next to another pool, if that is better; returns whether it was done."""
+STEAL_AFTER_S = 0.05  # a job that waits this long behind another one is given to the next free worker as well
+MAX_FAILED_STARTS = 3  # in a row, before the pool counts as down
+MIN_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.05, 5.0  # after a worker that has answered no job
 
 
 class Pool:
-    """Up to `size` processes, and a fair queue in front of them.
+    """Up to `size` worker processes behind a fair queue.
 
-    Processes that end are replaced: at once if they have answered a photo, else after a pause, which grows with every
-    one that does not even start.
+    Workers that exit are replaced: at once if they have answered a job, otherwise after a delay, which doubles with
+    every worker in a row that does not even start.
 
     Args:
-        owner: what it reports to.
-        command: starts a process.
-        side: of the pixels, [3, side, side].
-        size: processes.
-        memory_bytes: for all photos that are being decoded, by their expected memory. A larger photo is decoded alone.
-        ahead: whether a process is given the next photo while it works on one.
+        decoder: what it reports to.
+        command: starts a worker.
+        side: of the decoded pixels, [3, side, side].
+        size: number of workers.
+        memory_bytes: bounds the expected memory of all images that are decoded at the same time. An image that needs
+            more is decoded alone.
+        prefetch: give a worker its next job while it works on one.
     """
 
     def __init__(
-        self, owner: PoolOwner, command: Sequence[str], side: int, size: int, memory_bytes: int = 0, ahead: bool = True
+        self,
+        decoder: "Decoder",
+        command: Sequence[str],
+        side: int,
+        size: int,
+        memory_bytes: int = 0,
+        prefetch: bool = True,
     ) -> None:
-        self._owner, self.command, self._side = owner, [*command], side
-        self._size, self._memory_bytes, self._ahead = size, memory_bytes, ahead
-        self._all_wanted = False  # also those that have nothing to do
-        self._links: set[Link] = set()
-        self._idle: list[Link] = []
-        self._queue: FairQueue[Photo] = FairQueue()
+        self._decoder, self.command, self._side = decoder, [*command], side
+        self._size, self._memory_bytes, self._prefetch = size, memory_bytes, prefetch
+        self._keep_idle = False  # run all workers, even without jobs
+        self._workers: set[WorkerHandle] = set()
+        self._idle: list[WorkerHandle] = []
+        self._queue: FairQueue[DecodeJob] = FairQueue()
         self._reserved_bytes = 0
         self._failed_starts = 0  # in a row
-        self._pause: asyncio.TimerHandle | None = None
-        self._checking: asyncio.TimerHandle | None = None
+        self._restart_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._closed = False
 
     @property
     def available(self) -> bool:
-        """Whether a process is alive and has shown it."""
-        return any(link.ready for link in self._links)
+        """Whether at least one worker is ready."""
+        return any(worker.is_ready for worker in self._workers)
 
     @property
     def is_down(self) -> bool:
-        """Whether there are no processes, and none can be had at the moment."""
-        return self._failed_starts >= DOWN_AFTER and not self.available
+        """Whether no worker is ready and starting one has failed repeatedly."""
+        return self._failed_starts >= MAX_FAILED_STARTS and not self.available
 
     async def start(self, timeout_s: float) -> None:
-        """Keep all processes running from now on; returns when they do, or none does."""
-        self.keep_all()
+        """Start all workers and keep them running; returns when they are ready, or the pool is down."""
+        self.start_all()
         try:
             async with asyncio.timeout(timeout_s):
-                while not (self.is_down or (self._links and all(link.ready for link in self._links))):
+                while not (self.is_down or (self._workers and all(worker.is_ready for worker in self._workers))):
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            log.error("the decoders have not started within %.0f s", timeout_s)
+            log.error("the decoder processes did not start within %.0f s", timeout_s)
 
-    def keep_all(self) -> None:
-        if not self._all_wanted:
-            self._all_wanted = True
+    def start_all(self) -> None:
+        if not self._keep_idle:
+            self._keep_idle = True
             self._start_missing()
 
-    def submit(self, photo: Photo, first: bool = False) -> None:
-        """Have a photo decoded, before all others if `first`."""
-        photo.pool = self
-        if self._idle and self._fits(photo):
-            self._begin(self._idle.pop(), photo)
+    def submit(self, job: DecodeJob, first: bool = False) -> None:
+        """Queue a job, ahead of all others if `first`."""
+        job.pool = self
+        if self._idle and self._fits_memory(job):
+            self._assign(self._idle.pop(), job)
         elif self.is_down:
-            fail(photo, DecoderUnavailable())
+            job.fail(DecoderUnavailable())
         else:
-            self._queue.put(photo, first)
+            self._queue.put(job, first)
             self._start_missing()
 
-    def leave(self, photo: Photo, kill_over: float) -> None:
-        self._queue.discard(photo)
-        if photo.cost_s > kill_over:
-            for link in self._links:
-                if link.photos and link.photos[0] is photo:
-                    self._hand_back(link)
+    def cancel(self, job: DecodeJob, kill_above_s: float) -> None:
+        """Drop a job. If a worker is on it, and it is expected to take longer than `kill_above_s`, kill the worker."""
+        self._queue.discard(job)
+        if job.cost_s > kill_above_s:
+            for worker in self._workers:
+                if worker.jobs and worker.jobs[0] is job:
+                    self._kill(worker)
                     break
 
-    def wait_s(self, photo: Photo) -> float:
-        """When a photo's turn would come, in seconds, by what is expected of all that wait."""
-        return (self._queue.wait_s(photo) - photo.cost_s) / self._size
+    def wait_s(self, job: DecodeJob) -> float:
+        """Expected time until a worker would take the job, in seconds."""
+        return (self._queue.wait_s(job) - job.cost_s) / self._size
 
     def close(self, error: ServiceError) -> None:
-        """End the processes, and all photos with the error. Blocks until they have ended."""
+        """Kill the workers and fail all jobs with the error. Blocks until the workers have exited."""
         self._closed = True
-        for timer in (self._pause, self._checking):
-            if timer:
-                timer.cancel()
-        self._fail_waiting(error)
-        links = [*self._links]
-        for link in links:
-            for photo in link.kill():
-                fail(photo, error.with_message(error.message))
-        for link in links:
-            link.join()
+        if self._restart_timer:
+            self._restart_timer.cancel()
+        self._fail_queued(error)
+        workers = [*self._workers]
+        for worker in workers:
+            for job in worker.kill():
+                job.fail(error.with_message(error.message))
+        for worker in workers:
+            worker.join()
 
-    def decoded(self, photo: Photo, took_s: float) -> None:
-        self._owner.decoded(self, photo, took_s)
+    def on_decoded(self, job: DecodeJob, took_s: float) -> None:
+        self._decoder.on_decoded(self, job, took_s)
 
-    def too_costly(self, photo: Photo, cost: Cost) -> None:
-        if photo.pool is self:  # else another process has said so already
-            self._owner.too_costly(photo, cost)
+    def on_too_costly(self, job: DecodeJob, cost: Cost) -> None:
+        if job.pool is self:  # otherwise a second worker that had the job has reported it before
+            self._decoder.on_too_costly(job, cost)
 
-    def fill(self, link: Link) -> None:
-        """Give a process its next photo, and where many wait the one after that."""
-        if link.reserved_bytes:
-            self._release(link)
-        if not link.useful:
+    def on_ready(self, worker: WorkerHandle) -> None:
+        """Give a worker its next job, and if many are queued the one after that."""
+        if worker.reserved_bytes:
+            self._release_memory(worker)
+        if not worker.has_answered:
             self._failed_starts = 0
             self._changed.set()
-        if not link.photos:
-            photo = self._overtake(STUCK_S) or self._next_waiting() or self._overtake(0.0)
-            if photo is None:
-                self._idle.append(link)
+        if not worker.jobs:
+            job = self._steal(STEAL_AFTER_S) or self._next_queued() or self._steal(0.0)
+            if job is None:
+                self._idle.append(worker)
                 return
-            self._begin(link, photo)
-        has_room = self._ahead and len(link.photos) < SLOTS and len(self._queue) > self._size
-        if has_room and (photo := self._next_waiting()):
-            link.begin(photo)
+            self._assign(worker, job)
+        has_room = self._prefetch and len(worker.jobs) < SLOTS and len(self._queue) > self._size
+        if has_room and (job := self._next_queued()):
+            worker.submit(job)
 
-    def unusable(self, link: Link) -> None:
-        link.ready = False
-        if link in self._idle:
-            self._idle.remove(link)
+    def on_stall(self, worker: WorkerHandle) -> None:
+        log.error("a decoder process made no progress and was killed")
+        self._kill(worker)
 
-    def ended(self, link: Link, status: int | OSError) -> None:
-        self._links.discard(link)
+    def on_closing(self, worker: WorkerHandle) -> None:
+        if worker in self._idle:
+            self._idle.remove(worker)
+
+    def on_exit(self, worker: WorkerHandle, status: int | OSError) -> None:
+        self._workers.discard(worker)
         self._changed.set()
         if self._closed:
             return
-        if not link.was_ready and (isinstance(status, OSError) or not came_from_outside(status)):
+        if not worker.was_ready and (isinstance(status, OSError) or not is_external(status)):
             self._failed_starts += 1
         if isinstance(status, OSError):
-            log.error("a decoder cannot be started: %s", status)
+            log.error("a decoder process could not be started: %s", status)
         else:
-            log.error("a decoder has ended with status %d", status)
-            self._judge(link, status)
-        self._release(link)
-        self._start_missing(paced=not link.useful)
+            log.error("a decoder process exited with status %d", status)
+            jobs = [*worker.jobs]
+            if jobs and exceeded_cpu_limit(status) and self._prefetch:
+                self._decoder.on_too_costly(jobs.pop(0), None)
+                self._retry(jobs)
+            else:
+                self._retry(jobs, jobs[0].history.on_exit(status) if jobs else None)
+        self._release_memory(worker)
+        self._start_missing(delayed=not worker.has_answered)
         if self.is_down:
-            if self._failed_starts == DOWN_AFTER:
-                log.error("no decoder can be started: photos get 503 until one can")
-            self._fail_waiting(DecoderUnavailable())
+            if self._failed_starts == MAX_FAILED_STARTS:
+                log.error("no decoder process can be started: images get 503 until one can")
+            self._fail_queued(DecoderUnavailable())
 
-    def _judge(self, link: Link, status: int) -> None:
-        """Decode again what a process had, unless the first of its photos was the reason for its end."""
-        photos = [*link.photos]
-        for photo in reversed(photos[1:]):
-            self._again(photo)
-        if photos:
-            if exceeded_cpu_limit(status) and self._ahead:
-                self._owner.too_costly(photos[0], None)
-            elif error := photos[0].history.ended(status):
-                fail(photos[0], error)
-            else:
-                self._again(photos[0])
+    def _kill(self, worker: WorkerHandle) -> None:
+        jobs = worker.kill()
+        self._retry(jobs, jobs[0].history.on_kill() if jobs else None)
 
-    def _hand_back(self, link: Link) -> None:
-        """End a process, and decode again what it had."""
-        photos = link.kill()
-        for photo in reversed(photos[1:]):
-            self._again(photo)
-        if photos and not photos[0].done.done():
-            if error := photos[0].history.lost():
-                fail(photos[0], error)
-            else:
-                self._again(photos[0])
+    def _retry(self, jobs: Sequence[DecodeJob], error: ServiceError | None = None) -> None:
+        """Queue the unfinished jobs of a dead worker again, ahead of all others, or fail the first one with the error:
+        it is the one that the worker died over."""
+        if error:
+            jobs[0].fail(error)
+        for job in reversed(jobs):
+            if job.pool is self and not job.result.done():
+                self.submit(job, first=True)
 
-    def _again(self, photo: Photo) -> None:
-        if photo.pool is self and not photo.done.done():
-            self.submit(photo, first=True)
+    def _assign(self, worker: WorkerHandle, job: DecodeJob) -> None:
+        if job.memory_bytes:
+            worker.reserved_bytes = job.memory_bytes
+            self._reserved_bytes += job.memory_bytes
+        worker.submit(job)
 
-    def _begin(self, link: Link, photo: Photo) -> None:
-        if photo.memory_bytes:
-            link.reserved_bytes = photo.memory_bytes
-            self._reserved_bytes += photo.memory_bytes
-        link.begin(photo)
-        if not self._checking:
-            self._check_later()
+    def _release_memory(self, worker: WorkerHandle) -> None:
+        """Release the memory reserved for a worker's job, and assign jobs that were waiting for it."""
+        self._reserved_bytes -= worker.reserved_bytes
+        worker.reserved_bytes = 0
+        while self._idle and (job := self._next_queued()):
+            self._assign(self._idle.pop(), job)
 
-    def _release(self, link: Link) -> None:
-        """A process holds no photo's memory any more; photos that have waited for it may begin."""
-        self._reserved_bytes -= link.reserved_bytes
-        link.reserved_bytes = 0
-        while self._idle and (photo := self._next_waiting()):
-            self._begin(self._idle.pop(), photo)
+    def _fits_memory(self, job: DecodeJob) -> bool:
+        total_bytes = self._reserved_bytes + job.memory_bytes
+        return not job.memory_bytes or not self._reserved_bytes or total_bytes <= self._memory_bytes
 
-    def _fits(self, photo: Photo) -> bool:
-        return (
-            not photo.memory_bytes
-            or not self._reserved_bytes
-            or self._reserved_bytes + photo.memory_bytes <= self._memory_bytes
-        )
-
-    def _next_waiting(self) -> Photo | None:
-        while (photo := self._queue.peek()) and self._fits(photo):
+    def _next_queued(self) -> DecodeJob | None:
+        while (job := self._queue.peek()) and self._fits_memory(job):
             self._queue.pop()
-            if not self._owner.moves(self, photo):
-                return photo
+            if not self._decoder.reassign(self, job):
+                return job
         return None
 
-    def _overtake(self, longer_s: float) -> Photo | None:
-        """A photo that waits behind another one, which has been decoded for longer than that. Both processes may then
-        decode it, and the first one answers."""
-        stuck_since = asyncio.get_running_loop().time() - longer_s
-        for link in self._links:
-            if link.next and link.since <= stuck_since:
-                photo, link.next = link.next, None
-                if not photo.done.done():
-                    return photo
+    def _steal(self, longer_than_s: float) -> DecodeJob | None:
+        """A job prefetched by a worker that has been on another one for longer than that. Both workers may then decode
+        the image; the first answer counts."""
+        stuck_since = asyncio.get_running_loop().time() - longer_than_s
+        for worker in self._workers:
+            if worker.prefetched and worker.job_since <= stuck_since:
+                job, worker.prefetched = worker.prefetched, None
+                if not job.result.done():
+                    return job
         return None
 
-    def _fail_waiting(self, error: ServiceError) -> None:
-        while photo := self._queue.pop():
-            fail(photo, error.with_message(error.message))
+    def _fail_queued(self, error: ServiceError) -> None:
+        while job := self._queue.pop():
+            job.fail(error.with_message(error.message))
 
-    def _start_missing(self, paced: bool = False) -> None:
-        if self._closed or self._pause or len(self._links) >= self._size:
+    def _start_missing(self, delayed: bool = False) -> None:
+        if self._closed or self._restart_timer or len(self._workers) >= self._size:
             return
-        if paced:
-            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failed_starts, 10))
-            self._pause = asyncio.get_running_loop().call_later(pause_s, self._resume, context=contextvars.Context())
+        if delayed:
+            delay_s = min(MAX_RESTART_DELAY_S, MIN_RESTART_DELAY_S * 2 ** min(self._failed_starts, 10))
+            context = contextvars.Context()
+            self._restart_timer = asyncio.get_running_loop().call_later(delay_s, self._restart, context=context)
             return
-        wanted = len(self._queue) + sum(1 for link in self._links if link.photos)
-        while len(self._links) < (self._size if self._all_wanted else min(self._size, wanted)):
-            self._links.add(Link(self, self.command, self._side))
-            if not self._checking:
-                self._check_later()
+        wanted = len(self._queue) + sum(1 for worker in self._workers if worker.jobs)
+        while len(self._workers) < (self._size if self._keep_idle else min(self._size, wanted)):
+            self._workers.add(WorkerHandle(self, self.command, self._side))
 
-    def _resume(self) -> None:
-        self._pause = None
+    def _restart(self) -> None:
+        self._restart_timer = None
         self._start_missing()
-
-    def _check_later(self) -> None:
-        self._checking = asyncio.get_running_loop().call_later(CHECK_S, self._check, context=contextvars.Context())
-
-    def _check(self) -> None:
-        self._checking = None
-        for link in [*self._links]:
-            if link.is_stalled():
-                log.error("a decoder was ended: it made no progress")
-                self._hand_back(link)
-        if any(link.photos or not link.ready for link in self._links):
-            self._check_later()

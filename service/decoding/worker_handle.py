@@ -1,11 +1,10 @@
-"""The server's end of one decoder process: starts it, hands it photos, notices when it hangs or ends."""
+"""The server's handle on one worker process: starts it, sends it images, and detects when it hangs or exits."""
 
 import asyncio
 import contextvars
 import fcntl
 import itertools
 import json
-import logging
 import mmap
 import os
 import socket
@@ -14,157 +13,118 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from rednet.service.decoding.failures import History
-from rednet.service.decoding.fair_queue import Flow
+from rednet.service.decoding.jobs import DecodeJob
 from rednet.service.decoding.limits import Cost
+from rednet.service.decoding.stall_detector import StallDetector
 from rednet.service.decoding.worker import ANSWER, COST, FAILED, REQUEST, SLOTS, TOO_COSTLY
-from rednet.service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from rednet.service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
 from rednet.service.system.child_process import Child
-from rednet.service.types import Floats, Pixels
 
-log = logging.getLogger(__name__)
-
-PIECE_BYTES = 262_144  # sent in one iteration of the event loop; a fast process would take any size at once
-TYPICAL_S = 0.002  # for one photo, as long as nothing is known of it
-STALLED_CHECKS = 4  # in a row, without a hundredth of a second of processor time, before a process counts as hung
-MAX_CHECKS = 600  # for one photo, whatever it uses
-END_S = 5.0  # for a killed process to end
+MAX_WRITE_BYTES = 262_144  # per iteration of the event loop; a fast process would accept any size at once
+EXIT_TIMEOUT_S = 5.0  # of a killed process
 ERRORS = {error.code: error for error in (PayloadTooLarge, UnreadableImage, UnsupportedMediaType)}
 
 
-@dataclass(slots=True, eq=False)
-class Photo:
-    """A photo that is decoded, or drawn on, or waits for it."""
+class WorkerCallbacks(Protocol):
+    """What a worker handle reports to."""
 
-    data: bytes | memoryview
-    grid: Floats | None  # [h, w], to be drawn over it; None: it is to be decoded
-    done: asyncio.Future[tuple[Pixels | bytes, float]]  # pixels or PNG, and seconds
-    flow: Flow
-    cost_s: float = TYPICAL_S  # expected
-    memory_bytes: int = 0  # expected, where it matters
-    ticket: int = 0
-    aside: bool = False  # it waits for slow decoding
-    pool: "Owner | None" = None  # where it is
-    history: History = field(default_factory=History)
+    def on_ready(self, worker: "WorkerHandle") -> None:
+        """The worker has started or finished a job, and can take another."""
 
+    def on_decoded(self, job: DecodeJob, took_s: float) -> None:
+        """The worker has finished a job, with or without success."""
 
-class Owner(Protocol):
-    """What a link reports to."""
+    def on_too_costly(self, job: DecodeJob, cost: Cost) -> None:
+        """The worker has refused a job whose image costs too much for it."""
 
-    def fill(self, link: "Link") -> None:
-        """It has room for a photo."""
+    def on_stall(self, worker: "WorkerHandle") -> None:
+        """The process hangs, over its first job or at its start."""
 
-    def decoded(self, photo: Photo, took_s: float) -> None:
-        """It has finished a photo, with or without success."""
+    def on_closing(self, worker: "WorkerHandle") -> None:
+        """The worker takes no more jobs, and its process is about to exit."""
 
-    def too_costly(self, photo: Photo, cost: Cost) -> None:
-        """It does not decode this photo, which is for another kind of process."""
-
-    def leave(self, photo: Photo, kill_over: float) -> None:
-        """A photo is not wanted any more. A process that was to work on it for longer than that is ended."""
-
-    def unusable(self, link: "Link") -> None:
-        """It takes no more photos; its process will end."""
-
-    def ended(self, link: "Link", status: int | OSError) -> None:
-        """Its process has ended, or could not be started. The photos that it had are still in it."""
+    def on_exit(self, worker: "WorkerHandle", status: int | OSError) -> None:
+        """The process has exited, or could not be started. Its unfinished jobs are still in `worker.jobs`."""
 
 
-class Link(asyncio.Protocol):
-    """One process, as the connection to it shows it.
+class WorkerHandle(asyncio.Protocol):
+    """One worker process, and the connection to it.
 
-    It works on one photo, and has room for the next, so that it need not wait for the event loop in between.
+    A worker decodes one image and already holds the next, so that it need not wait for the event loop in between.
 
     Args:
-        owner: what it reports to.
+        callbacks: what it reports to.
         command: starts `rednet.service.decoding.worker`; the descriptor of the shared memory is appended.
-        side: of the pixels that it makes, [3, side, side].
+        side: of the decoded pixels, [3, side, side].
     """
 
-    def __init__(self, owner: Owner, command: Sequence[str], side: int) -> None:
-        self._owner, self._command, self._side = owner, command, side
-        self.photos: deque[Photo] = deque()  # the first one is being decoded
-        self.next: Photo | None = None  # the one behind it, as long as no other process has taken it
-        self.since = 0.0  # when it came to its photo
-        self.reserved_bytes = 0  # for its photo
-        self.ready = self.was_ready = False
-        self.useful = False  # it has answered a photo
-        self._closing = False
+    def __init__(self, callbacks: WorkerCallbacks, command: Sequence[str], side: int) -> None:
+        self._callbacks, self._command, self._side = callbacks, command, side
+        self.jobs: deque[DecodeJob] = deque()  # the worker is on the first one
+        self.prefetched: DecodeJob | None = None  # the second one, unless another worker has stolen it
+        self.job_since = 0.0  # start of the first job, by the event loop's clock
+        self.reserved_bytes = 0  # memory of the first job
+        self.is_ready = self.was_ready = False
+        self.has_answered = False  # at least one job
+        self._closing, self._paused, self._disconnected = False, False, True
         self._connecting: asyncio.Task[object] | None = None
         self._socket: socket.socket | None = None
         self._transport: asyncio.Transport | None = None
-        self._disconnected = True
         self._status: int | OSError | None = None
         self._received = bytearray()
         self._unsent: deque[memoryview] = deque()
-        self._paused = False
         self._slots_in, self._slots_out = itertools.cycle(range(SLOTS)), itertools.cycle(range(SLOTS))
-        self._checked: Photo | None = None
-        self._checks, self._stalled, self._cpu_s = 0, 0, 0.0
-        self._child = Child(self._launch, self._started, self._exited)
+        self._child = Child(self._launch, self._on_start, self._on_child_exit)
+        self._stall_detector = StallDetector(self._task, lambda: self._child.pid, lambda: callbacks.on_stall(self))
+        self._stall_detector.start()
 
-    @property
-    def pid(self) -> int | None:
-        return self._child.pid
-
-    def begin(self, photo: Photo) -> None:
-        """Give it a photo; it has room for `SLOTS`."""
-        assert self._transport is not None, "this is a bug: it has not shown any sign of life"
-        height, width = (0, 0) if photo.grid is None else photo.grid.shape
-        grid = b"" if photo.grid is None else photo.grid.astype(np.float32).tobytes()
-        request = REQUEST.pack(next(self._slots_in), len(photo.data), height, width)
+    def submit(self, job: DecodeJob) -> None:
+        """Send a job to the worker, which can hold `SLOTS` of them."""
+        assert self._transport is not None, "this is a bug: the worker is not ready"
+        height, width = (0, 0) if job.grid is None else job.grid.shape
+        grid = b"" if job.grid is None else job.grid.astype(np.float32).tobytes()
+        request = REQUEST.pack(next(self._slots_in), len(job.data), height, width)
         sending = bool(self._unsent)
-        self._unsent.extend(map(memoryview, (request, photo.data, grid)))
+        self._unsent.extend(map(memoryview, (request, job.data, grid)))
         if not sending:
             self._send()
-        self.photos.append(photo)
-        if len(self.photos) == 1:
-            self.since = asyncio.get_running_loop().time()
+        self.jobs.append(job)
+        self._stall_detector.start()
+        if len(self.jobs) == 1:
+            self.job_since = asyncio.get_running_loop().time()
         else:
-            self.next = photo
+            self.prefetched = job
 
-    def kill(self) -> list[Photo]:
-        """End the process; returns the photos that it had."""
-        photos = [*self.photos]
-        self.photos.clear()
-        self.next = None
+    def kill(self) -> list[DecodeJob]:
+        """Kill the process; returns its unfinished jobs."""
+        jobs = [*self.jobs]
+        self.jobs.clear()
+        self.prefetched = None
         self._close()
-        return photos
+        return jobs
 
     def join(self) -> None:
-        """Wait until the process has ended, which blocks."""
-        self._child.join(END_S)
+        """Block until the process has exited."""
+        self._child.join(EXIT_TIMEOUT_S)
         if self._socket and not self._connecting:
             self._socket.close()
 
-    def is_stalled(self) -> bool:
-        """Whether it hangs over its photo, or its start, asked once a second. If the server itself was stopped for a
-        while, it was not asked meanwhile."""
-        photo = self.photos[0] if self.photos else None
-        if self._closing or (photo is None and self.ready):
-            self._checks = 0
-            return False
-        cpu_s = _cpu_s(self.pid)
-        if photo is not self._checked or not self._checks:
-            self._checked, self._checks, self._stalled = photo, 1, 0
-        else:
-            self._checks += 1
-            self._stalled = 0 if cpu_s is None or cpu_s > self._cpu_s else self._stalled + 1
-        self._cpu_s = cpu_s or 0.0
-        return self._stalled >= STALLED_CHECKS or self._checks > MAX_CHECKS
+    def _task(self) -> object | None:
+        """What the process works on: a job, or its own start."""
+        if self.jobs:
+            return self.jobs[0]
+        return None if self._closing or self.is_ready else self._child
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        """On the child's thread."""
+        """Start the process, on the thread of `Child`."""
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # where this process has found what it runs
-            "OPENBLAS_NUM_THREADS": "1",  # of which it would keep one ready for each core
-            "MALLOC_TOP_PAD_": "4000000",  # bytes that it keeps from photo to photo; asking again takes a tenth as long
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the worker imports the same modules
+            "OPENBLAS_NUM_THREADS": "1",  # the default is a pool with a thread for each core
+            "MALLOC_TOP_PAD_": "4000000",  # bytes kept between images; allocating them again makes it ten times slower
         }
         ours, theirs = socket.socketpair()
         try:
@@ -182,10 +142,10 @@ class Link(asyncio.Protocol):
         self._socket, self._pixels = ours, slots.reshape(SLOTS, 3, self._side, self._side)
         return process
 
-    def _started(self) -> None:
+    def _on_start(self) -> None:
         loop = asyncio.get_running_loop()
         self._disconnected = False
-        # In a context of its own: the process's log lines have nothing to do with the request that started it.
+        # In an empty context: log lines about the process do not belong to the request that happened to start it.
         connecting = loop.create_unix_connection(lambda: self, sock=self._socket)
         self._connecting = loop.create_task(connecting, context=contextvars.Context())
 
@@ -195,10 +155,10 @@ class Link(asyncio.Protocol):
             transport.abort()
 
     def _send(self) -> None:
-        """Send a piece, and the next one in the loop's next iteration, or as soon as the process has read enough."""
+        """Send up to `MAX_WRITE_BYTES`; the rest follows in later iterations of the event loop."""
         if not self._transport or self._transport.is_closing() or self._paused:
             return
-        pieces, room = [], PIECE_BYTES
+        pieces, room = [], MAX_WRITE_BYTES
         while self._unsent and room:
             part = self._unsent.popleft()
             if len(part) > room:
@@ -225,78 +185,66 @@ class Link(asyncio.Protocol):
                 return
             content = bytes(self._received[ANSWER.size : ANSWER.size + length])
             del self._received[: ANSWER.size + length]
-            if self._closing:  # what it had has been handed to others
+            if self._closing:  # other workers have its jobs now
                 return
-            if self.ready:
-                self._settle(kind, took_s, content)
-            else:  # the first answer belongs to no photo: it is a sign of life
-                self.ready = self.was_ready = True
-            self._owner.fill(self)
+            if self.is_ready:
+                self._complete(kind, took_s, content)
+            else:  # the first answer belongs to no job: it says that the worker has started
+                self.is_ready = self.was_ready = True
+            self._callbacks.on_ready(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disconnected = True
         self._close()
-        self._conclude()
+        self._report_exit()
 
-    def _exited(self, status: int | OSError) -> None:
+    def _on_child_exit(self, status: int | OSError) -> None:
         self._status = status
-        if self._disconnected:  # else what it has sent is read first
+        if self._disconnected:  # otherwise the rest of its answers is read first
             self._close()
-        self._conclude()
+        self._report_exit()
 
     def _close(self) -> None:
         if self._closing:
             return
         self._closing = True
+        self._stall_detector.stop()
         self._unsent.clear()
         self._child.kill()
         if self._transport:
             self._transport.abort()
-        self._owner.unusable(self)
+        self.is_ready = False
+        self._callbacks.on_closing(self)
 
-    def _conclude(self) -> None:
+    def _report_exit(self) -> None:
         if self._disconnected and self._status is not None:
-            self._owner.ended(self, self._status)
+            self._callbacks.on_exit(self, self._status)
 
-    def _settle(self, kind: int, took_s: float, content: bytes) -> None:
-        photo, slot = self.photos.popleft(), next(self._slots_out)
-        self.since = asyncio.get_running_loop().time()
-        self.next = None
-        self.useful = True
-        self._owner.decoded(photo, took_s)
-        if photo.done.done():  # the caller has left, or another process was sooner
+    def _complete(self, kind: int, took_s: float, content: bytes) -> None:
+        job, slot = self.jobs.popleft(), next(self._slots_out)
+        self.job_since = asyncio.get_running_loop().time()
+        self.prefetched = None
+        self.has_answered = True
+        self._callbacks.on_decoded(job, took_s)
+        if job.result.done():  # cancelled, or another worker was faster
             return
         if kind == TOO_COSTLY:
-            self._owner.too_costly(photo, Cost(*COST.unpack(content)))
+            self._callbacks.on_too_costly(job, Cost(*COST.unpack(content)))
         elif kind == FAILED:
             error = json.loads(content)
-            photo.done.set_exception(ERRORS[error["code"]](error["message"]))
+            job.fail(ERRORS[error["code"]](error["message"]))
         else:
-            photo.done.set_result((self._pixels[slot].copy() if photo.grid is None else content, took_s))
-
-
-def fail(photo: Photo, error: ServiceError) -> None:
-    if not photo.done.done():
-        photo.done.set_exception(error)
-
-
-def _cpu_s(pid: int | None) -> float | None:
-    """Processor time that a process has used; None where that cannot be read."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return None
+            job.result.set_result((self._pixels[slot].copy() if job.grid is None else content, took_s))
 
 
 def _shared_memory(size: int) -> BinaryIO:
-    """Memory as a file, for a process to write into: a socket would take photos' pixels in many small pieces."""
+    """A file in memory for decoded pixels. Through a socket they would arrive in many small pieces."""
     if sys.platform != "linux":
         file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
         file.truncate(size)
         return file
-    file = open(os.memfd_create("pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")  # noqa: SIM115  (likewise)
+    file = open(os.memfd_create("pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")  # noqa: SIM115  (as above)
     file.truncate(size)
-    # If the process could make it smaller, reading what is gone would end the server.
+    # If the worker could shrink the file, the server would crash when it reads beyond the end.
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return file
