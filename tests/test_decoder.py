@@ -20,6 +20,7 @@ import pytest
 from rednet import Preprocess
 from rednet.service.decoding import stall_detector
 from rednet.service.decoding.decoder import Decoded, Decoder
+from rednet.service.decoding.fair_queue import Flow
 from rednet.service.decoding.limits import DecodeLimits
 from rednet.service.errors import DecoderUnavailable, Draining, UnreadableImage, UnsupportedMediaType
 from rednet.service.system.cores import usable_cores
@@ -162,6 +163,21 @@ def test_photo_that_uses_too_much_processor_time_is_refused() -> None:
         with pytest.raises(UnreadableImage, match="too long"):
             await decoder.decode(b"endless")
         assert (await decoder.decode(PHOTO)).pixels.shape == (3, 32, 32)
+
+    using(use)
+
+
+def test_cancelled_photo_that_exceeds_the_cpu_limit_is_not_set_aside() -> None:
+    """Its request has ended, and would never be counted as finished in the pool of large photos."""
+
+    async def use(decoder: Decoder) -> None:
+        replace_decoding(decoder, "endless() if data == b'endless' else right(data, *rest)")
+        changes: list[int] = []
+        task = asyncio.create_task(decoder.decode(b"endless", Flow(on_set_aside=changes.append)))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        await decoder.decode(PHOTO)  # after the process has reached its limit
+        assert changes == []
 
     using(use)
 

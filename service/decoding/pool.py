@@ -168,7 +168,7 @@ class Pool:
         else:
             log.error("a decoder process exited with status %d", status)
             jobs = [*worker.jobs]
-            if jobs and exceeded_cpu_limit(status) and self._prefetch:
+            if jobs and exceeded_cpu_limit(status) and self._prefetch and not jobs[0].result.done():
                 self._decoder.on_too_costly(jobs.pop(0), None)
                 self._retry(jobs)
             else:
