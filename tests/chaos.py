@@ -20,11 +20,11 @@ from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from rednet.model.images.opening import FORMATS
-from tests.asking import PREDICT, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import PREDICT, predict, sample
 from tests.processes import killing_decoders
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
-from tests.test_hostile import mutants
+from tests.test_damaged_photos import mutants
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.chaos import OPTIONS, Mischief, assert_as_promised, assert_unharmed, right_answers, wreak
 from tests.servers import ServerProcess
-from tests.test_hostile import resident_mb
+from tests.test_damaged_photos import resident_mb
 
 EVERY_S = 10.0
 REQUESTS, AT_ONCE = 100, 6  # in that time

@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.asking import classes, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import classes, predict, sample
 from tests.servers import FakeRunner, ServerProcess, ServerThread
 
 

@@ -14,8 +14,8 @@ from rednet.service.engine.transfer import Finished
 from rednet.service.http import connections, slow_readers
 from rednet.service.http.request_head import MAX_HEAD_BYTES
 from rednet.service.types import ExplainSpec, Pixels, Running
-from tests.asking import connected, predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import connected, predict
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
 
 LIMIT_S = 0.5

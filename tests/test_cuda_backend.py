@@ -7,7 +7,7 @@ import torch
 
 from rednet import RedNet, load_checkpoint, prepare
 from rednet.model.images.preprocess import Preprocess
-from tests.test_prepare import assert_close, photos
+from tests.test_preparation import assert_close, photos
 
 pytestmark = [
     pytest.mark.gpu,

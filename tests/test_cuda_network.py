@@ -10,7 +10,7 @@ from torch import Tensor
 from rednet import create_rednet, load_checkpoint
 from rednet.model.images.preprocess import Preprocess
 from tests.conftest import lively
-from tests.test_prepare import assert_close, photos
+from tests.test_preparation import assert_close, photos
 
 fused = pytest.importorskip("rednet.model.inference.cuda.network", reason="no Triton here", exc_type=ImportError)
 

@@ -24,8 +24,8 @@ from rednet.service.decoding.fair_queue import Flow
 from rednet.service.decoding.limits import DecodeLimits
 from rednet.service.errors import DecoderUnavailable, Draining, UnreadableImage, UnsupportedMediaType
 from rednet.service.system.cores import usable_cores
-from tests.asking import CUT, TEXT, assert_error, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import CUT, TEXT, assert_error, predict, sample
 from tests.processes import PROC, decoder_pids, is_decoder, killing_decoders
 from tests.servers import DECODER_BYTES, PATIENCE_S, FakeRunner, ServerProcess, ServerThread, wait_until
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from rednet.service.settings import Settings, read_settings
-from tests.asking import connected, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import connected, predict, sample
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]

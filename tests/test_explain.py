@@ -20,11 +20,11 @@ from rednet.model.inference.torch_backend import TorchBackend
 from rednet.service.engine.runner import PreparedRunner
 from rednet.service.http.schemas import ExplainBody
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums, Pixels, Running
-from tests.asking import CUT, TEXT, assert_error, occupy, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import CUT, TEXT, assert_error, occupy, predict, sample
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
 from tests.shared import needs_native
-from tests.test_prepare import photos
+from tests.test_preparation import photos
 
 EXPLAIN = "/v1/explain"
 JSON = {"Accept": "application/json"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.asking import TEXT, predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import TEXT, predict
 from tests.servers import REDNET, ServerProcess, wait_until
 
 KEY, STRANGE = "the-key-0123456789", "strange-0123456789"

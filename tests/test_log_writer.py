@@ -16,8 +16,8 @@ import pytest
 
 from rednet.service.observability import log_writer
 from rednet.service.observability.log_writer import LogWriter
-from tests.asking import predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import predict, sample
 from tests.servers import REDNET, free_port, is_ready, wait_until
 
 LINE = "x" * 99 + "\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.asking import assert_error, connected, occupy, predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import assert_error, connected, occupy, predict
 from tests.servers import REDNET, FakeRunner, ServerProcess, ServerThread, wait_until
 
 UPLOAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc"  # which does not end

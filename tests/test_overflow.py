@@ -11,8 +11,8 @@ from PIL import Image
 
 from rednet import Checkpoint, Preprocess, create_rednet, save_checkpoint
 from rednet.model.io.labels import Label
-from tests.asking import PREDICT, assert_error, predict, sample
 from tests.conftest import encoded, lively, needs_int8, photo
+from tests.http_helpers import PREDICT, assert_error, predict, sample
 from tests.servers import ServerProcess
 from tests.shared import SHARED
 

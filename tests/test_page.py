@@ -15,8 +15,8 @@ from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
 
 from rednet.model.native import unavailable
-from tests.asking import CUT, assert_error
 from tests.conftest import encoded, photo
+from tests.http_helpers import CUT, assert_error
 from tests.servers import FakeRunner, ServerProcess, ServerThread
 
 ROOT = Path(__file__).resolve().parents[1]

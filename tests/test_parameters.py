@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.asking import assert_error
 from tests.conftest import encoded, photo
+from tests.http_helpers import assert_error
 from tests.servers import FakeRunner, ServerThread
 
 

@@ -10,7 +10,7 @@ from rednet import Preprocess, load_checkpoint, prepare
 from rednet.model.inference.backend import Output, Stages
 from rednet.model.inference.preparation import Prepared
 from rednet.service.engine.runner import PreparedRunner
-from tests.test_prepare import CUDA, photos
+from tests.test_preparation import CUDA, photos
 
 SQUARE = Preprocess(resize=72, crop=64)
 

@@ -2,8 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.asking import PREDICT, assert_error, occupy, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import PREDICT, assert_error, occupy, predict, sample
 from tests.servers import FakeRunner, ServerThread
 
 EXCEEDED = "rednet_short_deadline_exceeded_total"

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.asking import occupy, predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import occupy, predict
 from tests.servers import PATIENCE_S, REDNET, FakeRunner, ServerProcess, ServerThread, free_port, is_ready, wait_until
 
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]

@@ -6,8 +6,8 @@ import json
 
 from PIL import Image
 
-from tests.asking import PREDICT, connected, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import PREDICT, connected, predict, sample
 from tests.servers import FakeRunner, ServerThread, wait_until
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.asking import CUT, PREDICT, TEXT, assert_error, classes, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import CUT, PREDICT, TEXT, assert_error, classes, predict, sample
 from tests.servers import ServerProcess, wait_until
 
 

@@ -16,8 +16,8 @@ from tritonclient.utils import InferenceServerException
 
 from rednet import Preprocess, load_checkpoint, prepare
 from rednet.service.engine.runner import PreparedRunner
-from tests.asking import CUT, TEXT, classes, occupy, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import CUT, TEXT, classes, occupy, sample
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
 
 INFER = "/v2/models/{name}/infer"

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from rednet.service.http.api_keys import SHORTEST, KeyFileError, read_keys
-from tests.asking import PREDICT, assert_error, connected, predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import PREDICT, assert_error, connected, predict
 from tests.servers import REDNET, FakeRunner, ServerThread, wait_until
 
 ONE, OTHER = "one-key-0123456789", "another/key=+0123456789"

@@ -14,8 +14,8 @@ from rednet.service.engine.transfer import Finished
 from rednet.service.http.connections import FREE_CHUNKS
 from rednet.service.parsing.memory_budget import SMALL_BYTES
 from rednet.service.types import ExplainSpec, Pixels, Running
-from tests.asking import PREDICT, assert_error, connected, predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import PREDICT, assert_error, connected, predict
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
 
 MAX_BODY = 2_000_000

@@ -10,8 +10,8 @@ import pytest
 
 from rednet.service.engine import watchdog as hang_watch
 from rednet.service.engine.watchdog import HUNG_FACTOR, MAX_GAP_S, HangWatch
-from tests.asking import PNG
 from tests.conftest import encoded, photo
+from tests.http_helpers import PNG
 from tests.servers import ServerProcess, wait_until
 
 

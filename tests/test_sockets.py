@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from rednet.service.system.sockets import bind, url
-from tests.asking import predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import predict
 from tests.servers import REDNET, ServerProcess
 
 

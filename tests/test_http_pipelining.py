@@ -7,8 +7,8 @@ import weakref
 import pytest
 
 from rednet.service.http.connections import FREE_CHUNKS, FREE_PIPELINED, PIPELINE_PAUSE_S, Connection
-from tests.asking import connected, predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import connected, predict
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"

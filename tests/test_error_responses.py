@@ -12,8 +12,8 @@ from rednet.service.cost_table import CostTable
 from rednet.service.decoding.decoder import Decoded, Decoder
 from rednet.service.decoding.fair_queue import Flow
 from rednet.service.types import State
-from tests.asking import CUT, PREDICT, TEXT, assert_error, connected, occupy, predict, sample
 from tests.conftest import encoded, photo
+from tests.http_helpers import CUT, PREDICT, TEXT, assert_error, connected, occupy, predict, sample
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from rednet.service.http.request_head import MAX_HEADER_BYTES, MAX_HEADERS, MAX_TARGET_BYTES
-from tests.asking import connected
 from tests.conftest import encoded, photo
+from tests.http_helpers import connected
 from tests.servers import FakeRunner, ServerThread
 
 CHUNKED = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rednet.model.images.opening import FORMATS
-from tests.asking import predict
 from tests.conftest import encoded, photo
+from tests.http_helpers import predict
 from tests.servers import ServerProcess
 
 MUTANTS = 40  # of each format
