@@ -41,10 +41,10 @@ def test_sizes_are_close_to_one_another() -> None:
 def test_every_batch_gets_its_answers(batches: list[int], room: int) -> None:
     """Whatever came before, and however little memory there is; nothing is made twice."""
     device = Device(room)
-    ladder = BatchBuckets(device.make)
+    buckets = BatchBuckets(device.make)
     for images in batches:
         pixels = torch.arange(images)
-        plus, doubled = ladder(pixels)
+        plus, doubled = buckets(pixels)
         assert plus.tolist() == (pixels + 1).tolist()
         assert doubled.tolist() == (pixels * 2).tolist()
     assert len(device.made) == len(set(device.made))
@@ -53,11 +53,11 @@ def test_every_batch_gets_its_answers(batches: list[int], room: int) -> None:
 def test_after_the_largest_batch_nothing_is_made() -> None:
     """What later batches need was made with the largest, beginning with it, because the others fit into its memory."""
     device = Device()
-    ladder = BatchBuckets(device.make)
-    ladder(torch.zeros(24))
+    buckets = BatchBuckets(device.make)
+    buckets(torch.zeros(24))
     assert device.made == [24, 16, 12, 8, 6, 4, 3, 2, 1]
     for images in range(1, 25):
-        ladder(torch.zeros(images))
+        buckets(torch.zeros(images))
     assert len(device.made) == 9
     assert device.ran[-3:] == [(24, 22), (24, 23), (24, 24)]
 
@@ -65,23 +65,23 @@ def test_after_the_largest_batch_nothing_is_made() -> None:
 def test_where_memory_ends_batches_run_in_parts() -> None:
     """It is tried once, and the largest size that had room is used from then on."""
     device = Device(room=9)
-    ladder = BatchBuckets(device.make)
-    ladder(torch.zeros(20))
+    buckets = BatchBuckets(device.make)
+    buckets(torch.zeros(20))
     assert device.made == [8, 6, 4, 3, 2, 1]
     assert device.ran == [(8, 8), (8, 8), (4, 4)]
     device.room = 100
-    ladder(torch.zeros(64))
+    buckets(torch.zeros(64))
     assert max(device.made) == 8
 
 
 def test_what_was_made_before_stays_in_use_where_memory_ends() -> None:
     """As warm-up meets it: sizes double until one does not fit."""
     device = Device(room=128)
-    ladder = BatchBuckets(device.make)
+    buckets = BatchBuckets(device.make)
     for images in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        ladder(torch.zeros(images))
+        buckets(torch.zeros(images))
     assert device.ran[-2:] == [(128, 128), (128, 128)]
-    ladder(torch.zeros(7))
+    buckets(torch.zeros(7))
     assert device.ran[-1] == (8, 7)
 
 
