@@ -11,7 +11,7 @@ from rednet.model.images.errors import DamagedImage, UnsupportedImage
 from rednet.model.images.first_frame import note_first_frame
 from rednet.model.images.signatures import REMEDY, foreign_format, has_supported_signature
 
-# The only formats that are ever opened, whatever its name. Pillow supports many more, and for some of them it starts
+# The only formats that are opened, whatever the file's name. Pillow supports many more, and for some of them it starts
 # other programs, such as Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

@@ -52,7 +52,7 @@ def validate_ranges(net: RedNet, ranges: Mapping[str, float]) -> None:
     problems += [f"{name!r} is unknown" for name in ranges.keys() - set(required)]
     for name, amax in ranges.items():
         number = isinstance(amax, int | float) and not isinstance(amax, bool)
-        if not number or not MIN_RANGE <= amax <= MAX_RANGE:  # false for NaN
+        if not number or not MIN_RANGE <= amax <= MAX_RANGE:  # true for NaN
             problems.append(f"{name} is {str(amax)[:20]}, not a number between {MIN_RANGE} and {MAX_RANGE}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Label(NamedTuple):
-    """A class.
+    """The label of a class.
 
     Attributes:
         id: short and unique: the folder of its photos, or a WordNet id.

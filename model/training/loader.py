@@ -64,7 +64,7 @@ def read_photo(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
     try:
         with open_photo(path.read_bytes()) as image:
             return convert(image)
-    except Exception as error:  # Pillow raises nearly anything for a damaged file
+    except Exception as error:  # Pillow can raise anything for a damaged file
         raise PhotoError(f"{path} is not a readable photo: {error}") from error
 
 

@@ -58,7 +58,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, (minimum, maximum) in BOUNDS.items():
             value = getattr(self, name)
-            if not minimum <= value <= maximum:  # also true for NaN
+            if not minimum <= value <= maximum:  # true for NaN
                 raise ValueError(f"{name} must be from {minimum} to {maximum}, got {value}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")

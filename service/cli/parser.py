@@ -154,8 +154,6 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.MAX_SIZE`
 
-MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.MAX_SIZE`
-
 RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     # The fields of `rednet.model.training.recipe.Recipe`, which would import torch: two seconds for a `--help`.
     ("--depth", 26, "26, 38, 50, 101 or 152"),
