@@ -17,10 +17,8 @@ BLOCKS: Mapping[int, tuple[int, int, int, int]] = {  # depth -> bottleneck block
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-MAX_SIZE, MAX_KERNEL_SIZE = (
-    1 << 16,
-    63,
-)  # far beyond any use; they keep the products of a hostile checkpoint from overflowing
+# Far beyond any use, so that the products of a hostile checkpoint cannot overflow.
+MAX_SIZE, MAX_KERNEL_SIZE = 1 << 16, 63
 EXPANSION = 4  # ratio of a bottleneck's output channels to its inner channels
 
 
