@@ -7,15 +7,15 @@ import pytest
 
 from rednet.service.errors import Overloaded, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from rednet.service.parsing.body_file import BodyFile
-from rednet.service.parsing.body_reader import Intake
+from rednet.service.parsing.body_reader import BodyReader
 from rednet.service.parsing.memory_budget import MemoryBudget
 from tests.servers import PATIENCE_S
 
 IN_HEAP = 8
 
 
-def intake(max_bytes: int = 10, budget: MemoryBudget | None = None) -> Intake:
-    return Intake(max_bytes, budget or MemoryBudget(1000))
+def body_reader(max_bytes: int = 10, budget: MemoryBudget | None = None) -> BodyReader:
+    return BodyReader(max_bytes, budget or MemoryBudget(1000))
 
 
 async def chunked(*chunks: bytes) -> AsyncIterator[bytes]:
@@ -24,19 +24,19 @@ async def chunked(*chunks: bytes) -> AsyncIterator[bytes]:
 
 
 async def read(
-    reader: Intake,
+    reader: BodyReader,
     chunks: AsyncIterator[bytes],
     headers: Mapping[bytes, bytes] | None = None,
     timeout_s: float = PATIENCE_S,
 ) -> bytes:
-    async with reader.body(chunks, headers or {}, IN_HEAP, timeout_s) as body:
+    async with reader.read(chunks, headers or {}, IN_HEAP, timeout_s) as body:
         return bytes(body.view(0, body.size)) if isinstance(body, BodyFile) else body
 
 
 @pytest.mark.parametrize("chunks", [(b"01", b"", b"234567", b"89"), (b"0123456789",), (b"0", b"1234567")])
 def test_body_is_whole_however_it_is_cut(chunks: tuple[bytes, ...]) -> None:
     """In the heap or in a file; it may be exactly as large as allowed."""
-    assert asyncio.run(read(intake(), chunked(*chunks))) == b"".join(chunks)
+    assert asyncio.run(read(body_reader(), chunked(*chunks))) == b"".join(chunks)
 
 
 @pytest.mark.parametrize(("size", "kind"), [(IN_HEAP, bytes), (IN_HEAP + 1, BodyFile)])
@@ -44,7 +44,7 @@ def test_large_body_is_put_into_a_file(size: int, kind: type) -> None:
     """Only above the given size: for small ones it would take longer."""
 
     async def check() -> None:
-        async with intake().body(chunked(b"x" * size), {}, IN_HEAP, PATIENCE_S) as body:
+        async with body_reader().read(chunked(b"x" * size), {}, IN_HEAP, PATIENCE_S) as body:
             assert isinstance(body, kind)
 
     asyncio.run(check())
@@ -62,24 +62,24 @@ def test_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str | N
             yield chunk
 
     with pytest.raises(PayloadTooLarge):
-        asyncio.run(read(intake(), stream(), {b"content-length": claimed.encode()} if claimed else {}))
+        asyncio.run(read(body_reader(), stream(), {b"content-length": claimed.encode()} if claimed else {}))
     assert arrived == len(chunks)
 
 
 def test_compressed_body_is_refused() -> None:
     """With an error that says so, instead of one about a damaged image."""
     for none in (b"identity", b"Identity", b""):
-        assert asyncio.run(read(intake(), chunked(b"x"), {b"content-encoding": none})) == b"x"
+        assert asyncio.run(read(body_reader(), chunked(b"x"), {b"content-encoding": none})) == b"x"
     with pytest.raises(UnsupportedMediaType, match="Content-Encoding"):
-        asyncio.run(read(intake(), chunked(b"x"), {b"content-encoding": b"gzip"}))
+        asyncio.run(read(body_reader(), chunked(b"x"), {b"content-encoding": b"gzip"}))
 
 
 def test_all_bodies_together_are_bounded() -> None:
     """What is held until its request ends counts; then there is room again, also after a refusal."""
     budget = MemoryBudget(160)
-    reader = intake(budget=budget)
-    with budget.claim() as claim:
-        claim.take(155)
+    reader = body_reader(budget=budget)
+    with budget.lease() as lease:
+        lease.take(155)
         assert asyncio.run(read(reader, chunked(b"five!"))) == b"five!"
         with pytest.raises(Overloaded) as caught:
             asyncio.run(read(reader, chunked(b"fi", b"ve", b"!!")))
@@ -98,11 +98,11 @@ def test_slow_body_is_a_request_timeout() -> None:
         await asyncio.sleep(PATIENCE_S)
 
     with pytest.raises(RequestTimeout):
-        asyncio.run(read(intake(budget=budget), stalls(), timeout_s=0.05))
+        asyncio.run(read(body_reader(budget=budget), stalls(), timeout_s=0.05))
     assert budget.used == 0
 
 
-def test_stalled_upload_that_loses_its_claim_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stalled_upload_whose_lease_is_revoked_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others get the room, and its sender an error that says so, without waiting for the deadline."""
     monkeypatch.setattr("rednet.service.parsing.memory_budget.UPLOAD_GRACE_S", 0.0)
 
@@ -111,7 +111,7 @@ def test_stalled_upload_that_loses_its_claim_is_refused_at_once(monkeypatch: pyt
         await asyncio.sleep(PATIENCE_S)
 
     async def check() -> None:
-        reader = intake(budget=MemoryBudget(10))
+        reader = body_reader(budget=MemoryBudget(10))
         stalled = asyncio.create_task(read(reader, stalls()))
         await asyncio.sleep(0.01)
         assert await read(reader, chunked(b"four")) == b"four"

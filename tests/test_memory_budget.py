@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 
 from rednet.service.errors import Overloaded
-from rednet.service.parsing.memory_budget import SMALL_BYTES, UPLOAD_GRACE_S, Claim, MemoryBudget
+from rednet.service.parsing.memory_budget import SMALL_BYTES, UPLOAD_GRACE_S, MemoryBudget, MemoryLease
 
 MB = 1_000_000
 
@@ -17,18 +17,18 @@ class Clock:
         return self.now
 
 
-def upload(claim: Claim, lost: list[Claim]) -> Claim:
-    """The claim of a body that is still arriving."""
-    claim.on_loss = lambda: lost.append(claim)
-    return claim
+def upload(lease: MemoryLease, revoked: list[MemoryLease]) -> MemoryLease:
+    """The lease of a body that is still arriving."""
+    lease.on_revoke = lambda: revoked.append(lease)
+    return lease
 
 
 def test_budget_is_given_back_at_the_end_of_a_request() -> None:
     """Also after an error."""
     budget = MemoryBudget(8 * MB)
-    with suppress(RuntimeError), budget.claim() as claim:
-        claim.take(5 * MB)
-        claim.take(2 * MB)
+    with suppress(RuntimeError), budget.lease() as lease:
+        lease.take(5 * MB)
+        lease.take(2 * MB)
         assert budget.used == 7 * MB
         raise RuntimeError
     assert budget.used == 0
@@ -37,23 +37,23 @@ def test_budget_is_given_back_at_the_end_of_a_request() -> None:
 def test_full_budget_refuses_with_retry_after() -> None:
     """What was claimed before stays."""
     budget = MemoryBudget(8 * MB)
-    with budget.claim() as first, budget.claim() as second:
+    with budget.lease() as first, budget.lease() as second:
         first.take(6 * MB)
         with pytest.raises(Overloaded) as caught:
             second.take(2 * MB)
         assert caught.value.retry_after_s > 0
-        assert (budget.used, first.lost) == (6 * MB, False)
+        assert (budget.used, first.revoked) == (6 * MB, False)
     assert budget.used == 0
 
 
 def test_small_bodies_have_a_share_that_large_ones_cannot_take() -> None:
     """An eighth; it is open to whatever is small, and to nothing that has grown."""
     budget = MemoryBudget(80 * MB)
-    with budget.claim() as large, budget.claim() as small, budget.claim() as growing:
+    with budget.lease() as large, budget.lease() as small, budget.lease() as growing:
         large.take(70 * MB)
         with pytest.raises(Overloaded):
             large.take(1)
-    with budget.claim() as large, budget.claim() as small, budget.claim() as growing:
+    with budget.lease() as large, budget.lease() as small, budget.lease() as growing:
         large.take(70 * MB)
         small.take(SMALL_BYTES)
         growing.take(SMALL_BYTES)
@@ -63,21 +63,21 @@ def test_small_bodies_have_a_share_that_large_ones_cannot_take() -> None:
 
 def test_stalled_upload_makes_room_under_pressure() -> None:
     """The one that held the most for the longest; its memory is free at once, and its own next bytes are refused."""
-    clock, lost = Clock(), list[Claim]()
+    clock, revoked = Clock(), list[MemoryLease]()
     budget = MemoryBudget(16 * MB, clock)
-    with budget.claim() as stalled, budget.claim() as slow, budget.claim() as fresh:
-        upload(stalled, lost).take(10 * MB)
-        upload(slow, lost).take(3 * MB)
+    with budget.lease() as stalled, budget.lease() as slow, budget.lease() as fresh:
+        upload(stalled, revoked).take(10 * MB)
+        upload(slow, revoked).take(3 * MB)
         with pytest.raises(Overloaded):  # nobody has had the time to stall yet
-            upload(fresh, lost).take(4 * MB)
-        assert lost == [fresh]
-    with budget.claim() as stalled, budget.claim() as slow, budget.claim() as fresh:
-        lost.clear()
-        upload(stalled, lost).take(10 * MB)
-        upload(slow, lost).take(3 * MB)
+            upload(fresh, revoked).take(4 * MB)
+        assert revoked == [fresh]
+    with budget.lease() as stalled, budget.lease() as slow, budget.lease() as fresh:
+        revoked.clear()
+        upload(stalled, revoked).take(10 * MB)
+        upload(slow, revoked).take(3 * MB)
         clock.now += UPLOAD_GRACE_S + 1
-        upload(fresh, lost).take(4 * MB)
-        assert lost == [stalled]
+        upload(fresh, revoked).take(4 * MB)
+        assert revoked == [stalled]
         assert budget.used == 7 * MB
         with pytest.raises(Overloaded):
             stalled.take(1)
@@ -89,22 +89,22 @@ def test_complete_body_never_makes_room() -> None:
     """Its caller is owed an answer, however long that takes."""
     clock = Clock()
     budget = MemoryBudget(16 * MB, clock)
-    with budget.claim() as complete, budget.claim() as fresh:
+    with budget.lease() as complete, budget.lease() as fresh:
         complete.take(14 * MB)
         clock.now += 1000
         with pytest.raises(Overloaded):
             fresh.take(4 * MB)
-        assert not complete.lost
+        assert not complete.revoked
 
 
 def test_upload_that_holds_the_most_gives_way_itself() -> None:
     """A small one that is slower stays."""
-    clock, lost = Clock(), list[Claim]()
+    clock, revoked = Clock(), list[MemoryLease]()
     budget = MemoryBudget(16 * MB, clock)
-    with budget.claim() as slow, budget.claim() as greedy:
-        upload(slow, lost).take(1 * MB)
-        upload(greedy, lost).take(13 * MB)
+    with budget.lease() as slow, budget.lease() as greedy:
+        upload(slow, revoked).take(1 * MB)
+        upload(greedy, revoked).take(13 * MB)
         clock.now += UPLOAD_GRACE_S + 1
         with pytest.raises(Overloaded):
             greedy.take(1 * MB)
-        assert lost == [greedy]
+        assert revoked == [greedy]

@@ -320,7 +320,7 @@ def test_infer_json_that_is_ambiguous_or_not_unicode_is_a_clear_error(body: byte
 def test_output_named_twice_is_a_clear_error() -> None:
     """Of two wishes for one tensor one would be dropped."""
     named = [{"name": "logits", "parameters": {"classification": 1}}, {"name": "logits"}]
-    with pytest.raises(MalformedRequest, match="'logits' is there twice"):
+    with pytest.raises(MalformedRequest, match="'logits' is listed twice"):
         request(**ONE, header_length=None, outputs=named)
 
 

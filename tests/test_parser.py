@@ -237,7 +237,7 @@ def test_parser_killed_from_outside_is_tried_again_once() -> None:
     async def check(parser: Parser) -> None:
         assert await killed(parser, 1) == plain(ParsedBody([bytes(3)]))
         error = await killed(parser, 2)
-        assert error == (NotReady, "the body's parser was ended; try again")
+        assert error == (NotReady, "the process that parsed the body was killed; try again")
         assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
     with_parser(check)
@@ -251,7 +251,7 @@ def test_body_that_crashes_its_parser_is_an_error_of_its_own(signum: signal.Sign
     async def check(parser: Parser) -> None:
         assert await killed(parser, 1, signum) == (
             PayloadTooLarge,
-            "the body takes too much memory to parse, or breaks the parser",
+            "the body takes too much memory to parse, or crashes the parser",
         )
         assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
@@ -282,11 +282,11 @@ def test_parser_process_that_does_not_answer_is_replaced(monkeypatch: pytest.Mon
         end = parser._end
 
         def end_patiently() -> None:  # the next process has to start first
-            monkeypatch.setattr(parser_module, "MAX_REPLY_S", PATIENCE_S)
+            monkeypatch.setattr(parser_module, "REPLY_TIMEOUT_S", PATIENCE_S)
             end()
 
         monkeypatch.setattr(parser, "_end", end_patiently)
-        monkeypatch.setattr(parser_module, "MAX_REPLY_S", 0.2)
+        monkeypatch.setattr(parser_module, "REPLY_TIMEOUT_S", 0.2)
         assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
         assert stopped.poll() == -signal.SIGKILL
 

@@ -180,7 +180,7 @@ GOOD = part(PHOTO, 'name="a"; filename="a"')
         (part(b"x", 'name="a"\r\nContent-Type: multipart/mixed; boundary=b') + END, "form inside the form"),
         (part(b"text", 'name="word"') + END, "no image, only 'word'"),
         (b"--frontier--", "no image"),
-        (part(b"\r\n--frontierx" * 200, 'name="a"') + END, "also in its parts"),
+        (part(b"\r\n--frontierx" * 200, 'name="a"') + END, "also occurs in its parts"),
     ],
 )
 def test_form_that_would_lose_an_image_is_a_clear_error(body: bytes, message: str) -> None:
@@ -257,10 +257,10 @@ def test_json_is_read_under_every_json_type_and_unicode_encoding(kind: str, enco
         ("application/x-www-form-urlencoded", b"image=@photo.jpg", "multipart/form-data"),
         ("image/jpeg", b"data:image/jpeg;base64,/9j/4AAQSkZJRgABAQ", "data URL"),
         ("image/jpeg", base64.encodebytes(PHOTO), "base64"),
-        (JSON, PHOTO, "begins like image"),
-        (FORM, PHOTO, "begins like image"),
-        (FORM, b'{"images": []}', "begins like JSON"),
-        ("multipart/form-data", PNG, "begins like image"),
+        (JSON, PHOTO, "looks like image"),
+        (FORM, PHOTO, "looks like image"),
+        (FORM, b'{"images": []}', "looks like JSON"),
+        ("multipart/form-data", PNG, "looks like image"),
     ],
 )
 def test_body_of_another_type_than_declared_is_named(content_type: str, body: bytes, message: str) -> None:
@@ -319,6 +319,6 @@ def test_json_that_is_damaged_or_ambiguous_is_a_clear_error(body: bytes, message
 
 def test_a_form_without_a_boundary_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """It is the caller's mistake, and the caller is told."""
-    with pytest.raises(MalformedRequest, match="names no boundary"):
+    with pytest.raises(MalformedRequest, match="has no boundary"):
         parse_uploads("multipart/form-data", b"--x", 2)
     assert not caplog.records

@@ -10,9 +10,9 @@ from rednet.service.errors import DeadlineExceeded, MalformedRequest
 from rednet.service.observability import log
 from rednet.service.parsing.bodies import BodyFormat, InferOptions, ParsedBody
 from rednet.service.parsing.body_file import BodyFile
-from rednet.service.parsing.body_reader import Intake
+from rednet.service.parsing.body_reader import BodyReader
 from rednet.service.parsing.memory_budget import MemoryBudget
-from rednet.service.parsing.parser import Parser, in_heap
+from rednet.service.parsing.parser import Parser, max_heap_bytes
 from rednet.service.pipeline import Answer, Pipeline
 from rednet.service.settings import Settings
 from rednet.service.types import ExplainSpec
@@ -50,7 +50,7 @@ class ImageRequests:
     def __init__(self, settings: Settings, pipeline: Pipeline, parser: Parser, budget: MemoryBudget) -> None:
         self._timeout_s = settings.request_timeout_s
         self._pipeline = pipeline
-        self._reader = Intake(settings.max_body_bytes, budget)
+        self._reader = BodyReader(settings.max_body_bytes, budget)
         self._parser = parser
 
     async def answer(
@@ -71,7 +71,7 @@ class ImageRequests:
         headers = dict(request.scope["headers"])
         timeout_s = self._asked_timeout_s(headers) or self._timeout_s
         arrival_s = min(timeout_s, max(MAX_ARRIVAL_S, self._timeout_s))
-        body = self._reader.body(request.stream(), headers, in_heap(body_format), arrival_s)
+        body = self._reader.read(request.stream(), headers, max_heap_bytes(body_format), arrival_s)
         with self._pipeline.admit(timeout_s) as admitted:  # refuse before the body is read
             async with body as read, _WhileConnected(request):
                 parsed = await self._parse(body_format, read, admitted.ends)

@@ -1,19 +1,18 @@
-"""Base64 text to bytes, in every form that libraries write it in by default."""
+"""Decodes base64 text in all the variants that libraries write by default."""
 
 import binascii
 
 from rednet.service.errors import MalformedRequest
 
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
-MAX_DATA_URL_HEAD = 1_000  # bytes before the comma
+MAX_DATA_URL_HEAD = 1_000  # bytes before the comma of a data URL
 
 
 def decode_base64(text: str | bytes) -> bytes | MalformedRequest:
-    """The bytes that base64 text stands for (RFC 4648), or why there are none.
+    """Decode base64 text (RFC 4648); returns the error if that is not possible.
 
-    Data URLs are accepted, too, and so are lines (MIME, Android, `base64 FILE`), white space around the text, missing
-    padding, and the URL-safe alphabet. Anything else is an error: if characters were skipped, damaged text could pass
-    as an image.
+    Data URLs, line breaks (MIME, Android, `base64 FILE`), surrounding white space, missing padding and the URL-safe
+    alphabet are accepted. Anything else is an error: if characters were skipped, damaged text could pass as an image.
     """
     try:
         return binascii.a2b_base64(text, strict_mode=True)  # the usual case, in one pass
@@ -34,8 +33,8 @@ def _decode_variant(text: bytes) -> bytes:
         text = _data_of_url(text)
     if b"\n" in text or b"\r" in text:
         text = _join_lines(text)
-    if b" " in text:  # "+" becomes a space where URL-encoding is decoded once too often
-        raise MalformedRequest('not base64: there are spaces in it, perhaps instead of "+"')
+    if b" " in text:  # "+" becomes a space when URL-encoding is decoded once too often
+        raise MalformedRequest('not base64: it contains spaces, perhaps instead of "+"')
     if b"-" in text or b"_" in text:
         if b"+" in text or b"/" in text:
             raise MalformedRequest("not base64: it mixes the standard and the URL-safe alphabet")
@@ -43,17 +42,17 @@ def _decode_variant(text: bytes) -> bytes:
     digits = text.rstrip(b"=")
     padding = -len(digits) % 4
     if padding == 3 or len(text) - len(digits) not in (0, padding):
-        raise MalformedRequest("not base64: its length is wrong, so that it may be cut off")
+        raise MalformedRequest("not base64: the length is wrong; the text may be truncated")
     return binascii.a2b_base64(digits + b"=" * padding, strict_mode=True)
 
 
 def _data_of_url(url: bytes) -> bytes:
-    """What follows the head of a data URL (RFC 2397), such as `data:image/png;name=a.png;base64,`."""
+    """The data after the head of a data URL (RFC 2397), such as `data:image/png;name=a.png;base64,`."""
     comma = url.find(b",", 0, MAX_DATA_URL_HEAD)
     if comma < 0:
         raise MalformedRequest("a data URL without a comma before its data")
     if not url[:comma].rstrip().lower().endswith(b";base64"):
-        raise MalformedRequest("a data URL with other data than base64")
+        raise MalformedRequest("a data URL whose data is not base64")
     return url[comma + 1 :].lstrip()
 
 

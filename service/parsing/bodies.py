@@ -1,6 +1,6 @@
-"""A request body as plain data: what its headers say about it, what it may hold, and what was found in it.
+"""Values that describe a request body: its format, its limits and its parsed contents.
 
-These values cross a process boundary: a large body is parsed in another process (`rednet.service.parsing.worker`).
+They cross a process boundary: large bodies are parsed in another process (`rednet.service.parsing.worker`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 from rednet.service.types import Upload
 
-OVERSHOOT = 4.0  # how far pixels that a caller normalised may go beyond the largest that a photo can have
+PIXEL_RANGE_FACTOR = 4.0  # normalised pixels may exceed the largest value that a photo can have by this factor
 
 
 @dataclass(frozen=True, slots=True)
 class BodyFormat:
-    """How a body is to be read. Strings and None only: it travels as JSON.
+    """How to parse a body. Strings and None only, as it is sent as JSON.
 
     Attributes:
-        protocol: "v1": an image, a form or JSON, by `content_type`; "v2": an infer request.
-        content_type: the header of that name.
-        header_length: the header `Inference-Header-Content-Length`; only "v2" looks at it.
+        protocol: "v1": an image, a form or JSON, depending on `content_type`; "v2": an infer request.
+        content_type: the `Content-Type` header.
+        header_length: the `Inference-Header-Content-Length` header, for "v2" only.
     """
 
     protocol: Literal["v1", "v2"]
@@ -29,12 +29,12 @@ class BodyFormat:
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """What a body may hold. Numbers only: it travels as JSON.
+    """Limits on the contents of a body. Numbers only, as it is sent as JSON.
 
     Attributes:
         max_images: in one body.
         side: of normalised pixels [3, side, side].
-        max_abs_pixel: their largest absolute value.
+        max_abs_pixel: largest absolute value of normalised pixels.
     """
 
     max_images: int
@@ -43,21 +43,21 @@ class BodyLimits:
 
     @classmethod
     def of(cls, max_images: int, preprocess: Mapping[str, Any]) -> "BodyLimits":
-        """The limits for a network with this preprocessing, given as `/v1/model` shows it."""
+        """Derive the limits from a network's preprocessing, in the format of `/v1/model`."""
         extremes = [
             max(mean / std, (1 - mean) / std) for mean, std in zip(preprocess["mean"], preprocess["std"], strict=True)
         ]
-        return cls(max_images, preprocess["crop"], OVERSHOOT * max(extremes))
+        return cls(max_images, preprocess["crop"], PIXEL_RANGE_FACTOR * max(extremes))
 
 
 @dataclass(frozen=True, slots=True)
 class InferOptions:
-    """What an infer request asks for, beside its images. JSON values only: it travels as JSON.
+    """The options of an infer request. JSON values only, as it is sent as JSON.
 
     Attributes:
-        id: the caller's, to be echoed; None: the request has none.
-        outputs: the tensors to answer with, and whether as binary data.
-        classes: for which of them to answer with the highest values as text instead, and how many.
+        id: of the request, echoed in the response; None: the request has no id.
+        outputs: names of the requested output tensors, and whether each is sent as binary data.
+        classes: number of classes to return as text, for the outputs that request classification.
     """
 
     id: str | None
@@ -67,12 +67,12 @@ class InferOptions:
 
 @dataclass(frozen=True, slots=True)
 class ParsedBody:
-    """What a body holds.
+    """The contents of a body.
 
     Attributes:
-        images: at least one, in order. A memoryview may show a part of the body.
-        infer: what else it asks for; None where it is not an infer request.
-        ignored: the names of those parts of a form that are not images.
+        images: at least one, in order. A memoryview may refer to a part of the body.
+        infer: the options of an infer request; None for other requests.
+        ignored: names of the form parts that are not images.
     """
 
     images: Sequence[Upload]

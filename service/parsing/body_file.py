@@ -1,4 +1,4 @@
-"""A large body in memory that is shared with other processes."""
+"""A large request body in memory shared with other processes."""
 
 import asyncio
 import mmap
@@ -15,17 +15,17 @@ if sys.platform == "linux":
 
 Result = TypeVar("Result")
 
-RETRY_S = 1.0  # for memory, and until it is tried again to unmap what is still in use
+RETRY_S = 1.0  # for clients, and before closing a mapping that is still in use is tried again
 
 
 class BodyFile:
-    """Written piece by piece as a body arrives, so that nothing of its size is ever copied on the event loop.
+    """An anonymous file that a body is appended to as it arrives, so that the event loop never copies all of it.
 
-    A file without a name: other processes get its descriptor. They may write behind the body, and make the file longer,
-    but not shorter: reading what is gone would end the server.
+    Other processes get the file's descriptor. They may write behind the body and extend the file, but not shrink it:
+    the server would crash when it reads beyond the end.
 
     Raises:
-        Overloaded: the system has no memory or no descriptor for it; also from `append` and `view`.
+        Overloaded: the system has no memory or file descriptor left; also raised by `append` and `view`.
     """
 
     def __init__(self) -> None:
@@ -47,14 +47,14 @@ class BodyFile:
         _or_overloaded(write)
 
     def head(self, count: int) -> bytes:
-        """A copy of the first bytes; a view would fix how much of the file views can show."""
+        """A copy of the first bytes. (The first view would fix the size of the mapping.)"""
         return os.pread(self._fd, min(count, self.size), 0)
 
     def view(self, start: int, stop: int) -> memoryview:
-        """A part of the file as it was when the first view was made.
+        """A view of a part of the file. The file must have reached its final size.
 
         Raises:
-            ValueError: the file does not have it.
+            ValueError: the part is not within the file.
         """
         if not self._mapping:
             self._mapping = _or_overloaded(lambda: mmap.mmap(self._fd, 0, prot=mmap.PROT_READ))
@@ -63,7 +63,7 @@ class BodyFile:
         return memoryview(self._mapping)[start:stop]
 
     def close(self) -> None:
-        """Give the memory back, in another thread: for 32 MB the system takes six milliseconds."""
+        """Release the memory, on another thread: for 32 MB the system takes six milliseconds."""
         loop = asyncio.get_running_loop()
         loop.run_in_executor(None, self._unmap, loop)
 
@@ -74,7 +74,7 @@ class BodyFile:
         try:
             if self._mapping:
                 self._mapping.close()
-        except BufferError:  # some image is still being sent to a decoder, for a caller who has left
+        except BufferError:  # an image of a cancelled request is still being sent to a decoder
             loop.call_soon_threadsafe(loop.call_later, RETRY_S, self.close)
 
 

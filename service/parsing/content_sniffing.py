@@ -1,11 +1,11 @@
-"""What bytes are, by how they begin. Content types are often absent or wrong."""
+"""Detects the kind of a body from its first bytes, as content types are often missing or wrong."""
 
 import re
 from typing import Literal
 
 from rednet.service.parsing.base64_text import decode_base64
 
-HEAD = 512  # bytes that are looked at
+HEAD_BYTES = 512  # that are inspected
 Content = Literal["image", "JSON", "form", "URL-encoded form", "base64", "data URL", "unknown"]
 
 SIGNATURES = (
@@ -16,8 +16,8 @@ SIGNATURES = (
     b"MM\0*",
     b"II+\0",
     b"MM\0+",
-    b"\0\0\0\x0cJXL ",  # JPEG XL in its container
-    b"\xff\x0a",  # JPEG XL without
+    b"\0\0\0\x0cJXL ",  # JPEG XL container
+    b"\xff\x0a",  # JPEG XL codestream
     b"\0\0\0\x0cjP  ",  # JPEG 2000
     b"\0\0\1\0",  # ICO
     b"8BPS",  # Photoshop
@@ -28,18 +28,18 @@ URL_ENCODED = re.compile(rb"[\w.%+\[\]-]{1,100}=[!-~]")
 
 
 def begins_like_image(data: bytes | memoryview) -> bool:
-    """Whether data begins like a file of an image format, served or not."""
+    """Whether data begins like an image file, of a supported format or another one."""
     head = bytes(data[:16])
     if head.startswith(SIGNATURES):
         return True
     is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    is_bmp = head[:2] == b"BM" and head[6:10] == bytes(4)  # reserved, zero
+    is_bmp = head[:2] == b"BM" and head[6:10] == bytes(4)  # a reserved field
     return is_webp or is_bmp or head[4:8] == b"ftyp"  # AVIF, HEIC
 
 
 def is_encoded_image(text: bytes | memoryview) -> bool:
-    """Whether text begins like an image in base64 or a data URL of one."""
-    head = bytes(text[:HEAD]).strip()
+    """Whether text begins like an image in base64 or in a data URL."""
+    head = bytes(text[:HEAD_BYTES]).strip()
     if head[:5].lower() == b"data:":
         head = head.partition(b",")[2].strip()
     digits = BASE64.match(b"".join(head[:80].split()))
@@ -50,11 +50,11 @@ def is_encoded_image(text: bytes | memoryview) -> bool:
 
 
 def content_of(data: bytes | memoryview) -> Content:
-    """What data begins like."""
+    """The kind of content that data begins like."""
     if begins_like_image(data):
         return "image"
-    head = bytes(data[:HEAD]).lstrip()
-    if head.startswith(BOMS) or b"\0" in head[:2]:  # UTF-16, perhaps: half of its bytes are zero
+    head = bytes(data[:HEAD_BYTES]).lstrip()
+    if head.startswith(BOMS) or b"\0" in head[:2]:  # perhaps UTF-16, in which every other byte is zero
         head = head.translate(None, b"\0\xef\xbb\xbf\xff\xfe").lstrip()
     if head.startswith((b"{", b"[", b'"')):
         return "JSON"

@@ -1,4 +1,4 @@
-"""JSON of a request to Python values, at a bounded cost."""
+"""Parses the JSON of a request at a bounded cost."""
 
 import json
 from collections.abc import Sequence
@@ -8,24 +8,24 @@ import orjson
 
 from rednet.service.errors import MalformedRequest
 
-# Lists and objects are what takes longest to make: for 200 kB of `[[]],` the event loop would stop for 18 ms. Rows of
-# pixels are longer than this, and nothing else in a request needs many.
+# Lists and objects take longest to create: 200 kB of `[[]],` would block the event loop for 18 ms. Rows of pixels are
+# longer than BYTES_PER_LIST, and nothing else in a request needs many lists.
 FREE_LISTS, BYTES_PER_LIST = 10_000, 32
 
 
 def load_json(text: bytes, unique: Sequence[bytes] = ()) -> Any:
-    """The value that JSON text stands for.
+    """Parse JSON text.
 
     Args:
         text: in UTF-8, with or without a byte order mark, UTF-16 or UTF-32.
-        unique: names of fields, in quotes, that no object may have twice. The parser drops all but the last one.
+        unique: quoted names of fields that must not occur twice in one object: the parser would keep only the last one.
 
     Raises:
-        MalformedRequest: it is not JSON, has one of these fields twice, or has too many lists.
+        MalformedRequest: the text is not JSON, repeats one of these fields, or has too many lists.
     """
     encoding = json.detect_encoding(text)
     if encoding != "utf-8":
-        text = _recoded(text, encoding)
+        text = _to_utf8(text, encoding)
     if text.count(b"[") + text.count(b"{") > FREE_LISTS + len(text) // BYTES_PER_LIST:
         raise MalformedRequest("the request's JSON has more lists than images need")
     try:
@@ -34,12 +34,12 @@ def load_json(text: bytes, unique: Sequence[bytes] = ()) -> Any:
         raise MalformedRequest(f"the request's JSON cannot be read: {error}") from None
     for name in unique:
         first = text.find(name)
-        if text.find(name, first + 1) > first:  # rare: one of the two may be a value, or in an object inside
+        if text.find(name, first + 1) > first:  # rare: one of the two may be a value, or in a nested object
             _check_unique(text, name)
     return value
 
 
-def _recoded(text: bytes, encoding: str) -> bytes:
+def _to_utf8(text: bytes, encoding: str) -> bytes:
     try:
         return text.decode(encoding).encode()
     except UnicodeError:

@@ -1,7 +1,7 @@
-"""Multipart bodies to the images in them (RFC 2046, RFC 7578).
+"""Parses multipart forms and finds the images in them (RFC 2046, RFC 7578).
 
-The parts are found by `bytes.find` and are views of the body. python-multipart steps through them in Python: 200 kB of
-blanks, or of lines that begin like a boundary, take 35 to 90 ms there. It also copies every image.
+`bytes.find` locates the parts, which are views of the body. python-multipart loops over the bytes in Python, so that
+200 kB of blanks, or of lines that begin like a boundary, take it 35 to 90 ms. It also copies every image.
 """
 
 import binascii
@@ -18,12 +18,12 @@ from rednet.service.parsing.content_sniffing import begins_like_image, is_encode
 from rednet.service.types import Upload
 
 MAX_FIELDS = 100  # parts that are not images
-MAX_BOUNDARY = 256  # bytes; RFC 2046 allows 70
-MAX_FALSE_BOUNDARIES = 100  # lines in parts that begin like the boundary
-MAX_HEADERS = 8_000  # bytes in one part
+MAX_BOUNDARY_BYTES = 256  # RFC 2046 allows 70
+MAX_FALSE_BOUNDARIES = 100  # lines inside parts that begin like the boundary
+MAX_HEADER_BYTES = 8_000  # all headers of one part
 MAX_HEADER_LINES = 16
 MAX_PARAMETERS = 30  # in one header
-MAX_NAME = 100  # characters that are shown
+MAX_NAME_CHARS = 100  # of field names in messages
 
 AFTER_BOUNDARY = re.compile(rb"--|[ \t]*\r?\n")
 
@@ -32,10 +32,10 @@ class Part(NamedTuple):
     """One part of a form.
 
     Attributes:
-        label: its field name, or else its position, for messages.
-        media_type: in lower case; empty if it has none.
-        filename: None if it has none; empty where a file input was left empty.
-        content: a view of the body, or what it decodes to, or why it cannot be decoded.
+        label: the field name, or the position if there is no name, for messages.
+        media_type: in lower case; empty if not declared.
+        filename: None if not declared; empty if a file input was left empty.
+        content: a view of the body, or the decoded content, or the error if it cannot be decoded.
     """
 
     label: str
@@ -45,11 +45,11 @@ class Part(NamedTuple):
 
 
 def parse_form(boundary: bytes, body: bytes, max_images: int) -> ParsedBody:
-    """The images of a form, in order, and the labels of the parts that are not images.
+    """Parse a form: its images in order, and the labels of the parts that are not images.
 
     Raises:
-        MalformedRequest: the body does not follow the format.
-        PayloadTooLarge: it has too many images or other parts.
+        MalformedRequest: the body is not a valid form.
+        PayloadTooLarge: the form has too many images or other parts.
     """
     images: list[Upload] = []
     ignored: dict[str, None] = {}  # an ordered set
@@ -76,15 +76,15 @@ def too_many(max_images: int) -> PayloadTooLarge:
 
 
 def _image(part: Part) -> Upload | None:
-    """The image that a part holds, because it is a file, or by its type or its first bytes; None if it holds none."""
+    """The image in a part: a part is an image if it is a file, or by its media type or first bytes. None: no image."""
     if part.media_type.startswith(b"multipart/"):
-        raise MalformedRequest(f"{part.label!r} is a form inside the form: send each file as a part of its own")
+        raise MalformedRequest(f"{part.label!r} is a form inside the form: send each file as a separate part")
     content = part.content
     if isinstance(content, MalformedRequest):
         return content
     is_image = part.media_type.startswith(b"image/")
     if not content and not part.filename and not is_image:
-        return None  # an empty field, or a file input that was left empty
+        return None  # an empty field or file input
     if part.filename is not None or is_image or part.media_type == b"application/octet-stream":
         return content
     if begins_like_image(content):
@@ -95,20 +95,20 @@ def _image(part: Part) -> Upload | None:
 def _parts(boundary: bytes, body: bytes) -> Iterator[Part]:
     view = memoryview(body)
     for number, (start, end) in enumerate(_sections(boundary, body)):
-        # The empty line may be the one that ends the boundary's line, or the one before the next boundary.
-        headers_end = body.find(b"\r\n\r\n", start - 2, min(end + 2, start + MAX_HEADERS))
+        # The search includes the line breaks of both boundary lines, for parts without headers or without content.
+        headers_end = body.find(b"\r\n\r\n", start - 2, min(end + 2, start + MAX_HEADER_BYTES))
         if headers_end < 0:
             raise MalformedRequest(f"part {number} of the form has too long headers, or no empty line after them")
         yield _part(number, body[start:headers_end], view[headers_end + 4 : max(headers_end + 4, end)])
 
 
 def _sections(boundary: bytes, body: bytes) -> Iterator[tuple[int, int]]:
-    """Where each part starts, after its boundary's line, and ends, before the line break of the next one."""
+    """The start of each part, after its boundary line, and its end, before the line break of the next boundary."""
     mark = b"--" + boundary
-    if len(boundary) > MAX_BOUNDARY:
-        raise MalformedRequest(f"the form's boundary is longer than {MAX_BOUNDARY} bytes")
+    if len(boundary) > MAX_BOUNDARY_BYTES:
+        raise MalformedRequest(f"the form's boundary is longer than {MAX_BOUNDARY_BYTES} bytes")
     position = body.find(mark)
-    # RFC 2046 allows text before the first boundary. HTTP clients send none, so that it may be a part that was damaged.
+    # RFC 2046 allows text before the first boundary. HTTP clients do not send any, so that it may be a damaged part.
     if position < 0 or body[:position].strip() or not AFTER_BOUNDARY.match(body, position + len(mark)):
         raise MalformedRequest("the form does not begin with the boundary that its Content-Type names")
     start: int | None = None
@@ -126,10 +126,10 @@ def _sections(boundary: bytes, body: bytes) -> Iterator[tuple[int, int]]:
                     raise MalformedRequest("the form goes on after its closing boundary")
                 return
             start = after.end()
-        else:  # a longer word: part of the content
+        else:  # a longer word, which belongs to the content
             false_boundaries += 1
             if false_boundaries > MAX_FALSE_BOUNDARIES:
-                raise MalformedRequest("the form's boundary is also in its parts")
+                raise MalformedRequest("the form's boundary also occurs in its parts")
         position = body.find(b"\n" + mark, position + len(mark)) + 1 or -1
     raise MalformedRequest("the form ends before its closing boundary")
 
@@ -139,10 +139,10 @@ def _part(number: int, block: bytes, raw: memoryview) -> Part:
     disposition = headers.get(b"content-disposition", b"")
     options = _parameters(number, disposition)
     filename = options.get(b"filename")
-    if filename is None and b"*" in disposition:  # `filename*=` (RFC 5987), which the library ignores
+    if filename is None and b"*" in disposition:  # `filename*=` (RFC 5987), which python-multipart ignores
         extended = _parameters(number, disposition.replace(b"*", b""))
         filename = next((extended[key] for key in extended if key.startswith(b"filename")), None)
-    label = options[b"name"].decode(errors="replace")[:MAX_NAME] if options.get(b"name") else f"part {number}"
+    label = options[b"name"].decode(errors="replace")[:MAX_NAME_CHARS] if options.get(b"name") else f"part {number}"
     media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     encoding = headers.get(b"content-transfer-encoding", b"binary").lower()
     return Part(label, media_type, filename, _decoded(label, encoding, raw))
@@ -168,7 +168,7 @@ def _parameters(number: int, header: bytes) -> dict[bytes, bytes]:
 
 
 def _decoded(label: str, encoding: bytes, raw: memoryview) -> memoryview | bytes | MalformedRequest:
-    """A part's content by its Content-Transfer-Encoding (RFC 2045), which old clients still send."""
+    """Decode the Content-Transfer-Encoding of a part (RFC 2045), which old clients still send."""
     if encoding in (b"binary", b"8bit", b"7bit"):
         return raw
     if encoding == b"quoted-printable":

@@ -1,7 +1,7 @@
-"""An infer request of the Open Inference Protocol to its images, and the answer's tensors back.
+"""Parses infer requests of the Open Inference Protocol and encodes the responses.
 
-A body is a JSON object that describes every tensor. Values that are not in it follow as binary data, tensor by tensor
-(Triton's binary tensor data extension).
+A body is a JSON object that describes every tensor. Values that are not in the JSON follow as binary data, tensor by
+tensor (Triton's binary tensor data extension).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,35 +20,35 @@ from rednet.service.parsing.multipart import too_many
 from rednet.service.parsing.oip_schemas import InferBody, InferInput, InferOutput, InputParameters, OutputParameters
 from rednet.service.types import Floats, Upload
 
-HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary data
+HEADER_LENGTH = "Inference-Header-Content-Length"  # names the header with the size of the JSON before the binary data
 OUTPUTS = ("logits", "probabilities", "features")
-Row = Floats | list[str]  # of an output: numbers, or texts
-LENGTH_BYTES = 4  # of the number before each element of a BYTES tensor, which says how long it is
+Row = Floats | list[str]  # of an output: numbers or strings
+LENGTH_BYTES = 4  # size of the length prefix of each element of a BYTES tensor
 
 
 def parse_infer(header_length: str | None, body: bytes, max_images: int) -> ParsedBody:
-    """Read the body of an infer request.
+    """Parse the body of an infer request.
 
     Args:
-        header_length: what `Inference-Header-Content-Length` says; None: the whole body is JSON.
-        body: from anyone; nothing that it claims is believed.
-        max_images: more are refused.
+        header_length: value of the `Inference-Header-Content-Length` header; None: the whole body is JSON.
+        body: untrusted.
+        max_images: in one request.
 
     Raises:
-        MalformedRequest: it does not follow the protocol, or not with these tensors.
+        MalformedRequest: the body does not follow the protocol, or its tensors are not those of this model.
         PayloadTooLarge: there are more than max_images.
     """
     json_bytes = _json_bytes(header_length, len(body))
     try:
-        wanted = InferBody.model_validate(load_json(body[:json_bytes], unique=[b'"inputs"', b'"data"']))
+        request = InferBody.model_validate(load_json(body[:json_bytes], unique=[b'"inputs"', b'"data"']))
     except ValidationError as error:
         raise MalformedRequest(first_error(error)) from None
-    (tensor,) = wanted.inputs
-    parameters = wanted.parameters.model_dump() if wanted.parameters else {}
+    (tensor,) = request.inputs
+    parameters = request.parameters.model_dump() if request.parameters else {}
     if reserved := next((name for name in parameters if name.startswith("triton_")), None):
-        raise MalformedRequest(f"parameters: {reserved[:100]!r} is reserved: no name may begin with 'triton_'")
+        raise MalformedRequest(f"parameters: {reserved[:100]!r} is reserved: names must not begin with 'triton_'")
     images = _images(tensor, memoryview(body)[json_bytes:], max_images)
-    return ParsedBody(images, _options(wanted.id, wanted.outputs or [], bool(parameters.get("binary_data_output"))))
+    return ParsedBody(images, _options(request.id, request.outputs or [], bool(parameters.get("binary_data_output"))))
 
 
 def _options(request_id: str | None, outputs: Sequence[InferOutput], binary: bool) -> InferOptions:
@@ -56,33 +56,33 @@ def _options(request_id: str | None, outputs: Sequence[InferOutput], binary: boo
     classes: dict[str, int] = {}
     for output in outputs:
         if output.name in as_binary:
-            raise MalformedRequest(f"outputs: {output.name!r} is there twice")
+            raise MalformedRequest(f"outputs: {output.name!r} is listed twice")
         parameters = output.parameters or OutputParameters()
         _refuse_shared_memory(f"output {output.name!r}", parameters)
         as_binary[output.name] = binary if parameters.binary_data is None else parameters.binary_data
-        if parameters.classification:  # 0 is Triton's way to ask for none
+        if parameters.classification:  # in Triton, 0 means no classification
             classes[output.name] = parameters.classification
     return InferOptions(request_id, as_binary or dict.fromkeys(OUTPUTS, binary), classes)
 
 
 def _refuse_shared_memory(what: str, parameters: InputParameters | OutputParameters) -> None:
     if any(name.startswith("shared_memory_") and value is not None for name, value in parameters):
-        raise MalformedRequest(f"{what}: shared memory is not supported; send and receive data, or binary data")
+        raise MalformedRequest(f"{what}: shared memory is not supported; use data or binary data")
 
 
 def first_error(error: ValidationError) -> str:
-    """Where the first thing wrong with JSON is, and what it is."""
+    """The location and the message of the first validation error."""
     first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
 
 
 def highest_values(row: Floats, labels: Sequence[str], count: int) -> list[str]:
-    """A row's highest values as `value:index:label`, best first, in the format of Triton's classification extension.
+    """Format a row's highest values as `value:index:label`, highest first, as Triton's classification extension does.
 
     Args:
         row: [values].
-        labels: one for each value, or none at all.
-        count: of values, at least 1; all of them where there are fewer.
+        labels: one for each value, or an empty sequence.
+        count: number of values, at least 1. If the row has fewer, all of them are returned.
     """
     best = np.argsort(-row, kind="stable")[:count].tolist()
     return [f"{row[index]:f}:{index}" + (f":{labels[index]}" if labels else "") for index in best]
@@ -91,12 +91,12 @@ def highest_values(row: Floats, labels: Sequence[str], count: int) -> list[str]:
 def encode_infer(
     answer: Mapping[str, Any], tensors: Mapping[str, Sequence[Row]], binary: Mapping[str, bool]
 ) -> tuple[Iterator[bytes], Iterator[bytes]]:
-    """The body of an answer: the pieces of its JSON, and of the binary data that follows. None is larger than a row.
+    """Encode a response: the pieces of its JSON, and of the binary data that follows. No piece is larger than a row.
 
     Args:
-        answer: the fields beside `outputs`.
-        tensors: the rows of each by name, in order: numbers, or texts.
-        binary: of each, whether its values follow the JSON instead of standing in it.
+        answer: all fields except `outputs`.
+        tensors: rows of each output by name, in order.
+        binary: by name, whether an output's values are sent as binary data.
     """
     tail = (_row_bytes(row) for name, rows in tensors.items() if binary[name] for row in rows)
     return _json_pieces(answer, tensors, binary), tail
@@ -140,7 +140,7 @@ def _json_bytes(header_length: str | None, body_bytes: int) -> int:
         return body_bytes
     digits = header_length.isascii() and header_length.isdecimal() and len(header_length) < 20
     if not digits or int(header_length) > body_bytes:
-        raise MalformedRequest(f"{HEADER_LENGTH} must be a number of bytes, no more than the body has ({body_bytes})")
+        raise MalformedRequest(f"{HEADER_LENGTH} must be a number of bytes, at most that of the body ({body_bytes})")
     return int(header_length)
 
 
@@ -155,7 +155,7 @@ def _images(tensor: InferInput, tail: memoryview, max_images: int) -> Sequence[U
     if (tensor.data is None) == (size is None):
         raise MalformedRequest(f"input {tensor.name!r} must have either data or binary_data_size")
     if len(tail) != (size or 0):
-        raise MalformedRequest(f"{len(tail)} bytes follow the JSON; by binary_data_size there should be {size or 0}")
+        raise MalformedRequest(f"{len(tail)} bytes follow the JSON, but binary_data_size is {size or 0}")
     if tensor.name == "image":
         return _photos(tensor, tail)
     return list(_values(tensor, tail))
@@ -169,12 +169,12 @@ def _photos(tensor: InferInput, tail: memoryview) -> Sequence[Upload]:
         return _elements(tail, images)
     texts = [text for text in tensor.data if isinstance(text, str)]
     if not len(texts) == len(tensor.data) == images:
-        raise MalformedRequest(f"the data of input 'image' must be {images} strings of base64")
+        raise MalformedRequest(f"the data of input 'image' must be {images} base64 strings")
     return [decode_base64(text) for text in texts]
 
 
 def _elements(tail: memoryview, count: int) -> Sequence[memoryview]:
-    """The elements of a BYTES tensor, each after its length as a little-endian uint32."""
+    """The elements of a BYTES tensor. Each follows its length, a little-endian uint32."""
     elements: list[memoryview] = []
     position = 0
     for _ in range(count):
@@ -184,34 +184,34 @@ def _elements(tail: memoryview, count: int) -> Sequence[memoryview]:
             break
         elements.append(tail[start:position])
     if len(elements) < count or position != len(tail):
-        raise MalformedRequest(f"the binary data of input 'image' is not {count} elements, each after its length")
+        raise MalformedRequest(f"the binary data of input 'image' is not {count} elements, each with a length prefix")
     return elements
 
 
 def _values(tensor: InferInput, tail: memoryview) -> Floats:
-    """A copy of an FP32 tensor's values, in its shape."""
+    """Copy the values of an FP32 tensor to an array of its shape."""
     if tensor.datatype != "FP32" or len(tensor.shape) != 4 or 0 in tensor.shape:
         raise MalformedRequest(f"input 'pixels' must be FP32 [N, 3, H, W], not {tensor.datatype} {tensor.shape}")
-    values = prod(tensor.shape)  # of any size: a Python integer
+    values = prod(tensor.shape)  # a Python integer, which cannot overflow
     if tensor.data is None:
         if len(tail) != 4 * values:
-            raise MalformedRequest(f"{tensor.shape} of FP32 take {4 * values} bytes, not {len(tail)}")
+            raise MalformedRequest(f"FP32 {tensor.shape} takes {4 * values} bytes, not {len(tail)}")
         return np.frombuffer(tail, "<f4").astype(np.float32).reshape(tensor.shape)
     try:
         flat = _flat(tensor.data, tensor.shape)
-        if not {*map(type, flat)} <= {int, float}:  # NumPy would read texts and truths as numbers, too
+        if not {*map(type, flat)} <= {int, float}:  # NumPy would also accept strings and booleans
             raise TypeError
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        with np.errstate(over="ignore"):  # values beyond the range of float32 become infinite
             return np.fromiter(flat, np.float32, values).reshape(tensor.shape)
     except (ValueError, TypeError, OverflowError):
-        raise MalformedRequest(f"the data of input 'pixels' must be numbers, {tensor.shape} or flat") from None
+        raise MalformedRequest(f"the data of input 'pixels' must be numbers, flat or nested {tensor.shape}") from None
 
 
 def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
-    """As many values as the shape has, from a flat list or one nested like the shape; NumPy alone would take any list.
+    """Flatten a list that is flat or nested like the shape. NumPy alone would accept any nesting.
 
     Raises:
-        ValueError: there are more or fewer.
+        ValueError: the list does not match the shape.
     """
     if len(data) == prod(shape):
         return data

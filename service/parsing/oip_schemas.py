@@ -1,4 +1,4 @@
-"""The JSON of an Open Inference Protocol request, as pydantic checks it."""
+"""Pydantic models for the JSON of Open Inference Protocol requests."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,11 +6,11 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)  # true is no number, "1" is none either
+    model_config = ConfigDict(strict=True)  # otherwise true and "1" would pass as numbers
 
 
 class _SharedMemory(_Strict):
-    """Parameters of Triton's shared memory extensions; any value at all is refused."""
+    """Parameters of Triton's shared memory extensions. Any value is rejected, with a clear message."""
 
     shared_memory_region: Any = None
     shared_memory_offset: Any = None
@@ -40,10 +40,10 @@ class InferOutput(_Strict):
 
 
 class InferParameters(_Strict):
-    """Parameters of a request. Those not listed are accepted and have no effect on the answer, as in Triton for a model
-    without state or priorities: `sequence_id`, `sequence_start`, `sequence_end`, `priority`, `timeout` (Triton's
-    default ignores it, too; `X-Request-Timeout-Ms` is the deadline here), and custom ones. Names that begin with
-    `triton_` are refused, as Triton's HTTP endpoint does."""
+    """Parameters of a request. Unlisted parameters are accepted and have no effect, as in Triton for a model without
+    state or priorities: `sequence_id`, `sequence_start`, `sequence_end`, `priority`, `timeout` (which Triton ignores
+    by default; use `X-Request-Timeout-Ms` to set a deadline) and custom ones. As in Triton's HTTP endpoint, names that
+    begin with `triton_` are rejected."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -51,9 +51,9 @@ class InferParameters(_Strict):
 
 
 class InferBody(_Strict):
-    """The JSON of an infer request. Unknown fields have no effect, and null is the same as no field."""
+    """The JSON of an infer request. Unknown fields have no effect, and a null field counts as absent."""
 
-    # The id is echoed, perhaps into logs: no control characters, nor the line and paragraph separators.
+    # The id is echoed and may end up in logs, so that control characters and line separators are not allowed.
     id: str | None = Field(None, max_length=1024, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")
     inputs: Annotated[list[InferInput], FailFast()] = Field(min_length=1, max_length=1)
     outputs: list[InferOutput] | None = Field(None, max_length=3)

@@ -1,4 +1,4 @@
-"""The server's end of the parser process: starts it, gives it large bodies, turns its replies into values."""
+"""Parses large request bodies in a separate process: starts it, sends it bodies, and decodes its replies."""
 
 import asyncio
 import heapq
@@ -22,29 +22,29 @@ from rednet.service.errors import Draining, Internal, MalformedRequest, NotReady
 from rednet.service.parsing.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody
 from rednet.service.parsing.body_file import BodyFile
 from rednet.service.parsing.body_parser import is_image, is_quick, may_be_image, parse_body
-from rednet.service.parsing.content_sniffing import HEAD
+from rednet.service.parsing.content_sniffing import HEAD_BYTES
 from rednet.service.parsing.worker import MAX_REPLY_BYTES, REQUEST
 from rednet.service.types import Upload
 
 logger = logging.getLogger(__name__)
 
-SMALL_IMAGE = 1_000_000  # bytes of a body that is one image, and needs no parsing
-SMALL_BODY = 200_000  # bytes of others
-AT_ONCE = 2  # bodies: while a hostile one takes its seconds, others are parsed
-TRIES = 2
+MAX_HEAP_IMAGE_BYTES = 1_000_000  # a body that is a single image needs no parsing
+MAX_HEAP_BODY_BYTES = 200_000  # other bodies
+MAX_CONCURRENT = 2  # bodies, so that others are parsed while a hostile one uses up its CPU time
+MAX_ATTEMPTS = 2
 RETRY_S = 1.0
-MAX_REPLY_S = 120.0  # the system ends what takes too much CPU time long before; this is for a process that is stopped
-END_S = 2.0
+REPLY_TIMEOUT_S = 120.0  # the CPU limit takes effect long before; this is for a process that is stopped
+EXIT_TIMEOUT_S = 2.0
 ERRORS = {error.code: error for error in (MalformedRequest, PayloadTooLarge, UnsupportedMediaType)}
-# By which a process ends because of its body: too much time; or too much memory, over which orjson crashes.
-ITS_OWN = {-signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
+# Exit statuses that are blamed on the body: too much CPU time, or too much memory, over which orjson crashes.
+CAUSED_BY_BODY = {-signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 
 
 class Parser:
-    """Parses large bodies in processes of their own, a few at once, small ones first. Used from one event loop.
+    """Parses large bodies in separate processes, a few at once, smaller ones first. Used from one event loop.
 
     Args:
-        limits: on what bodies may hold.
+        limits: on the contents of bodies.
     """
 
     def __init__(self, limits: BodyLimits) -> None:
@@ -52,23 +52,24 @@ class Parser:
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._free = AT_ONCE
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap, by size
+        self._free = MAX_CONCURRENT
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap ordered by size
         self._order = itertools.count()
         self._closed = False
 
     def parse_quickly(self, body_format: BodyFormat, body: bytes | BodyFile) -> ParsedBody | None:
-        """What a body holds if it can be parsed here, without holding the event loop; None: `parse` it."""
+        """Parse a body here if that does not block the event loop for long; None: it needs `parse`."""
         if isinstance(body, BodyFile):
-            return ParsedBody([body.view(0, body.size)]) if is_image(body_format, body.head(HEAD)) else None
+            return ParsedBody([body.view(0, body.size)]) if is_image(body_format, body.head(HEAD_BYTES)) else None
         return parse_body(body_format, body, self._limits) if is_quick(body_format, body) else None
 
     async def parse(self, body_format: BodyFormat, body: bytes | BodyFile) -> ParsedBody:
-        """What a body holds, parsed in a process; images may be views of the file. Cancelled, it stops at once.
+        """Parse a body in another process. Images may be views of the file. Cancelling kills the process.
 
         Raises:
-            MalformedRequest, PayloadTooLarge: what `parse_body` raises, or the body takes too much time or memory.
-            NotReady: the process was ended from outside, and again when it was tried again.
+            MalformedRequest, PayloadTooLarge, UnsupportedMediaType: raised by `parse_body`.
+            PayloadTooLarge: parsing takes too much CPU time or memory.
+            NotReady: the process was killed from outside, in both attempts.
         """
         if isinstance(body, bytes):
             with _in_file(body) as file:
@@ -77,20 +78,20 @@ class Parser:
         size = body.size
         body.append(header := orjson.dumps(asdict(body_format)))
         async with self._turn(size):
-            for _ in range(TRIES):
+            for _ in range(MAX_ATTEMPTS):
                 reply = await self._reply(body, REQUEST.pack(size, len(header)))
-                if (died := reply.get("died")) in ITS_OWN:
-                    logger.warning("a body of %d bytes ended its parser with status %d", size, died)
-                    if died == -signal.SIGXCPU:
+                if (status := reply.get("exit_status")) in CAUSED_BY_BODY:
+                    logger.warning("parsing a body of %d bytes ended its process with status %d", size, status)
+                    if status == -signal.SIGXCPU:
                         raise PayloadTooLarge("the body takes too long to parse")
-                    raise PayloadTooLarge("the body takes too much memory to parse, or breaks the parser")
-                if died is None:
+                    raise PayloadTooLarge("the body takes too much memory to parse, or crashes the parser")
+                if status is None:
                     return _parsed(body, reply)
-                logger.error("a parser was ended from outside, with status %d", died)
-        raise NotReady("the body's parser was ended; try again", RETRY_S)
+                logger.error("a parser process was killed from outside, with status %d", status)
+        raise NotReady("the process that parsed the body was killed; try again", RETRY_S)
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process."""
         self._closed = True
         self._end()
 
@@ -101,19 +102,19 @@ class Parser:
             with theirs:
                 self._send(request, body.fileno(), theirs.fileno())
             try:
-                async with asyncio.timeout(MAX_REPLY_S):
-                    line = await _line(ours)
+                async with asyncio.timeout(REPLY_TIMEOUT_S):
+                    line = await _read_line(ours)
             except TimeoutError:
-                logger.error("the parser process does not answer; it is ended")
+                logger.error("the parser process did not reply and was killed")
                 if self._process:
                     self._process.kill()
                 self._end()
-                return {"died": -signal.SIGKILL}
-        reply: dict[str, Any] = orjson.loads(line) if line else {"died": 0}
+                return {"exit_status": -signal.SIGKILL}
+        reply: dict[str, Any] = orjson.loads(line) if line else {"exit_status": 0}
         return reply
 
     def _send(self, request: bytes, *fds: int) -> None:
-        """Send a request to the process that runs, or to a new one."""
+        """Send a request to the running process, or to a new one."""
         if self._closed:
             raise Draining
         try:
@@ -123,17 +124,17 @@ class Parser:
             try:
                 socket.send_fds(self._control, [request], fds)
             except ConnectionError:
-                logger.error("the parser process has ended; another one is started")
+                logger.error("the parser process has exited; starting another one")
                 self._end()
                 self._start()
                 socket.send_fds(self._control, [request], fds)
         except OSError as error:
-            logger.error("the parser process cannot be started: %s", error)
+            logger.error("the parser process could not be started: %s", error)
             raise NotReady("large bodies cannot be parsed now; try again later", RETRY_S) from error
 
     def _start(self) -> None:
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # where this process has found what it runs
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the process imports the same modules
             "OPENBLAS_NUM_THREADS": "1",  # a process with threads cannot be forked safely
         }
         self._control, theirs = socket.socketpair()
@@ -149,7 +150,7 @@ class Parser:
             self._control = None
         if self._process:
             try:
-                self._process.wait(END_S)
+                self._process.wait(EXIT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -182,9 +183,9 @@ class Parser:
         self._free += 1
 
 
-def in_heap(body_format: BodyFormat) -> int:
-    """The size in bytes up to which a body need not be in a file: so much is copied or parsed sooner than shared."""
-    return SMALL_IMAGE if may_be_image(body_format) else SMALL_BODY
+def max_heap_bytes(body_format: BodyFormat) -> int:
+    """The size up to which a body is kept on the heap: copying or parsing it is faster than sharing it."""
+    return MAX_HEAP_IMAGE_BYTES if may_be_image(body_format) else MAX_HEAP_BODY_BYTES
 
 
 @contextmanager
@@ -203,8 +204,8 @@ def _copied(image: Upload) -> Upload:
     return bytes(image) if isinstance(image, memoryview) else image
 
 
-async def _line(connection: socket.socket) -> bytes:
-    """A line from a connection; empty if it ends before, or the line is too long."""
+async def _read_line(connection: socket.socket) -> bytes:
+    """Read a line; returns nothing if the connection ends early or the line is too long."""
     received = bytearray()
     while not received.endswith(b"\n"):
         chunk = await asyncio.get_running_loop().sock_recv(connection, 262_144)
@@ -215,8 +216,8 @@ async def _line(connection: socket.socket) -> bytes:
 
 
 def _parsed(body: BodyFile, reply: dict[str, Any]) -> ParsedBody:
-    if trace := reply.get("defect"):
-        logger.error("a defect in the parser process:\n%s", trace)
+    if trace := reply.get("traceback"):
+        logger.error("unhandled exception in the parser process:\n%s", trace)
         raise Internal
     if error := reply.get("error"):
         code, message = error

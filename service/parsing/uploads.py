@@ -1,4 +1,4 @@
-"""The body of a `/v1` request to the images in it: one image as it is, a form, or JSON."""
+"""Parses the body of a `/v1` request: a single unwrapped image, a form, or JSON."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from rednet.service.parsing.json_text import load_json
 from rednet.service.parsing.multipart import parse_form, too_many
 
 JSON_SHAPE = 'JSON must be {"images": ["<base64>", ...]}'
-MAX_SHOWN = 5  # names of fields in a message
+MAX_SHOWN = 5  # field names in a message
 ADVICE: Mapping[Content, str] = {
     "JSON": "it needs Content-Type: application/json",
-    "form": "its Content-Type must be multipart/form-data with the boundary, which HTTP clients set by themselves",
+    "form": "its Content-Type must be multipart/form-data with the boundary, which HTTP clients set automatically",
     "URL-encoded form": "files need multipart/form-data, such as curl -F file=@photo.jpg",
     "base64": 'send the image as it is, or JSON {"images": ["<base64>"]}',
     "data URL": 'send the image as it is, or JSON {"images": ["<data URL>"]}',
@@ -33,23 +33,23 @@ JSON_TYPES: Mapping[type, str] = {
 
 
 def may_be_image(content_type: str) -> bool:
-    """Whether a body may be one image as it is, by its Content-Type."""
+    """Whether a body may be a single unwrapped image, by its Content-Type."""
     kind = _media_type(content_type)
     return not (_is_form(kind) or _is_json(kind))
 
 
 def is_image(start: bytes | memoryview) -> bool:
-    """Whether a body that starts like this, at least `sniff.HEAD` bytes of it, is one for the decoder to judge."""
+    """Whether the decoder should judge a body, by its first `content_sniffing.HEAD_BYTES` bytes."""
     return content_of(start) not in ADVICE
 
 
 def parse_uploads(content_type: str, body: bytes, max_images: int) -> ParsedBody:
-    """The images of a body, at least one, in order.
+    """Parse the images of a body, at least one, in order.
 
     Raises:
-        MalformedRequest: there are none, or the body is damaged.
+        MalformedRequest: there are no images, or the body is damaged.
         PayloadTooLarge: there are more than max_images.
-        UnsupportedMediaType: the body is not what its Content-Type says.
+        UnsupportedMediaType: the body does not match its Content-Type.
     """
     kind = _media_type(content_type)
     try:
@@ -63,7 +63,7 @@ def parse_uploads(content_type: str, body: bytes, max_images: int) -> ParsedBody
         found = content_of(body)
         if found in ("unknown", "JSON" if _is_json(kind) else "form"):
             raise
-        raise UnsupportedMediaType(f"the body begins like {found}, which is not {kind}") from None
+        raise UnsupportedMediaType(f"the body looks like {found}, not like {kind}") from None
     if not parsed.images:
         raise MalformedRequest("the request holds no image")
     return parsed
@@ -84,12 +84,12 @@ def _is_json(kind: str) -> bool:
 def _boundary(content_type: str) -> bytes:
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
-        raise MalformedRequest("the form's Content-Type names no boundary; HTTP clients add it by themselves")
+        raise MalformedRequest("the form's Content-Type has no boundary; HTTP clients add it automatically")
     return boundary
 
 
 def _parse_image(body: bytes) -> ParsedBody:
-    """Whatever is not known to be something else is left to the decoder."""
+    """Accept any body that is not recognised as another kind of content; the decoder judges it."""
     found = content_of(body)
     if found in ADVICE:
         raise UnsupportedMediaType(f"the body is not an image file but {found}: {ADVICE[found]}")

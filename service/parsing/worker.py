@@ -1,13 +1,13 @@
-"""What runs in the parser process: large bodies in, what they hold out, until the connection ends.
+"""The parser process: parses large bodies until the connection closes.
 
 python -m rednet.service.parsing.worker LIMITS    # JSON of `BodyLimits`; the connection to the server is standard input
 
-For every body a process is forked, and ends with it. It can take no more memory and CPU time than the body may cost, it
-never sees another request's body, and all that it took goes back to the system. It runs nothing but `parse_body`, and
-what it sends back are numbers and texts, never anything that the server would execute.
+The process forks for every body. The child is limited to the memory and CPU time that the body may cost, never sees the
+body of another request, and returns all its memory to the system when it exits. It runs nothing but `parse_body`, and
+sends back only numbers and text, never anything that the server would execute.
 
-A request is `REQUEST` and two descriptors: the file, which holds the body and behind it its `BodyFormat` as JSON, and
-the socket for the reply. The reply is one line of JSON, see `reply_to`. Images are left in the file, behind the body.
+A request is `REQUEST` and two descriptors: a file, which holds the body followed by its `BodyFormat` as JSON, and a
+socket for the reply. The reply is one line of JSON, see `reply_to`. Images are written to the file, behind the body.
 """
 
 import gc
@@ -35,11 +35,11 @@ from rednet.service.parsing.bodies import BodyFormat, BodyLimits, ParsedBody
 from rednet.service.parsing.body_parser import parse_body
 from rednet.service.types import Upload
 
-REQUEST = struct.Struct("<QI")  # length of the body, and of the JSON behind it
+REQUEST = struct.Struct("<QI")  # lengths of the body and of the JSON behind it
 MAX_REPLY_BYTES = 1_000_000
-ALIGNMENT = 64  # of images in the file: pixels are read as arrays
+ALIGNMENT = 64  # of images in the file, as pixels are read as arrays
 
-# What one body may cost. A list of small integers takes the most: 32 MB of them 0.7 s and 400 MB.
+# Limits per body. A list of small integers costs the most: 32 MB of them take 0.7 s and 400 MB.
 CPU_S, BYTES_PER_CPU_S = 2, 8_000_000
 MEMORY_BYTES, MEMORY_PER_BYTE = 250_000_000, 25
 
@@ -48,26 +48,27 @@ def reply_to(fd: int, size: int, format_size: int, limits: BodyLimits) -> dict[s
     """Parse the body in a file.
 
     Returns:
-        The fields of `ParsedBody`, with `[start, length, shape]` in the file or an error's message for each image, a
-        shape of null being that of a photo; or `{"error": [code, message]}`, or `{"defect": trace}`.
+        The fields of `ParsedBody`. Each image is `[start, length, shape]` in the file, where the shape of an encoded
+        photo is null, or an error message. If parsing fails: `{"error": [code, message]}` or `{"traceback": text}`.
     """
     try:
         body_format = BodyFormat(**json.loads(os.pread(fd, format_size, size)))
         with mmap.mmap(fd, size) as shared:
             reply = _stored(fd, size + format_size, parse_body(body_format, bytes(shared), limits))
             if sys.platform == "linux":
-                shared.madvise(mmap.MADV_REMOVE)  # only now: until here it could be tried again
+                shared.madvise(mmap.MADV_REMOVE)  # frees the body, which is not needed for another attempt any more
             return reply
     except ServiceError as error:
         return {"error": [error.code, error.message]}
     except MemoryError:
         return {"error": ["payload_too_large", "the body takes too much memory to parse"]}
     except Exception:  # noqa: BLE001  (the server logs it)
-        return {"defect": traceback.format_exc()}
+        return {"traceback": traceback.format_exc()}
 
 
 def _stored(fd: int, behind: int, parsed: ParsedBody) -> dict[str, Any]:
-    end = -(-behind // mmap.PAGESIZE) * mmap.PAGESIZE  # the pages of the body go back to the system
+    """Write the images behind that position of the file, on pages of their own: those of the body are freed."""
+    end = -(-behind // mmap.PAGESIZE) * mmap.PAGESIZE
     images: list[Any] = []
     for image in parsed.images:
         if isinstance(image, MalformedRequest):
@@ -89,17 +90,17 @@ def _write(fd: int, image: Upload, start: int) -> int:
 
 
 class Forker:
-    """Starts a process for every body, and ends it when the server does not wait for it any more.
+    """Forks a process for every body, and kills it if the server closes its end of the reply socket.
 
     Args:
-        control: the connection on which requests come.
-        limits: on what bodies may hold.
+        control: connection to the server.
+        limits: on the contents of bodies.
     """
 
     def __init__(self, control: socket.socket, limits: BodyLimits) -> None:
         self._control = control
         self._limits = limits
-        self._replies: dict[int, socket.socket] = {}  # by process
+        self._replies: dict[int, socket.socket] = {}  # by process id
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
         ended, signalled = os.pipe()
@@ -109,7 +110,7 @@ class Forker:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def run(self) -> None:
-        """Serve until the server is gone."""
+        """Handle requests until the server closes the connection."""
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._control:
@@ -121,7 +122,7 @@ class Forker:
                 elif key == self._ended:
                     os.read(key.fd, 4096)
                     self._reap()
-                elif key.data in self._replies:  # nothing is ever sent there: the other end was closed
+                elif key.data in self._replies:  # the server never sends data on it, so it has closed its end
                     self._selector.unregister(key.fileobj)
                     self._kill(key.data)
 
@@ -134,15 +135,15 @@ class Forker:
         self._selector.register(reply, selectors.EVENT_READ, process)
 
     def _parse(self, fd: int, reply: socket.socket, size: int, format_size: int) -> NoReturn:
-        """All that a forked process does."""
+        """Parse one body in the forked process and exit."""
         try:
-            for other in (*self._replies.values(), self._control):  # or their ends would not be noticed
+            for other in (*self._replies.values(), self._control):  # otherwise the server would not see them close
                 other.close()
             _limit(resource.RLIMIT_CPU, CPU_S + ceil(size / BYTES_PER_CPU_S))
             _limit(resource.RLIMIT_AS, _address_space() + MEMORY_BYTES + MEMORY_PER_BYTE * size)
             line = orjson.dumps(reply_to(fd, size, format_size, self._limits)) + b"\n"
             if len(line) > MAX_REPLY_BYTES:
-                line = orjson.dumps({"error": ["payload_too_large", "the body has too long an id"]}) + b"\n"
+                line = orjson.dumps({"error": ["payload_too_large", "the id in the body is too long"]}) + b"\n"
             reply.sendall(line)
             os._exit(0)
         finally:
@@ -155,9 +156,9 @@ class Forker:
                 reply = self._replies.pop(process)
                 with suppress(KeyError):
                     self._selector.unregister(reply)
-                with suppress(OSError):  # nobody waits for it
+                with suppress(OSError):  # the server has closed its end
                     if status:
-                        reply.sendall(orjson.dumps({"died": os.waitstatus_to_exitcode(status)}) + b"\n")
+                        reply.sendall(orjson.dumps({"exit_status": os.waitstatus_to_exitcode(status)}) + b"\n")
                 reply.close()
 
     def _kill(self, *processes: int) -> None:
@@ -165,9 +166,9 @@ class Forker:
             os.kill(process, signal.SIGKILL)
 
 
-def _limit(what: int, most: int) -> None:
+def _limit(which: int, value: int) -> None:
     with suppress(OSError, ValueError):  # a lower limit is in force
-        resource.setrlimit(what, (most, most + 1))  # SIGXCPU at the first, SIGKILL at the second
+        resource.setrlimit(which, (value, value + 1))  # soft limit: SIGXCPU; hard limit: SIGKILL
 
 
 def _address_space() -> int:
@@ -179,12 +180,13 @@ def _address_space() -> int:
 
 def main() -> None:
     limits = BodyLimits(**json.loads(sys.argv[1]))
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # also sent to all processes of a server that drains
+    # Supervisors and terminals send these to all processes, but a draining server still needs its parser.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
-    os.nice(5)  # where cores are short, the server goes first
-    with suppress(OSError):  # when memory ends, the system should take it from here
+    os.nice(5)  # the server has priority
+    with suppress(OSError):  # when memory runs out, the kernel should kill this process
         Path("/proc/self/oom_score_adj").write_text("1000")
-    gc.freeze()  # processes that are forked leave these objects alone, and so share their memory
+    gc.freeze()  # so that the garbage collector of a child does not touch these objects, whose memory it shares
     Forker(socket.socket(fileno=0), limits).run()
 
 

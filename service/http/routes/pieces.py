@@ -1,4 +1,4 @@
-"""Large answers, made and sent piece by piece: none of them holds the event loop, or memory beyond the budget."""
+"""Builds and sends large responses in pieces, so that they do not block the event loop or exceed the memory budget."""
 
 import asyncio
 import time
@@ -12,12 +12,12 @@ from rednet.service.parsing.memory_budget import MemoryBudget
 
 Item = TypeVar("Item")
 
-SLICE_S = 0.001  # of work, before others have their turn
-PIECE_BYTES = 65_536  # sent at once; smaller answers are sent whole
+SLICE_S = 0.001  # of work, before the event loop serves other requests
+PIECE_BYTES = 65_536  # sent at once; responses up to this size are sent whole
 
 
 async def in_turns(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """The same items; every millisecond of work on them the event loop sees to others."""
+    """The same items; the event loop serves other requests after every millisecond of work on them."""
     since = time.monotonic()
     for item in items:
         yield item
@@ -27,19 +27,19 @@ async def in_turns(items: Iterable[Item]) -> AsyncIterator[Item]:
 
 
 def comma_separated(items: Iterable[bytes]) -> Iterator[bytes]:
-    """The inside of a JSON list."""
+    """The items with commas in between: the contents of a JSON list."""
     for index, item in enumerate(items):
         yield b"," + item if index else item
 
 
 class PiecesResponse(Response):
-    """A response whose body, if it is large, goes out as fast as its caller reads, and counts in the memory budget.
+    """A response that sends a large body as fast as the client reads it, and counts it in the memory budget meanwhile.
 
     Args:
         pieces: of the body.
         media_type: of the body.
-        headers: more of them.
-        budget: of which a large body is a part until it is sent; `Overloaded` where there is no room for it.
+        headers: additional headers.
+        budget: for the memory of a large body. If it is used up, sending the response raises `Overloaded`.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class PiecesResponse(Response):
         if not self._pieces:
             await super().__call__(scope, receive, send)
             return
-        with self._budget.claim() as claim:
-            claim.take(self._size)
+        with self._budget.lease() as lease:
+            lease.take(self._size)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            for piece in _cut(self._pieces):
+            for piece in _equal_pieces(self._pieces):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
                 await asyncio.sleep(0)
             await send({"type": "http.response.body", "body": b""})
 
 
-def _cut(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of one size."""
+def _equal_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of `PIECE_BYTES` or slightly more."""
     buffer = bytearray()
     for piece in pieces:
         for start in range(0, len(piece), PIECE_BYTES):
