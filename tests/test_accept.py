@@ -1,4 +1,4 @@
-"""Which of two types a caller wants."""
+"""Content negotiation: which of two media types a client prefers."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from rednet.service.http.routes.accept import prefers
 
 
 @pytest.mark.parametrize(
-    ("accept", "wanted"),
+    ("accept", "preferred"),
     [
         ("application/json", True),
         ("Application/JSON; charset=utf-8", True),
@@ -23,6 +23,6 @@ from rednet.service.http.routes.accept import prefers
         ("image/png, application/json;q=0.9", False),
     ],
 )
-def test_a_type_must_be_named_and_wanted_as_much(accept: str, wanted: bool) -> None:
-    """Else the usual one is sent."""
-    assert prefers(accept, "application/json", "image/png") == wanted
+def test_accept_header_prefers_a_named_type_with_the_highest_quality(accept: str, preferred: bool) -> None:
+    """The default type is sent unless the other one is named explicitly, with a quality at least as high."""
+    assert prefers(accept, "application/json", "image/png") == preferred

@@ -1,4 +1,4 @@
-"""Who is let in, as pure state with a clock of the test's own."""
+"""Admission control as pure state, with the test's own clock."""
 
 from contextlib import ExitStack, suppress
 from itertools import pairwise
@@ -26,7 +26,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def admission(clock: Clock) -> Admission:
-    """Room for ten images that take a second each."""
+    """At most ten images, which take a second each."""
     return Admission(10, float, clock)
 
 
@@ -34,8 +34,8 @@ def accepted(permit: Permit, stack: ExitStack, images: int = 1) -> None:
     stack.enter_context(permit).hold(images)
 
 
-def test_places_are_held_while_a_request_lasts(admission: Admission) -> None:
-    """None while its images are not counted, then one for each, none when it has ended, in whatever way."""
+def test_permit_holds_one_slot_per_image_until_the_request_ends(admission: Admission) -> None:
+    """A request holds no slots before its images are counted, and none after it has ended or failed."""
     with admission.admit(FAR) as permit:
         assert (admission.requests, admission.accepted) == (1, 0)
         permit.hold(4)
@@ -47,8 +47,8 @@ def test_places_are_held_while_a_request_lasts(admission: Admission) -> None:
     assert (admission.requests, admission.accepted) == (0, 0)
 
 
-def test_a_full_queue_says_when_there_is_room(admission: Admission) -> None:
-    """The time is that of the images that would have to go first, and at least a second."""
+def test_retry_after_of_a_full_queue_is_the_time_until_there_is_room(admission: Admission) -> None:
+    """It is the predicted time of the images that have to be answered first, and at least a second."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=10)
         with pytest.raises(Overloaded) as refused, admission.admit(FAR):
@@ -57,8 +57,8 @@ def test_a_full_queue_says_when_there_is_room(admission: Admission) -> None:
         assert admission.accepted == 10
 
 
-def test_a_large_request_waits_for_room_for_all_of_it(admission: Admission) -> None:
-    """Nine are waiting and seven more would come: six have to go first."""
+def test_retry_after_of_a_large_request_covers_all_of_its_images(admission: Admission) -> None:
+    """With nine of ten slots held, six images have to be answered before seven more fit."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=9)
         with pytest.raises(Overloaded) as refused, admission.admit(FAR) as permit:
@@ -67,9 +67,9 @@ def test_a_large_request_waits_for_room_for_all_of_it(admission: Admission) -> N
         assert admission.accepted == 9
 
 
-def test_who_would_be_late_is_refused(admission: Admission, clock: Clock) -> None:
-    """With five seconds of work ahead an answer comes after six; a deadline must leave twice that, for predictions are
-    right only on average. Whoever comes back after the time that was given is let in."""
+def test_request_that_would_miss_its_deadline_is_rejected(admission: Admission, clock: Clock) -> None:
+    """With five seconds of work queued, an answer takes six seconds. Predictions are right only on average, so a
+    deadline must allow twice that. A retry after `Retry-After` is admitted."""
     clock.now = 100.0
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=3)
@@ -90,17 +90,17 @@ def refusal(admission: Admission) -> Overloaded:
 
 
 def test_retry_after_is_spread_as_images_are_answered(admission: Admission, clock: Clock) -> None:
-    """Requests that are refused in the same moment come back one after the other."""
+    """Requests that are rejected at the same moment get different times."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=10)
-        clock.now = 60.0  # it has been busy for a while
+        clock.now = 60.0  # after a busy minute
         waits = [refusal(admission).retry_after_s for _ in range(5)]
     assert waits[0] == 1
     assert all(4 <= later - earlier <= 8 for earlier, later in pairwise(waits))
 
 
 def test_retry_after_grows_faster_while_most_requests_are_rejected(admission: Admission, clock: Clock) -> None:
-    """In a flood those who come back compete with newcomers: they are sent to its end."""
+    """Retries compete with new requests, so they are scheduled for after the flood."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=10)
         clock.now = 60.0
@@ -112,20 +112,21 @@ def test_retry_after_grows_faster_while_most_requests_are_rejected(admission: Ad
     assert flooded[2] - flooded[1] > 2 * (calm[2] - calm[1])
 
 
-def test_a_deadline_that_no_idle_server_meets_takes_no_slot(admission: Admission) -> None:
-    """One caller that polls with a hopeless deadline moves nobody's Retry-After."""
+def test_hopeless_deadline_takes_no_retry_slot(admission: Admission) -> None:
+    """A client that polls with a deadline that even an idle server misses does not delay the retries of other
+    clients."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=10)
         for _ in range(1000):
             with pytest.raises(Overloaded) as refused, admission.admit(1.9):
                 pass
-            assert refused.value.retry_after_s <= 21  # when its deadline would be met
+            assert refused.value.retry_after_s <= 21  # by then, the deadline could be met
         assert refusal(admission).retry_after_s == 1
 
 
 def test_retry_after_follows_the_backlog_down(admission: Admission, clock: Clock) -> None:
-    """Hundreds were refused and do not come back: some seconds later a caller of an idle server waits for no slot of
-    theirs. While the server stays busy they are expected."""
+    """When hundreds of rejected clients do not retry, an idle server soon gives short times again. A busy server keeps
+    their slots."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=10)
         clock.now = 60.0
@@ -142,14 +143,14 @@ def test_retry_after_follows_the_backlog_down(admission: Admission, clock: Clock
     assert refused.value.retry_after_s <= 3
 
 
-def test_a_free_device_tries_anything(admission: Admission) -> None:
-    """A prediction may be wrong; with nobody ahead there is nothing to wait for."""
+def test_idle_device_admits_any_deadline(admission: Admission) -> None:
+    """The prediction may be wrong, and with an empty queue there is nothing to wait for."""
     with admission.admit(0.1) as permit:
         permit.hold(1)
 
 
-def test_predictions_learn_from_answers(admission: Admission, clock: Clock) -> None:
-    """Where answers take three times the device's time, so do predictions, before long; failures teach nothing."""
+def test_predicted_time_follows_measured_times_of_answers(admission: Admission, clock: Clock) -> None:
+    """When answers take three times the device time, predictions do, too. Failed requests are not counted."""
     for _ in range(100):
         with admission.admit(FAR) as permit:
             permit.hold(2)
@@ -162,15 +163,16 @@ def test_predictions_learn_from_answers(admission: Admission, clock: Clock) -> N
     assert admission.predicted_s(2) == pytest.approx(6, rel=0.1)
 
 
-def test_images_set_aside_or_answered_hold_no_place(admission: Admission, clock: Clock) -> None:
-    """Others are admitted meanwhile; at the end all places are free, and its time teaches nothing."""
+def test_images_set_aside_or_answered_hold_no_slot(admission: Admission, clock: Clock) -> None:
+    """Other requests are admitted meanwhile. At the end all slots are free, and the request's duration is not
+    counted."""
     with admission.admit(FAR) as permit:
         permit.hold(10)
         permit.set_aside(6)
         assert admission.accepted == 4
         with admission.admit(FAR) as other:
             other.hold(6)
-            permit.set_aside(-6)  # decoded: they are taken back without a check
+            permit.set_aside(-6)  # decoded: their slots are taken back without a check
             assert admission.accepted == 16
         permit.release(3)
         assert admission.accepted == 7
@@ -180,8 +182,8 @@ def test_images_set_aside_or_answered_hold_no_place(admission: Admission, clock:
     assert admission.predicted_s(1) == predicted_s
 
 
-def test_offered_seconds_count_admitted_and_refused_images(admission: Admission) -> None:
-    """A request that is refused before its body is read counts as many images as requests have had lately."""
+def test_offered_seconds_count_admitted_and_rejected_images(admission: Admission) -> None:
+    """A request that is rejected before its body is read counts as the recent mean number of images."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack, images=9)
         assert admission.offered_s == 9.0
@@ -195,8 +197,8 @@ def test_offered_seconds_count_admitted_and_refused_images(admission: Admission)
         assert admission.offered_s == pytest.approx(17 + mean)
 
 
-def test_offered_seconds_leave_out_requests_that_no_queue_could_answer(admission: Admission, clock: Clock) -> None:
-    """Late even with an empty queue: another replica would not help them."""
+def test_offered_seconds_leave_out_hopeless_deadlines(admission: Admission, clock: Clock) -> None:
+    """More replicas would not help a request that is late even with an empty queue."""
     with ExitStack() as stack:
         accepted(admission.admit(FAR), stack)
         with pytest.raises(Overloaded):

@@ -1,4 +1,4 @@
-"""Batches padded to sizes that were made ready; on a device that runs out of memory when it is told to."""
+"""Batches padded to fixed sizes, on a device whose memory the test limits."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from rednet.model.inference.cuda.batch_buckets import BatchBuckets, Program, buc
 
 
 class Device:
-    """Makes programs that add one to each image, and remembers which it made and what ran on them."""
+    """Makes programs that add one to each image, and records what it made and ran."""
 
     def __init__(self, room: int = 1 << 20) -> None:
         self.room = room
@@ -30,16 +30,16 @@ class Device:
         return program
 
 
-def test_sizes_are_close_to_one_another() -> None:
-    """No batch is padded by half as much again, and there are few sizes."""
+def test_bucket_sizes_bound_the_padding() -> None:
+    """A batch is padded by less than half of its size, with few sizes."""
     sizes = [bucket_size(images) for images in range(1, 257)]
     assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
     assert all(images <= size < 1.5 * images for images, size in enumerate(sizes, start=1))
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=8), st.integers(1, 80))
-def test_every_batch_gets_its_answers(batches: list[int], room: int) -> None:
-    """Whatever came before, and however little memory there is; nothing is made twice."""
+def test_every_batch_gets_its_results_with_any_memory(batches: list[int], room: int) -> None:
+    """Results are right whatever ran before and however little memory there is. No program is made twice."""
     device = Device(room)
     buckets = BatchBuckets(device.make)
     for images in batches:
@@ -50,8 +50,9 @@ def test_every_batch_gets_its_answers(batches: list[int], room: int) -> None:
     assert len(device.made) == len(set(device.made))
 
 
-def test_after_the_largest_batch_nothing_is_made() -> None:
-    """What later batches need was made with the largest, beginning with it, because the others fit into its memory."""
+def test_no_program_is_made_after_the_largest_batch() -> None:
+    """The programs of all smaller sizes are made with the largest one, which is made first, because they fit into its
+    memory."""
     device = Device()
     buckets = BatchBuckets(device.make)
     buckets(torch.zeros(24))
@@ -62,8 +63,8 @@ def test_after_the_largest_batch_nothing_is_made() -> None:
     assert device.ran[-3:] == [(24, 22), (24, 23), (24, 24)]
 
 
-def test_where_memory_ends_batches_run_in_parts() -> None:
-    """It is tried once, and the largest size that had room is used from then on."""
+def test_batches_are_split_when_memory_is_exhausted() -> None:
+    """Allocation is tried once, and the largest size that fits is used from then on."""
     device = Device(room=9)
     buckets = BatchBuckets(device.make)
     buckets(torch.zeros(20))
@@ -74,8 +75,8 @@ def test_where_memory_ends_batches_run_in_parts() -> None:
     assert max(device.made) == 8
 
 
-def test_what_was_made_before_stays_in_use_where_memory_ends() -> None:
-    """As warm-up meets it: sizes double until one does not fit."""
+def test_existing_programs_stay_in_use_when_memory_is_exhausted() -> None:
+    """Warm-up doubles the batch size until one does not fit."""
     device = Device(room=128)
     buckets = BatchBuckets(device.make)
     for images in (1, 2, 4, 8, 16, 32, 64, 128, 256):
@@ -85,7 +86,7 @@ def test_what_was_made_before_stays_in_use_where_memory_ends() -> None:
     assert device.ran[-1] == (8, 7)
 
 
-def test_no_memory_at_all_is_an_error() -> None:
-    """Not even one image: the caller must know."""
+def test_memory_error_when_not_even_one_image_fits() -> None:
+    """The caller gets the MemoryError."""
     with pytest.raises(MemoryError):
         BatchBuckets(Device(room=0).make)(torch.zeros(3))

@@ -1,4 +1,4 @@
-"""The queue as pure state."""
+"""The batcher as pure state."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +21,8 @@ def job(id_: int, enqueued: float = 0.0, deadline: float = 100.0, reply: Callabl
     return Job(id_, PIXELS, enqueued, deadline, reply)
 
 
-def test_a_batch_is_cut_at_once_and_in_order() -> None:
-    """Without a window a lone job does not wait; a full batch takes the oldest."""
+def test_batch_is_cut_immediately_and_in_order_without_a_window() -> None:
+    """A single job does not wait, and a full batch takes the oldest jobs."""
     batcher = Batcher(max_batch_size=2)
     for id_ in (7, 3, 5):
         batcher.add(job(id_))
@@ -31,8 +31,8 @@ def test_a_batch_is_cut_at_once_and_in_order() -> None:
     assert batcher.next_batch(0.0) == []
 
 
-def test_the_earliest_deadline_goes_first() -> None:
-    """Whoever has little time overtakes; between equals the older goes first."""
+def test_batch_takes_the_earliest_deadlines_first() -> None:
+    """Jobs with equal deadlines keep their order."""
     batcher = Batcher(max_batch_size=2)
     for id_, deadline in ((1, 50.0), (2, 20.0), (3, 50.0), (4, 10.0)):
         batcher.add(job(id_, deadline=deadline))
@@ -40,8 +40,8 @@ def test_the_earliest_deadline_goes_first() -> None:
     assert [job.id for job in batcher.next_batch(0.0)] == [1, 3]
 
 
-def test_a_batch_holds_pixels_of_one_dtype() -> None:
-    """That of the most urgent job; the others come next, by their deadlines."""
+def test_batch_holds_pixels_of_one_dtype() -> None:
+    """It is the dtype of the most urgent job. The other jobs come next, by their deadlines."""
     batcher = Batcher(max_batch_size=2)
     floats = np.zeros((3, 1, 1), np.float32)
     for id_ in range(5):
@@ -51,8 +51,8 @@ def test_a_batch_holds_pixels_of_one_dtype() -> None:
     assert [job.id for job in batcher.next_batch(0.0)] == [4]
 
 
-def test_a_window_counts_from_the_oldest_job() -> None:
-    """A batch that is not full waits until its oldest job has waited long enough, a full one not at all."""
+def test_batching_window_starts_with_the_oldest_job() -> None:
+    """A partial batch waits until its oldest job has waited for the window. A full batch does not wait."""
     batcher = Batcher(max_batch_size=3, max_wait_s=5.0)
     batcher.add(job(1, enqueued=10.0))
     batcher.add(job(2, enqueued=14.0))
@@ -64,8 +64,8 @@ def test_a_window_counts_from_the_oldest_job() -> None:
     assert len(batcher.next_batch(20.0)) == 3
 
 
-def test_it_wakes_for_the_first_deadline() -> None:
-    """With a window open, a deadline before its end still wakes the engine; an empty queue never does."""
+def test_wake_time_is_the_earliest_deadline_within_the_window() -> None:
+    """With an empty queue there is no wake time."""
     batcher = Batcher(max_batch_size=8, max_wait_s=50.0)
     assert batcher.wake_at() is None
     batcher.add(job(1, deadline=90.0))
@@ -75,8 +75,8 @@ def test_it_wakes_for_the_first_deadline() -> None:
     assert batcher.wake_at() == 50.0
 
 
-def test_a_window_ends_in_time_for_the_earliest_deadline() -> None:
-    """With twice the predicted time of the batch left, and at once where there is less."""
+def test_batching_window_ends_early_enough_for_the_earliest_deadline() -> None:
+    """It ends when twice the predicted time of the batch is left, or immediately if there is less."""
     batcher = Batcher(max_batch_size=8, max_wait_s=50.0)
     batcher.batch_s = lambda images: 2.0 * images
     batcher.add(job(1, deadline=90.0))
@@ -90,16 +90,16 @@ def test_a_window_ends_in_time_for_the_earliest_deadline() -> None:
 
 
 @pytest.mark.parametrize(("size", "wait_s"), [(0, 0.0), (1, -1.0)])
-def test_limits_that_make_no_sense_are_refused(size: int, wait_s: float) -> None:
-    """At construction, not when the first job comes."""
+def test_invalid_batch_size_and_window_are_rejected(size: int, wait_s: float) -> None:
+    """The constructor raises, not the first job."""
     with pytest.raises(ValueError, match="max_batch_size"):
         Batcher(size, wait_s)
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Add, cancel, expire, batch and failure in any order: everyone who waits is answered, exactly once.
+    """Adds, cancels, expires, batches and fails jobs in any order: every waiting job is answered exactly once.
 
-    Jobs are answered the way the engine does it; what is asserted is what callers rely on.
+    Jobs are answered as the engine answers them. The invariants are what callers rely on.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class Interleavings(RuleBasedStateMachine):
         self.batcher = Batcher(max_batch_size=3, max_wait_s=2.0)
         self.jobs: dict[int, Job] = {}
         self.answers: dict[int, list[Inference | ServiceError]] = {}
-        self.left: set[int] = set()  # cancelled while they were queued
+        self.left: set[int] = set()  # cancelled in the queue
         self.queued: list[int] = []
 
     @rule(patience=st.integers(0, 10))
@@ -157,7 +157,7 @@ class Interleavings(RuleBasedStateMachine):
             each.reply(Internal() if fails else ANSWER)
 
     @invariant()
-    def everyone_is_queued_gone_or_answered_once(self) -> None:
+    def every_job_is_queued_cancelled_or_answered_once(self) -> None:
         assert len(self.batcher) == len(self.queued)
         for id_, answers in self.answers.items():
             assert len(answers) == (0 if id_ in self.queued or id_ in self.left else 1)
@@ -166,7 +166,7 @@ class Interleavings(RuleBasedStateMachine):
         for each in self.batcher.clear():
             self.queued.remove(each.id)
             each.reply(Internal())
-        self.everyone_is_queued_gone_or_answered_once()
+        self.every_job_is_queued_cancelled_or_answered_once()
         assert not self.queued
 
 

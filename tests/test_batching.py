@@ -1,4 +1,4 @@
-"""Requests that share batches."""
+"""Concurrent requests share batches."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +14,13 @@ from tests.servers import FakeRunner, ServerProcess, ServerThread
 
 @pytest.fixture
 def server(tiny_path: Path) -> Iterator[ServerProcess]:
-    """One that waits a little for batches to fill: the tiny network alone is too fast for a queue to form."""
+    """A server with a short batching window: the tiny network alone is too fast for a queue to form."""
     with ServerProcess("--checkpoint", tiny_path, "--max-batch-size", 8, "--max-wait-ms", 20) as running:
         yield running
 
 
 def test_concurrent_clients_share_batches_and_get_their_own_answers(server: ServerProcess) -> None:
-    """32 clients at once: batches above 1, every answer the one that its photo gets alone."""
+    """With 32 concurrent clients, batches are larger than one, and each answer equals that of the photo alone."""
     photos = [encoded(photo(seed)) for seed in range(32)]
     alone = [classes(predict(server.client, data)) for data in photos]
     batches_before, images_before = batches(server.client)
@@ -39,8 +39,8 @@ def batches(client: httpx.Client) -> tuple[float, float]:
     return sample(client, "rednet_batch_size_count"), sample(client, "rednet_batch_size_sum")
 
 
-def test_a_window_gathers_a_batch_and_its_size_is_limited() -> None:
-    """--max-wait-ms makes requests that arrive one by one share a batch; the size that warm-up chose bounds it."""
+def test_batching_window_fills_batches_up_to_the_maximum_size() -> None:
+    """With --max-wait-ms, requests that arrive one after another share batches, up to the size that warm-up chose."""
     runner = FakeRunner()
     runner.max_batch_size = 4
     with ServerThread(runner, max_wait_ms=10_000) as running, ThreadPoolExecutor(8) as pool:
@@ -49,8 +49,8 @@ def test_a_window_gathers_a_batch_and_its_size_is_limited() -> None:
     assert runner.batches == [4, 4]
 
 
-def test_a_lone_request_is_not_delayed() -> None:
-    """No window by default: an image waits for nothing but the device."""
+def test_single_request_is_not_delayed_by_default() -> None:
+    """There is no batching window by default: an image waits only for the device."""
     with ServerThread(FakeRunner()) as running:
         timing = predict(running.client, encoded(photo())).headers["server-timing"]
         queued_ms = float(timing.split("queue;dur=")[1].split(",")[0])

@@ -19,7 +19,7 @@ DOCKER = "/docker/1f0c2a"
 
 
 def tree(root: Path, membership: str, mounts: str, files: Mapping[str, str]) -> Path:
-    """What a process sees of its groups, below `root`."""
+    """Write the files below `root` in which a process finds its control groups."""
     for name, text in {"proc/self/cgroup": membership, "proc/self/mountinfo": mounts, **files}.items():
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -35,8 +35,8 @@ def test_cpu_max_of_a_container_with_its_own_namespace(tmp_path: Path, text: str
     assert cpu_limit(tree(tmp_path, "0::/", V2, {"sys/fs/cgroup/cpu.max": text})) == cores
 
 
-def test_the_smallest_limit_of_nested_v2_groups_counts(tmp_path: Path) -> None:
-    """A slice limits the service in it, even where the service has a limit that is larger, or none."""
+def test_smallest_limit_of_nested_v2_groups_applies(tmp_path: Path) -> None:
+    """A slice limits the service in it, even if the service's own limit is larger or missing."""
     files = {
         "sys/fs/cgroup/app.slice/cpu.max": "max 100000",
         "sys/fs/cgroup/app.slice/app-ml.slice/cpu.max": "250000 100000",
@@ -57,8 +57,8 @@ def test_memory_high_is_a_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("top", ["/", DOCKER])
-def test_v1_quota_with_the_hosts_or_the_containers_mount(tmp_path: Path, top: str) -> None:
-    """Docker mounts the container's own group over the host's path; without a container the whole hierarchy is seen."""
+def test_v1_quota_with_the_mount_of_the_host_or_the_container(tmp_path: Path, top: str) -> None:
+    """Docker mounts the container's group at the host's path. Without a container, the whole hierarchy is mounted."""
     inside = "" if top == DOCKER else DOCKER
     files = {
         f"sys/fs/cgroup/cpu,cpuacct{inside}/cpu.cfs_quota_us": "150000",
@@ -73,7 +73,7 @@ def test_v1_quota_with_the_hosts_or_the_containers_mount(tmp_path: Path, top: st
 
 
 def test_v1_without_limits(tmp_path: Path) -> None:
-    """A quota of -1, and the number that the kernel shows where memory has no limit."""
+    """The quota is -1, and the memory limit is the kernel's number for "unlimited"."""
     files = {
         "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
         "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
@@ -84,8 +84,8 @@ def test_v1_without_limits(tmp_path: Path) -> None:
     assert memory_limit_bytes(root) is None
 
 
-def test_hybrid_hierarchies_count_both(tmp_path: Path) -> None:
-    """systemd's hybrid layout: v2 beside v1, each controller in one of them."""
+def test_hybrid_v1_and_v2_hierarchies_are_both_read(tmp_path: Path) -> None:
+    """In systemd's hybrid layout, each controller is in one of the two."""
     v2 = V2.replace("/sys/fs/cgroup ", "/sys/fs/cgroup/unified ")
     files = {
         "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "300000",
@@ -98,21 +98,21 @@ def test_hybrid_hierarchies_count_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("membership", ["0::/../../other", "0::/moved/away"])
-def test_a_group_outside_of_the_mount_falls_back_to_the_mounted_one(tmp_path: Path, membership: str) -> None:
-    """A process that was moved out of its container's group; its path cannot be followed from here."""
+def test_group_outside_of_the_mount_falls_back_to_the_mounted_group(tmp_path: Path, membership: str) -> None:
+    """The path of a process that was moved out of its container's group cannot be resolved."""
     mount = V2.replace(" / ", " /container ")
     assert cpu_limit(tree(tmp_path, membership, mount, {"sys/fs/cgroup/cpu.max": "100000 100000"})) == 1.0
 
 
-def test_unusual_paths(tmp_path: Path) -> None:
-    """Blanks, which mountinfo escapes, colons, and a group that was removed while the process was in it."""
+def test_cgroup_paths_with_blanks_colons_and_deleted_groups(tmp_path: Path) -> None:
+    """mountinfo escapes blanks, and a group may be removed while the process is in it."""
     mount = V2.replace("/sys/fs/cgroup ", r"/mnt/c\040groups ")
     files = {"mnt/c groups/a:b c/cpu.max": "50000 100000"}
     assert cpu_limit(tree(tmp_path, "0::/a:b c/gone (deleted)", mount, files)) == 0.5
 
 
-def test_a_system_without_control_groups_has_no_limits(tmp_path: Path) -> None:
-    """Neither macOS nor a Linux without them has the files."""
+def test_no_limits_without_control_groups(tmp_path: Path) -> None:
+    """macOS and some Linux systems do not have the files."""
     assert cpu_limit(tmp_path) is None
     assert memory_limit_bytes(tree(tmp_path, "", "", {})) is None
     assert cpu_limit(tree(tmp_path, "0::/", "not a mount - cgroup2", {})) is None
@@ -120,7 +120,7 @@ def test_a_system_without_control_groups_has_no_limits(tmp_path: Path) -> None:
 
 @pytest.fixture
 def real_group() -> Iterator[Path]:
-    """A new v1 group for the CPU below this process's own."""
+    """A new v1 CPU group below this process's own."""
     parent = Path("/sys/fs/cgroup/cpu")
     path = next(
         (line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":cpu" in line), None
@@ -140,8 +140,8 @@ def real_group() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("quota_us", "cores"), [(50_000, 1), (100_000, 1)])
-def test_a_real_v1_quota_limits_the_cores(real_group: Path, quota_us: int, cores: int) -> None:
-    """A process in the group sees the limit, and one in a group below it, too."""
+def test_real_v1_quota_limits_the_cores(real_group: Path, quota_us: int, cores: int) -> None:
+    """A process in the group and one in a nested group both see the limit."""
     (real_group / "cpu.cfs_quota_us").write_text(str(quota_us))
     nested = real_group / "nested"
     nested.mkdir()

@@ -1,4 +1,4 @@
-"""The short forms of `make chaos` and `make soak`."""
+"""Short versions of `make chaos` and `make soak`."""
 
 from pathlib import Path
 
@@ -7,8 +7,9 @@ from tests.servers import ServerProcess
 from tests.soak import soak
 
 
-def test_nothing_is_left_of_chaos(tiny_path: Path) -> None:
-    """Every request that waits is answered as promised; then gauges are zero and answers right, and it can stop."""
+def test_server_recovers_from_chaos(tiny_path: Path) -> None:
+    """Every waiting request gets a documented answer. Afterwards gauges are zero, answers are right, and the server
+    stops."""
     with ServerProcess("--checkpoint", tiny_path, *chaos.OPTIONS) as server:
         report = chaos.run(server, 600, seed=1)
         assert report.left > 50
@@ -17,9 +18,8 @@ def test_nothing_is_left_of_chaos(tiny_path: Path) -> None:
         assert server.terminate() == 0
 
 
-def test_memory_does_not_run_away(tiny_path: Path) -> None:
-    """In its first seconds it still grows, and later a little; requests that left their photos behind would take
-    megabytes."""
+def test_memory_growth_under_load_is_bounded(tiny_path: Path) -> None:
+    """Memory still grows a little in the first seconds. A leak of photos would take megabytes per second."""
     with ServerProcess("--checkpoint", tiny_path, *chaos.OPTIONS) as server:
         chaos.run(server, 300, seed=2)
         mb_a_second = soak(server, 10.0, every_s=0.0) / 600

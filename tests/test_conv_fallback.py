@@ -14,7 +14,7 @@ def unsupported() -> Tensor:
 
 
 def test_unsupported_convolution_is_tried_once_per_shape(caplog: pytest.LogCaptureFixture) -> None:
-    """The failure is logged once, and other shapes are tried on their own."""
+    """The failure is logged once per shape."""
     tries = []
 
     def fused() -> Tensor:
@@ -31,7 +31,7 @@ def test_unsupported_convolution_is_tried_once_per_shape(caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
 def test_memory_and_device_errors_are_raised_and_not_remembered(error: type[Exception]) -> None:
-    """There may be memory next time; separate operations would not bring a lost device back."""
+    """Memory may be available later, and separate operations would not recover a lost device."""
 
     def fused() -> Tensor:
         raise error
@@ -42,14 +42,14 @@ def test_memory_and_device_errors_are_raised_and_not_remembered(error: type[Exce
     assert fallback.run("a shape", lambda: torch.zeros(1), lambda: torch.ones(1)).tolist() == [0]
 
 
-def test_networks_do_not_share_what_is_unsupported() -> None:
-    """Another device or another version of a shape is another network's matter."""
+def test_unsupported_shapes_are_remembered_per_network() -> None:
+    """Another network may run on another device."""
     ConvFallback().run("a shape", unsupported, lambda: torch.ones(1))
     assert ConvFallback().run("a shape", lambda: torch.zeros(1), lambda: torch.ones(1)).tolist() == [0]
 
 
 def test_remembered_shapes_are_bounded() -> None:
-    """A program that varies image sizes does not grow for ever."""
+    """A program that varies image sizes does not grow without bound."""
     fallback = ConvFallback()
     for shape in range(MAX_KEYS + 10):
         fallback.run(shape, unsupported, lambda: torch.ones(1))

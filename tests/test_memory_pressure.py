@@ -1,4 +1,4 @@
-"""Bodies and answers on a real server: what many of them together, or stalled ones, do to others."""
+"""The memory budget on a real server: stalled uploads, many bodies, and responses that are not read."""
 
 import json
 import socket
@@ -20,7 +20,7 @@ from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
 
 MAX_BODY = 2_000_000
 HEAD = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: "
-STALLED = 14  # that fill the part of the budget that is open to large bodies: seven eighths of 16
+STALLED = 14  # uploads fill the part of the budget for large bodies: seven eighths of 16
 LARGE = encoded(photo()) + bytes(MAX_BODY - 20_000)
 
 
@@ -31,7 +31,7 @@ def running() -> Iterator[ServerThread]:
 
 
 def stalled(url: str, missing: int) -> socket.socket:
-    """An upload that stops so many bytes short."""
+    """An upload that stops the given number of bytes before its end."""
     return connected(url, f"{HEAD}{len(LARGE)}\r\n\r\n".encode() + LARGE[:-missing])
 
 
@@ -43,8 +43,8 @@ def budget_used(running: ServerThread) -> int:
 def test_stalled_large_uploads_leave_room_for_small_bodies(
     running: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as there is room for, ten bytes short: a photo of up to a megabyte is answered at once, and a larger one
-    is refused until the stalled ones have had their time; then they make room for it."""
+    """While stalled uploads fill the budget, a body of up to a megabyte is answered and a larger one is rejected. After
+    the grace time, stalled uploads are evicted for it."""
     monkeypatch.setattr("rednet.service.parsing.memory_budget.UPLOAD_GRACE_S", PATIENCE_S)
     with ExitStack() as uploads:
         for _ in range(STALLED):
@@ -58,8 +58,8 @@ def test_stalled_large_uploads_leave_room_for_small_bodies(
     wait_until(lambda: budget_used(running) == 0, "the memory")
 
 
-def test_slow_upload_is_answered_where_there_is_room(running: ServerThread) -> None:
-    """As from a phone on a bad line: it may take much longer than the time after which it would make room."""
+def test_slow_upload_is_answered_while_memory_is_available(running: ServerThread) -> None:
+    """An upload over a bad connection may take much longer than the grace time for stalled uploads."""
     with stalled(running.url, 40) as upload:
         for index in range(40, 0, -10):
             time.sleep(0.3)
@@ -67,8 +67,8 @@ def test_slow_upload_is_answered_where_there_is_room(running: ServerThread) -> N
         assert upload.recv(65_536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_body_in_very_small_chunks_is_refused(running: ServerThread) -> None:
-    """Each chunk costs a call: by the thousands in one piece they would hold the event loop. A few do not matter."""
+def test_body_in_thousands_of_tiny_chunks_is_rejected(running: ServerThread) -> None:
+    """Each chunk costs a call, so thousands of them in one read would block the event loop. A few are accepted."""
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     chunks = b"1\r\nx\r\n" * (2 * FREE_CHUNKS)
     with connected(running.url, head + chunks + b"0\r\n\r\n") as connection:
@@ -84,15 +84,16 @@ def test_body_in_very_small_chunks_is_refused(running: ServerThread) -> None:
 
 
 class WideRunner(FakeRunner):
-    """Its feature vectors have four megabytes, more than a connection takes at once."""
+    """Returns feature vectors of four megabytes, more than socket buffers hold."""
 
     def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
         output = super().launch(pixels, specs).wait()
         return Finished(output._replace(features=np.arange(1_000_000, dtype=np.float32)[None].repeat(len(pixels), 0)))
 
 
-def test_answers_being_sent_are_part_of_the_memory_budget() -> None:
-    """Callers who ask for large answers and do not read them use it up, and others are refused; nothing grows."""
+def test_unread_responses_count_against_the_memory_budget() -> None:
+    """Clients that do not read large responses exhaust the budget, other requests are rejected, and memory does not
+    grow."""
     body = encoded(photo())
     lines = [
         "POST /v1/features HTTP/1.1",
@@ -121,8 +122,8 @@ def features(client: httpx.Client, body: bytes) -> httpx.Response:
     return client.post("/v1/features", content=body, headers={"Accept": "application/x-npy"})
 
 
-def test_large_json_answer_is_whole() -> None:
-    """Made and sent in pieces."""
+def test_large_json_response_is_complete() -> None:
+    """The response is serialised and sent in pieces."""
     with ServerThread(WideRunner()) as running:
         response = running.client.post("/v1/features", content=encoded(photo()))
         assert int(response.headers["content-length"]) == len(response.content)
