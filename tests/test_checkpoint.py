@@ -1,4 +1,4 @@
-"""Checkpoints: ours, the official ones, and files that only look like either."""
+"""Checkpoints: this project's, the official ones, and files that only look like one."""
 
 import argparse
 import json
@@ -38,8 +38,8 @@ def metadata(path: Path) -> dict[str, Any]:
     return description
 
 
-def test_what_is_saved_comes_back(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Weights bit for bit, architecture, labels, preprocessing, name, provenance and int8 scales."""
+def test_saved_checkpoint_loads_unchanged(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Weights are bit-identical; architecture, labels, preprocessing, name, provenance and int8 ranges are equal."""
     scales = {name: 0.1 + index for index, name in enumerate(required_activations(tiny.net))}
     written = replace(tiny, provenance={"data": "none", "seed": 3}, calibration=scales)
     save_checkpoint(tmp_path / "x.safetensors", written)
@@ -58,15 +58,15 @@ def test_what_is_saved_comes_back(tiny: Checkpoint, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
-def test_no_length_of_description_makes_it_something_else(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Our files begin with the length of their header; for some lengths that looks like the start of a pickle."""
+def test_safetensors_with_any_header_length_is_recognised(tiny: Checkpoint, tmp_path: Path) -> None:
+    """A safetensors file begins with the length of its header, and some lengths look like the start of a pickle."""
     for padding in range(0, 256, 4):
         save_checkpoint(tmp_path / "x.safetensors", replace(tiny, provenance={"padding": "x" * padding}))
         assert load_checkpoint(tmp_path / "x.safetensors").labels == tiny.labels
 
 
-def test_half_precision_halves_the_file_and_keeps_the_answer(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Matrices as float16, the rest exact; loaded, all is float32 again."""
+def test_half_precision_checkpoint_is_half_as_large_with_the_same_predictions(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Matrices are stored as float16, other tensors unchanged. Loading converts all of them to float32."""
     save_checkpoint(tmp_path / "full.safetensors", tiny)
     save_checkpoint(tmp_path / "half.safetensors", tiny, half=True)
     full, half = (os.path.getsize(tmp_path / f"{name}.safetensors") for name in ("full", "half"))
@@ -81,8 +81,8 @@ def test_half_precision_halves_the_file_and_keeps_the_answer(tiny: Checkpoint, t
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_the_official_layout_is_read(tiny: Checkpoint, tmp_path: Path, bare: bool) -> None:
-    """With and without what surrounds the state dict; classes nobody named get numbers."""
+def test_official_checkpoint_layout_is_read(tiny: Checkpoint, tmp_path: Path, bare: bool) -> None:
+    """The state dict may be bare or wrapped. Classes without names are numbered."""
     content = official(tiny)
     torch.save(content["state_dict"] if bare else content, tmp_path / "x.pth")
     read = load_checkpoint(tmp_path / "x.pth")
@@ -94,8 +94,8 @@ def test_the_official_layout_is_read(tiny: Checkpoint, tmp_path: Path, bare: boo
         torch.testing.assert_close(read.net(x), tiny.net(x))
 
 
-def test_a_thousand_classes_without_labels_are_imagenets(tmp_path: Path) -> None:
-    """In the order of the official checkpoints."""
+def test_thousand_classes_without_labels_get_imagenet_names(tmp_path: Path) -> None:
+    """The names are in the order of the official checkpoints."""
     net = create_rednet("rednet26", base_channels=16, stem_channels=32)
     torch.save(net.state_dict(), tmp_path / "x.pth")
     labels = load_checkpoint(tmp_path / "x.pth").labels
@@ -104,7 +104,7 @@ def test_a_thousand_classes_without_labels_are_imagenets(tmp_path: Path) -> None
 
 
 def prefixed(tiny: Checkpoint, prefix: str, factor: float = 1.0) -> dict[str, Tensor]:
-    """The state dict under names with a prefix; the bias of the head times a factor, to tell copies apart."""
+    """The state dict with prefixed names. The classifier's bias is multiplied by a factor, to distinguish copies."""
     tensors = dict(tiny.net.state_dict())
     tensors["head.fc.bias"] = tensors["head.fc.bias"] * factor
     return {prefix + key: tensor for key, tensor in tensors.items()}
@@ -130,7 +130,7 @@ def bias_factor(read: Checkpoint, tiny: Checkpoint) -> float:
 def test_state_dict_is_found_under_other_keys_and_prefixes(
     tiny: Checkpoint, tmp_path: Path, keys: tuple[str, ...], prefix: str
 ) -> None:
-    """As data-parallel training, torch.compile, Lightning and hand-written scripts save it; provenance says where."""
+    """Data-parallel training, torch.compile, Lightning and custom scripts save it so. The provenance names the key."""
     content: dict[str, Any] = prefixed(tiny, prefix)
     for key in reversed(keys):
         content = {key: content, "epoch": 7}
@@ -167,7 +167,8 @@ def test_state_dict_is_found_under_other_keys_and_prefixes(
 def test_averaged_weights_are_preferred_and_named(
     tiny: Checkpoint, tmp_path: Path, content: dict[str, Any], factor: float, source: str
 ) -> None:
-    """As timm does; mmengine stores the average as `state_dict`, and what was averaged as `ema_state_dict`."""
+    """timm stores the average separately; mmengine stores it as `state_dict`, and the raw weights as
+    `ema_state_dict`."""
     saved = {key: prefixed(tiny, *each) if isinstance(each, tuple) else each for key, each in content.items()}
     for each in saved.values():
         each.setdefault("steps", torch.tensor(3)) if "meta" not in saved else None
@@ -177,8 +178,9 @@ def test_averaged_weights_are_preferred_and_named(
     assert read.provenance["weights"] == source
 
 
-def test_networks_side_by_side_in_one_state_dict(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Averaged ones are taken by their prefix, mmcv's buffers of what was averaged are left; two equals are refused."""
+def test_several_networks_in_one_state_dict(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Averaged weights are chosen by their prefix, and mmcv's buffers of raw weights are ignored. Two equal candidates
+    are rejected."""
     path = tmp_path / "x.pth"
     torch.save({"state_dict": prefixed(tiny, "model.") | prefixed(tiny, "ema_model.", 2.0)}, path)
     read = load_checkpoint(path)
@@ -192,14 +194,14 @@ def test_networks_side_by_side_in_one_state_dict(tiny: Checkpoint, tmp_path: Pat
         load_checkpoint(path)
 
 
-def test_tensors_beside_the_network_are_unknown(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Another layer in the same state dict means that the network is not what it seems."""
+def test_additional_tensors_in_the_state_dict_are_rejected(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Another layer in the state dict means that the network is a different one."""
     torch.save({"state_dict": prefixed(tiny, "model.") | {"model.neck.weight": torch.zeros(2)}}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"neck\.weight is unknown"):
         load_checkpoint(tmp_path / "x.pth")
 
 
-def test_backbone_without_its_prefix_is_refused_with_a_tensors_name(tiny: Checkpoint, tmp_path: Path) -> None:
+def test_backbone_without_classifier_is_rejected_with_a_tensor_name(tiny: Checkpoint, tmp_path: Path) -> None:
     """A backbone alone has no classifier."""
     state = {key.removeprefix("backbone."): value for key, value in tiny.net.state_dict().items() if "head" not in key}
     torch.save(state, tmp_path / "x.pth")
@@ -216,14 +218,15 @@ def test_backbone_without_its_prefix_is_refused_with_a_tensors_name(tiny: Checkp
     ],
 )
 def test_class_names_of_mmcls_and_mmpretrain_are_read(tiny: Checkpoint, tmp_path: Path, meta: dict[str, Any]) -> None:
-    """From `meta`, in both layouts."""
+    """They are in `meta`, in two layouts."""
     torch.save({"meta": meta, "state_dict": tiny.net.state_dict()}, tmp_path / "x.pth")
     labels = load_checkpoint(tmp_path / "x.pth").labels
     assert labels == [(name, name) for name in ("cat", "dog", "cow", "hen", "caf\u00e9")]
 
 
-def test_class_names_of_another_number_are_not_taken(tiny: Checkpoint, tmp_path: Path) -> None:
-    """A fine-tuned head beside the names of the pre-training; numbers instead, and provenance says so."""
+def test_class_names_of_the_wrong_number_are_ignored(tiny: Checkpoint, tmp_path: Path) -> None:
+    """A fine-tuned head may be stored with the names of the pretraining. Classes are numbered then, and the provenance
+    says so."""
     torch.save({"meta": {"CLASSES": ["a", "b"]}, "state_dict": tiny.net.state_dict()}, tmp_path / "x.pth")
     read = load_checkpoint(tmp_path / "x.pth")
     assert [label.name for label in read.labels] == [f"class {index}" for index in range(5)]
@@ -231,13 +234,13 @@ def test_class_names_of_another_number_are_not_taken(tiny: Checkpoint, tmp_path:
 
 
 def test_class_names_that_are_not_unique_keep_numbers_as_ids(tiny: Checkpoint, tmp_path: Path) -> None:
-    """ImageNet has two cranes; an id means one class."""
+    """ImageNet has two classes named crane, and an id must be unique."""
     torch.save({"meta": {"CLASSES": ["crane"] * 5}, "state_dict": tiny.net.state_dict()}, tmp_path / "x.pth")
     assert load_checkpoint(tmp_path / "x.pth").labels[3] == ("3", "crane")
 
 
-def test_what_training_scripts_store_beside_weights_is_ignored(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Options, paths and NumPy's numbers: not made, not needed, and no reason to refuse the weights."""
+def test_other_objects_in_a_training_checkpoint_are_ignored(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Options, paths and NumPy scalars are neither constructed nor a reason to reject the weights."""
     beside = {
         "args": argparse.Namespace(lr=0.1, out=Path("x")),
         "best": np.float64(0.9),
@@ -248,7 +251,7 @@ def test_what_training_scripts_store_beside_weights_is_ignored(tiny: Checkpoint,
 
 
 class Attack:
-    """Pickles into a command."""
+    """Unpickling it runs a command."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -258,21 +261,21 @@ class Attack:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickled_command_is_refused_and_never_run(tmp_path: Path, zipped: bool) -> None:
-    """In both layouts that torch has had; the message names what the file wanted to run."""
+def test_pickled_command_is_rejected_and_not_run(tmp_path: Path, zipped: bool) -> None:
+    """In both of torch's file layouts, the error names what the file wanted to run."""
     witness = tmp_path / "witness"
     torch.save({"state_dict": {"x": Attack(witness)}}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"more than tensors.*system.*not loaded"):
         load_checkpoint(tmp_path / "x.pth")
     assert not witness.exists()
-    torch.load(tmp_path / "x.pth", weights_only=False)  # the attack is real
+    torch.load(tmp_path / "x.pth", weights_only=False)  # shows that the attack works
     assert witness.exists()
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.5, 0.999])
-def test_a_cut_file_is_one_clear_error(tiny: Checkpoint, tmp_path: Path, suffix: str, share: float) -> None:
-    """Wherever it ends."""
+def test_truncated_file_raises_checkpoint_error(tiny: Checkpoint, tmp_path: Path, suffix: str, share: float) -> None:
+    """The file may end anywhere."""
     path = tmp_path / f"x.{suffix}"
     if suffix == "pth":
         torch.save(official(tiny), path)
@@ -283,8 +286,8 @@ def test_a_cut_file_is_one_clear_error(tiny: Checkpoint, tmp_path: Path, suffix:
         load_checkpoint(path)
 
 
-def test_loading_another_kind_of_file_is_one_clear_error(tmp_path: Path) -> None:
-    """Text, nothing, a folder."""
+def test_file_that_is_not_a_checkpoint_raises_checkpoint_error(tmp_path: Path) -> None:
+    """A text file, an empty file and a directory."""
     (tmp_path / "text").write_text("hello, hello")
     for path, message in (
         (tmp_path / "text", "neither a safetensors file nor a torch checkpoint"),
@@ -334,15 +337,15 @@ def changed_state(tiny: Checkpoint, change: str) -> dict[Any, Any]:
         ("integers", "backbone.layer2.0.conv3.weight is torch.int64"),
     ],
 )
-def test_a_wrong_tensor_is_named(tiny: Checkpoint, tmp_path: Path, change: str, message: str) -> None:
-    """Missing, extra, misshapen, not finite, no tensor at all."""
+def test_invalid_tensor_is_rejected_by_name(tiny: Checkpoint, tmp_path: Path, change: str, message: str) -> None:
+    """Tensors that are missing, unexpected, of the wrong shape, not finite, or not tensors."""
     torch.save({"state_dict": changed_state(tiny, change)}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "x.pth")
 
 
-def test_another_network_is_refused(tmp_path: Path) -> None:
-    """Somebody else's tensors are no RedNet."""
+def test_other_architecture_is_rejected(tmp_path: Path) -> None:
+    """A state dict of another network does not load."""
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="not a RedNet"):
         load_checkpoint(tmp_path / "x.pth")
@@ -375,23 +378,21 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         ({"calibration": [["backbone.layer1.0", 10**400]]}, "invalid description"),
     ],
 )
-def test_invalid_description_in_metadata_is_refused(
-    tiny_path: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    """Whatever stands in the metadata, it is one clear error, and nothing large is allocated."""
+def test_invalid_metadata_is_rejected(tiny_path: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Any invalid value in the metadata is one clear error, and nothing large is allocated."""
     description = metadata(tiny_path) | change
     save_file(load_file(tiny_path), tmp_path / "x.safetensors", {METADATA_KEY: json.dumps(description)})
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-def test_bare_safetensors_are_read_like_an_official_checkpoint(tiny_path: Path, tmp_path: Path) -> None:
-    """The tensors alone say enough."""
+def test_safetensors_without_metadata_are_read(tiny_path: Path, tmp_path: Path) -> None:
+    """The architecture follows from the tensors alone."""
     save_file(load_file(tiny_path), tmp_path / "x.safetensors")
     assert load_checkpoint(tmp_path / "x.safetensors").net.config.base_channels == 16
 
 
-def test_the_architecture_is_read_off_the_shapes() -> None:
+def test_architecture_is_inferred_from_tensor_shapes() -> None:
     """Depth, widths, classes, input channels and reduction of any RedNet with 16 channels per group."""
     for depth, fields in (
         (38, {"num_classes": 7, "base_channels": 32}),
@@ -403,8 +404,8 @@ def test_the_architecture_is_read_off_the_shapes() -> None:
         assert infer_config(shapes) == net.config
 
 
-def test_counters_may_be_left_out(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Evaluation does not read them, and converters drop them."""
+def test_checkpoint_without_batch_norm_counters_loads(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Evaluation does not need `num_batches_tracked`, and converters drop it."""
     state: dict[str, Tensor] = {
         key: value for key, value in tiny.net.state_dict().items() if not key.endswith("num_batches_tracked")
     }

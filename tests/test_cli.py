@@ -1,4 +1,4 @@
-"""The command line, as users type it."""
+"""The command line."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def photos(tmp_path: Path) -> list[str]:
 
 
 def test_version_is_printed_without_importing_torch() -> None:
-    """The package's version, which `rednet.__version__` also holds."""
+    """It is the package's version, which is also `rednet.__version__`."""
     printed = subprocess.run([REDNET, "--version"], capture_output=True, text=True, check=True)
     assert printed.stdout == f"rednet {__version__}\n"
     code = (
@@ -39,10 +39,10 @@ def test_version_is_printed_without_importing_torch() -> None:
     assert printed.stdout == f"rednet {__version__}\nFalse\n"
 
 
-def test_predict_gives_what_the_server_gives(
+def test_predict_prints_the_same_json_as_the_server(
     server: ServerProcess, tiny_path: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same classes with the same probabilities, in the same JSON."""
+    """Classes and probabilities are equal."""
     assert main(["predict", *photos, "--checkpoint", str(tiny_path), "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)
     files = [("f", (name, Path(name).read_bytes())) for name in photos]
@@ -59,7 +59,7 @@ def test_predict_gives_what_the_server_gives(
 def test_predict_and_server_agree_on_a_real_photo(
     server: ServerProcess, tiny_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A JPEG of everyday size, large enough for the decoder to take its short cut."""
+    """A JPEG of everyday size, which the decoder scales while decoding."""
     zebra = PHOTOS / "n02391049_zebra.JPEG"
     assert main(["predict", str(zebra), "--checkpoint", str(tiny_path), "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)["predictions"][0]["classes"]
@@ -67,10 +67,10 @@ def test_predict_and_server_agree_on_a_real_photo(
     assert [entry["label"] for entry in ours] == [entry["label"] for entry in theirs]
 
 
-def test_predict_tells_people_and_goes_on_after_a_bad_photo(
+def test_predict_prints_percentages_and_continues_after_an_unreadable_photo(
     tiny_path: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Percentages, the error in its place, status 1."""
+    """The error is printed in place of the answer, and the status is 1."""
     (tmp_path / "bad.jpg").write_text("no photo")
     bad, missing = str(tmp_path / "bad.jpg"), str(tmp_path / "nowhere.jpg")
     assert main(["predict", photos[0], bad, missing, photos[1], "--checkpoint", str(tiny_path)]) == 1
@@ -82,13 +82,13 @@ def test_predict_tells_people_and_goes_on_after_a_bad_photo(
     assert "%  thing " in lines[11]
 
 
-def test_a_checkpoint_that_is_not_there_is_one_line(photos: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 2, no trace."""
+def test_missing_checkpoint_is_reported_in_one_line(photos: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The status is 2, without a traceback."""
     assert main(["predict", *photos, "--checkpoint", "nowhere.pth"]) == 2
     assert capsys.readouterr().err == "rednet: nowhere.pth cannot be read: No such file or directory\n"
 
 
-def test_a_reader_who_has_seen_enough_is_no_error(tiny_path: Path, photos: list[str]) -> None:
+def test_predict_into_a_closed_pipe_succeeds(tiny_path: Path, photos: list[str]) -> None:
     """As in `rednet predict ... | head -1`."""
     command = [str(REDNET), "predict", *photos, "--checkpoint", str(tiny_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -97,15 +97,15 @@ def test_a_reader_who_has_seen_enough_is_no_error(tiny_path: Path, photos: list[
     assert (process.communicate()[1], process.returncode) == (b"", 0)
 
 
-def test_top_k_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """In a sentence."""
+def test_top_k_below_one_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    """The message says which values are valid."""
     with pytest.raises(SystemExit):
         main(["predict", "x.jpg", "--top-k", "0"])
     assert "must be at least 1, not '0'" in capsys.readouterr().err
 
 
-def test_info_tells_what_would_run(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """For people and for programs."""
+def test_info_reports_model_and_backend(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As text and as JSON."""
     assert main(["info", "--checkpoint", str(tiny_path), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["name"], info["architecture"], info["versions"]["torch"]) == ("tiny", "rednet26", torch.__version__)
@@ -115,8 +115,8 @@ def test_info_tells_what_would_run(tiny_path: Path, capsys: pytest.CaptureFixtur
 
 
 @needs_shared
-def test_convert_makes_an_official_checkpoint_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the names that the user gives; a wrong depth or a wrong number of names is an error."""
+def test_convert_official_checkpoint_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The user's labels are stored. A wrong depth or a wrong number of labels is an error."""
     source, output = str(REFERENCE / "official_tiny.pth"), tmp_path / "ours.safetensors"
     (tmp_path / "names").write_text("\n".join(f"name {index}" for index in range(12)))
     (tmp_path / "few").write_text("a\nb")
@@ -133,7 +133,7 @@ def test_convert_makes_an_official_checkpoint_ours(tmp_path: Path, capsys: pytes
 
 
 def test_convert_with_index_labels_keeps_folder_ids(tiny_path: Path, tmp_path: Path) -> None:
-    """Names of a file whose keys are indices, in the order of text, reach their classes; ids are those of training."""
+    """A labels file with indices in text order gives each class its name. The ids remain those of the training."""
     (tmp_path / "names.json").write_text(json.dumps({str(index): f"name {index}" for index in (4, 0, 3, 2, 1)}))
     command = ["convert", str(tiny_path), str(tmp_path / "x.safetensors"), "--labels", str(tmp_path / "names.json")]
     assert main(command) == 0
@@ -141,8 +141,8 @@ def test_convert_with_index_labels_keeps_folder_ids(tiny_path: Path, tmp_path: P
     assert labels == [(f"n{index}", f"name {index}") for index in range(5)]
 
 
-def test_convert_with_labels_for_bare_tensors_makes_names_ids(tiny_path: Path, tmp_path: Path) -> None:
-    """A file of tensors knows no ids; the numbers that stood in for them do not stay."""
+def test_convert_bare_tensors_with_labels_uses_names_as_ids(tiny_path: Path, tmp_path: Path) -> None:
+    """A file of bare tensors has no ids, so the numbers that stood in for them are replaced."""
     torch.save(load_checkpoint(tiny_path).net.state_dict(), tmp_path / "x.pth")
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\n")
     output = tmp_path / "x.safetensors"
@@ -152,12 +152,14 @@ def test_convert_with_labels_for_bare_tensors_makes_names_ids(tiny_path: Path, t
     assert load_checkpoint(output).provenance == {"converted from": "x.pth"}
 
 
-def test_quantize_stores_scales_beside_the_same_weights(
+def test_quantize_stores_activation_ranges_with_unchanged_weights(
     tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At any depth. Unreadable files and a small number of photos give warnings; int8's accuracy is stored."""
+    """For any depth. Unreadable files and too few photos cause warnings, and the int8 accuracy is stored."""
     (tmp_path / "photos" / "a" / "b").mkdir(parents=True)
-    noise = np.random.default_rng(0).integers(0, 256, (4, 72, 72, 3), dtype=np.uint8)  # as in the check at start
+    noise = np.random.default_rng(0).integers(
+        0, 256, (4, 72, 72, 3), dtype=np.uint8
+    )  # as in the self-check of `prepare`
     for seed, image in enumerate([*map(photo, range(4)), *map(Image.fromarray, noise)]):
         (tmp_path / "photos" / "a" / "b" / f"{seed}.png").write_bytes(encoded(image))
     (tmp_path / "photos" / "bad.jpg").write_text("no photo")
@@ -185,7 +187,7 @@ def test_quantize_stores_scales_beside_the_same_weights(
 def test_quantize_keeps_half_precision_weights_byte_for_byte(
     tiny_path: Path, photos: list[str], tmp_path: Path
 ) -> None:
-    """A file of half the size stays one, and only its description changes."""
+    """A half-precision file keeps its size, and only its metadata change."""
     half, output = tmp_path / "half.safetensors", tmp_path / "int8.safetensors"
     save_checkpoint(half, load_checkpoint(tiny_path), half=True)
     assert main(["quantize", str(half), str(tmp_path), "--output", str(output)]) == 0
@@ -193,10 +195,10 @@ def test_quantize_keeps_half_precision_weights_byte_for_byte(
     assert after[8 + int.from_bytes(after[:8], "little") :] == before[8 + int.from_bytes(before[:8], "little") :]
 
 
-def test_quantize_without_photos_or_a_place_to_write_is_one_line(
+def test_quantize_without_photos_or_writable_output_is_reported_in_one_line(
     tiny_path: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2, and nothing is written."""
+    """The status is 2, and nothing is written."""
     (tmp_path / "empty").mkdir()
     for folder, output, message in (
         (tmp_path / "empty", tmp_path / "x.safetensors", "has no photos"),
@@ -208,15 +210,15 @@ def test_quantize_without_photos_or_a_place_to_write_is_one_line(
         assert not output.exists()
 
 
-def test_the_flags_of_train_are_the_recipe() -> None:
-    """Each field has one, and its help tells the right default."""
+def test_train_has_a_flag_with_its_default_for_every_recipe_field() -> None:
+    """The help of each flag states the default."""
     told = {flag.removeprefix("--").replace("-", "_"): default for flag, default, _ in RECIPE_FLAGS}
     assert told == vars(Recipe())
     assert f"it is {FINE_TUNING_RATE}" in {flag: text for flag, _, text in RECIPE_FLAGS}["--learning-rate"]
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    """Nothing heavy is imported before a command needs it."""
+def test_help_is_printed_without_importing_torch() -> None:
+    """Heavy modules are imported only by commands that need them."""
     script = "import sys, rednet.service.cli.parser as p; p._parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     shown = subprocess.run([REDNET, "--help"], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Connections that would hold a server up, on a real one."""
+"""HTTP connections of slow or malicious clients, on a real server."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ LIMIT_S = 0.5
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
-    """A server that waits half a second instead of ten."""
+    """A server whose timeouts are half a second instead of ten."""
     monkeypatch.setattr(connections, "HEAD_S", LIMIT_S)
     monkeypatch.setattr(connections, "LINGER_S", LIMIT_S)
     monkeypatch.setattr(slow_readers, "UNREAD_S", LIMIT_S)
@@ -33,7 +33,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
 
 
 def rest(connection: socket.socket) -> bytes:
-    """All that comes until the server closes the connection, which must not take much longer than the limit."""
+    """Receive until the server closes the connection, which must not take much longer than the limit."""
     started = time.monotonic()
     received = b""
     while chunk := connection.recv(65536):
@@ -43,21 +43,21 @@ def rest(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/pred", b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-def test_a_head_that_does_not_come_ends_its_connection(running: ServerThread, sent: bytes) -> None:
-    """Silently: nobody asked for anything. Others are served meanwhile."""
+def test_incomplete_request_head_times_out_silently(running: ServerThread, sent: bytes) -> None:
+    """The connection closes without a response, and other requests are served meanwhile."""
     with connected(running.url, sent) as connection:
         assert predict(running.client, encoded(photo())).status_code == 200
         assert rest(connection) == b""
 
 
-def test_the_second_head_of_a_connection_has_its_time_too(running: ServerThread) -> None:
-    """A connection that was good for one request can become slow with the next."""
+def test_second_request_head_on_a_connection_times_out(running: ServerThread) -> None:
+    """A client may become slow after its first request."""
     with connected(running.url, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /li") as connection:
         assert rest(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_an_endless_head_is_an_error(running: ServerThread) -> None:
-    """As soon as it is too long, in the shape of all errors."""
+def test_endless_request_head_is_rejected(running: ServerThread) -> None:
+    """It is rejected as soon as it is too long, with the usual error body."""
     with connected(running.url, b"GET /livez HTTP/1.1\r\nX-Long: " + b"x" * MAX_HEAD_BYTES) as connection:
         head, _, body = rest(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 431 ")
@@ -66,8 +66,8 @@ def test_an_endless_head_is_an_error(running: ServerThread) -> None:
 
 
 @pytest.mark.parametrize("trailers", [b"X-Many: x\r\n" * 10_000, b"X-Long: " + b"x" * 100_000])
-def test_endless_trailers_are_an_error(running: ServerThread, trailers: bytes) -> None:
-    """What may follow a body in chunks is no body, and is bounded as a head is."""
+def test_endless_trailers_are_rejected(running: ServerThread, trailers: bytes) -> None:
+    """Trailers after a chunked body are limited like a head."""
     request = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
     with connected(running.url, request) as connection:
         time.sleep(LIMIT_S / 5)
@@ -75,31 +75,31 @@ def test_endless_trailers_are_an_error(running: ServerThread, trailers: bytes) -
         assert b"HTTP/1.1 431 " in rest(connection)
 
 
-def test_an_empty_line_does_not_keep_a_connection(running: ServerThread) -> None:
-    """It is no request, and the time for the next one goes on."""
+def test_empty_line_does_not_extend_the_keepalive_timeout(running: ServerThread) -> None:
+    """An empty line is not a request, so the timeout continues."""
     with connected(running.url, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
         connection.sendall(b"\r\n")
         assert rest(connection) == b""
 
 
-def test_who_does_not_read_is_cut_off(running: ServerThread) -> None:
-    """Answers that nobody takes do not pile up for ever."""
+def test_client_that_does_not_read_responses_is_disconnected(running: ServerThread) -> None:
+    """Unread responses do not accumulate."""
     with connected(running.url, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400, 4096) as connection:
         wait_until(lambda: connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET, "the reset")
     assert predict(running.client, encoded(photo())).status_code == 200
 
 
 class WideRunner(FakeRunner):
-    """Its feature vectors have eight megabytes, more than a system takes at once."""
+    """Returns feature vectors of eight megabytes, more than socket buffers hold."""
 
     def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
         output = super().launch(pixels, specs).wait()
         return Finished(output._replace(features=np.zeros((len(pixels), 2_000_000), np.float32)))
 
 
-def test_who_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as there is some progress, an answer may take longer than the limit."""
+def test_slow_reader_gets_the_whole_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A response may take longer than the timeout as long as the client makes progress."""
     monkeypatch.setattr(slow_readers, "UNREAD_S", 2 * LIMIT_S)
     body = encoded(photo())
     head = f"POST /v1/features HTTP/1.1\r\nHost: x\r\nAccept: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -111,8 +111,8 @@ def test_who_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert left <= 0
 
 
-def test_the_head_behind_a_request_does_not_cost_it_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slowly it comes; when the answer has gone, it has the time that every head has."""
+def test_incomplete_head_behind_a_request_does_not_cancel_its_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeout of the next head starts when the response has been sent."""
     runner = FakeRunner()
     runner.go_on.clear()
     body = encoded(photo())
@@ -126,8 +126,9 @@ def test_the_head_behind_a_request_does_not_cost_it_its_answer(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("offered", ["h2c", "websocket"])
-def test_an_offer_of_another_protocol_is_declined(running: ServerThread, offered: str) -> None:
-    """The request is answered as if there had been none, body and all: some clients make it with every first one."""
+def test_upgrade_header_is_ignored(running: ServerThread, offered: str) -> None:
+    """The request is answered as if there were no Upgrade header, with its body: some clients send it with each first
+    request."""
     headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": offered, "HTTP2-Settings": "AAMAAABk"}
     for _ in range(2):
         assert predict(running.client, encoded(photo()), **headers).status_code == 200
@@ -135,16 +136,16 @@ def test_an_offer_of_another_protocol_is_declined(running: ServerThread, offered
         assert rest(connection).startswith(b"HTTP/1.1 400 ")
 
 
-def test_an_answer_is_not_lost_under_a_body(running: ServerThread) -> None:
-    """Where the connection ends with an early answer, the rest of the body is still taken in."""
+def test_early_response_is_not_lost_when_the_body_is_unread(running: ServerThread) -> None:
+    """When the connection closes after an early response, the rest of the body is still received."""
     request = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9000000\r\n\r\n"
     with connected(running.url, request + bytes(2_000_000)) as connection:
         connection.sendall(bytes(7_000_000))
         assert rest(connection).startswith(b"HTTP/1.1 413 ")
 
 
-def test_the_second_of_two_requests_has_all_of_its_time(running: ServerThread) -> None:
-    """Sent right behind the first, its body may take longer than what is left of a refused one."""
+def test_body_of_a_pipelined_request_has_its_full_timeout(running: ServerThread) -> None:
+    """A body behind a rejected request may take longer than what is left of the rejected one's timeout."""
     body = encoded(photo())
     head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
     with connected(running.url, (head.encode() + body) + head.encode() + body[:100]) as connection:
@@ -157,23 +158,23 @@ def test_the_second_of_two_requests_has_all_of_its_time(running: ServerThread) -
             received += chunk
 
 
-def test_what_is_no_http_is_an_error(running: ServerThread) -> None:
-    """In the shape of all errors, and the connection ends."""
+def test_invalid_http_is_rejected(running: ServerThread) -> None:
+    """The response has the usual error body, and the connection closes."""
     with connected(running.url, b"\x16\x03\x01 this is TLS\r\n\r\n") as connection:
         head, _, body = rest(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert json.loads(body)["error"]["code"] == "malformed_request"
 
 
-def test_a_body_that_was_refused_is_not_waited_for(running: ServerThread) -> None:
-    """Its sender has the answer, and a little time to notice."""
+def test_connection_closes_soon_after_rejecting_an_unsent_body(running: ServerThread) -> None:
+    """The client has the response and a little time to read it."""
     request = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\nthe first bytes"
     with connected(running.url, request) as connection:
         assert rest(connection).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_slow_body_has_until_the_deadline(running: ServerThread) -> None:
-    """Which is the request's own matter: the time for heads does not end it."""
+def test_slow_body_may_take_until_the_request_deadline(running: ServerThread) -> None:
+    """The timeout for heads does not apply to bodies."""
     body = encoded(photo())
     head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
     with connected(running.url, head.encode() + body[:100]) as connection:

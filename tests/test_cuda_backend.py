@@ -1,4 +1,4 @@
-"""Batches replayed from CUDA graphs; all of it needs a card."""
+"""The CUDA backend, which replays CUDA graphs; all tests need a GPU."""
 
 from pathlib import Path
 
@@ -23,22 +23,23 @@ def net(tiny_path: Path) -> RedNet:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes that were captured, in order."""
+    """The captured batch sizes, in order."""
     from rednet.model.inference.cuda.backend import CudaBackend
 
     sizes: list[int] = []
     capture = CudaBackend._capture
 
-    def counted(form: CudaBackend, size: int) -> object:
+    def counted(backend: CudaBackend, size: int) -> object:
         sizes.append(size)
-        return capture(form, size)
+        return capture(backend, size)
 
     monkeypatch.setattr(CudaBackend, "_capture", counted)
     return sizes
 
 
-def test_graphs_answer_like_the_plain_network(net: RedNet) -> None:
-    """Every batch size up to 20, from memory of the host and of the device, and answers outlive the next batch."""
+def test_cuda_graphs_match_the_network(net: RedNet) -> None:
+    """For every batch size up to 20, with input on the CPU and on the GPU. The next batch does not overwrite
+    results."""
     run = prepare(net, SQUARE, "cuda", "fp32")
     assert run.backend == "CUDA graphs, Triton involution"
     pixels = photos(20, 64, 64)
@@ -50,8 +51,8 @@ def test_graphs_answer_like_the_plain_network(net: RedNet) -> None:
         assert_close(first.logits, logits[:batch], 1e-5)
 
 
-def test_no_size_is_captured_after_the_largest(net: RedNet, captures: list[int]) -> None:
-    """A batch size never seen before finds its graph ready; photos of other sizes run without one."""
+def test_no_graph_is_captured_after_the_largest_batch(net: RedNet, captures: list[int]) -> None:
+    """A new batch size uses an existing graph; other image sizes run without a graph."""
     run = prepare(net, SQUARE, "cuda", "fp16")
     run(photos(48, 64, 64))
     captured = len(captures)
@@ -62,8 +63,8 @@ def test_no_size_is_captured_after_the_largest(net: RedNet, captures: list[int])
     assert len(captures) == captured
 
 
-def test_float32_is_not_cut(net: RedNet) -> None:
-    """Convolutions are exact whatever the process has set, and leave the setting as it is."""
+def test_float32_convolutions_ignore_the_tf32_setting(net: RedNet) -> None:
+    """Convolutions use IEEE float32 whatever the process has set, and the setting is unchanged."""
     torch.backends.cudnn.allow_tf32 = True
     run = prepare(net, SQUARE, "cuda", "fp32")
     assert run.max_relative_error < 1e-5
@@ -71,20 +72,20 @@ def test_float32_is_not_cut(net: RedNet) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_nothing_shows_that_memory_held_before(net: RedNet, precision: str) -> None:
-    """A convolution that multiplies what lies in its output by zero would make NaNs of NaNs."""
+def test_results_do_not_depend_on_earlier_memory_contents(net: RedNet, precision: str) -> None:
+    """A convolution that multiplies its uninitialised output by zero would keep a NaN that is in that memory."""
     pixels = photos(5, 64, 64)
     expected = prepare(net, SQUARE, "cuda", precision)(pixels).logits
     torch.cuda.empty_cache()
-    torch.full((1 << 28,), torch.nan, device="cuda")  # and free again
+    torch.full((1 << 28,), torch.nan, device="cuda")  # freed again immediately
     run = prepare(net, SQUARE, "cuda", precision)
-    for wish in (False, True):
-        torch.testing.assert_close(run(pixels, stages=wish).logits, expected)
+    for stages in (False, True):
+        torch.testing.assert_close(run(pixels, stages=stages).logits, expected)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_what_is_not_a_number_shows(net: RedNet, precision: str) -> None:
-    """In the answer of its image, and of no other: no ReLU on the way makes a zero of it."""
+def test_nan_appears_in_the_result_of_its_image_only(net: RedNet, precision: str) -> None:
+    """No ReLU on the way turns it into zero."""
     x = SQUARE.normalise(photos(3, 64, 64))
     x[1, :, 20:30, 20:30] = torch.nan
     logits = prepare(net, SQUARE, "cuda", precision)(x).logits

@@ -1,4 +1,4 @@
-"""The network on the Triton kernels, fused; in Triton's interpreter where there is no card."""
+"""The network with fused Triton operators, in Triton's interpreter if there is no GPU."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +18,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 0.1)])
-def test_it_answers_like_the_plain_network(dtype: torch.dtype, tolerance: float) -> None:
-    """Logits, features, stage maps and kernel sums, for odd sizes, from bytes and from normalised floats."""
+def test_triton_network_matches_the_network(dtype: torch.dtype, tolerance: float) -> None:
+    """Logits, features, stage maps and kernel sums, for odd sizes, from uint8 and from normalised pixels."""
     net = lively(create_rednet("rednet26", num_classes=5, base_channels=16, stem_channels=32, kernel_size=3))
     preprocess = Preprocess(mean=(0.5, 0.4, 0.3))
     network = fused.TritonRedNet(net, preprocess, DEVICE, dtype)
@@ -32,7 +32,7 @@ def test_it_answers_like_the_plain_network(dtype: torch.dtype, tolerance: float)
     with torch.inference_mode():
         stages = net.stages(x)
         features = stages[-1].mean(dim=(2, 3))
-        for given in (pixels, x) if dtype == torch.float32 else (pixels,):  # the interpreter takes its time
+        for given in (pixels, x) if dtype == torch.float32 else (pixels,):  # the interpreter is slow
             ours_logits, ours_features, ours_stages, ours_sums = network(given.to(DEVICE))
             assert_close(ours_logits, net.head(features), tolerance)
             assert_close(ours_features, features, tolerance)
@@ -42,8 +42,8 @@ def test_it_answers_like_the_plain_network(dtype: torch.dtype, tolerance: float)
                 assert_close(ours.float(), kernel.unflatten(1, (-1, 9)).sum(dim=2), tolerance)
 
 
-def test_maps_are_made_in_sizes_of_the_ladder() -> None:
-    """Those that cuDNN has plans for; what a batch is padded with is cut off again."""
+def test_cuda_backend_pads_batches_of_other_image_sizes() -> None:
+    """Batches are padded to sizes for which cuDNN has plans, and the padding is removed from the results."""
     from rednet.model.inference.cuda.backend import CudaBackend
 
     sizes: list[int] = []
@@ -53,11 +53,11 @@ def test_maps_are_made_in_sizes_of_the_ladder() -> None:
         each = pixels.float()
         return each, each, (each,), lambda stage: each + stage
 
-    form = CudaBackend.__new__(CudaBackend)  # without the device that its constructor asks for
-    form._device, form._precision, form._network = torch.device("cpu"), nullcontext, network  # type: ignore[assignment]
+    backend = CudaBackend.__new__(CudaBackend)  # skips the constructor, which needs a GPU
+    backend._device, backend._precision, backend._network = torch.device("cpu"), nullcontext, network  # type: ignore[assignment]
     pixels = photos(11, 4, 4)
     for batch in range(12):
-        logits, features, maps, sums = form._run_eagerly(pixels[:batch], [0], [2])
+        logits, features, maps, sums = backend._run_eagerly(pixels[:batch], [0], [2])
         assert maps is not None
         assert sums is not None
         for output in (logits, features, maps[0], sums[0] - 2):
@@ -65,8 +65,8 @@ def test_maps_are_made_in_sizes_of_the_ladder() -> None:
     assert sizes == [0, 1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12]
 
 
-def test_an_empty_batch_is_a_batch(tiny_path: Path) -> None:
-    """No photos have no answers, of the usual shapes."""
+def test_triton_network_with_an_empty_batch(tiny_path: Path) -> None:
+    """Results have the usual shapes."""
     network = fused.TritonRedNet(load_checkpoint(tiny_path).net, Preprocess(), DEVICE, torch.float32)
     with torch.inference_mode():
         logits, features, maps, kernel_sums = network(photos(0, 64, 64).to(DEVICE))
