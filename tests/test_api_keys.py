@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rednet.service.http.api_keys import SHORTEST, KeyFileError, read_keys
+from rednet.service.http.api_keys import MIN_KEY_CHARS, KeyFileError, read_keys
 from tests.conftest import encoded, photo
 from tests.http_helpers import PREDICT, assert_error, connected, predict
 from tests.servers import REDNET, FakeRunner, ServerThread, wait_until
@@ -48,11 +48,11 @@ def test_every_key_of_the_file_opens_and_nothing_else_does(key_file: Path) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no API key"),
-        (b"# none yet\n\n", "holds no API key"),
-        (b"0123456789abcdef\nsecretsecret\n", f"line 2: an API key has at least {SHORTEST} characters"),
-        (b"secret secret secret\n", "line 1: an API key has printable ASCII"),
-        (b"secretsecretsecret\xff\n", "line 1: an API key has printable ASCII"),
+        (b"", "contains no API key"),
+        (b"# none yet\n\n", "contains no API key"),
+        (b"0123456789abcdef\nsecretsecret\n", f"line 2: an API key must have at least {MIN_KEY_CHARS} characters"),
+        (b"secret secret secret\n", "line 1: an API key must consist of printable ASCII"),
+        (b"secretsecretsecret\xff\n", "line 1: an API key must consist of printable ASCII"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

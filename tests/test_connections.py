@@ -24,9 +24,9 @@ LIMIT_S = 0.5
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
     """A server whose timeouts are half a second instead of ten."""
-    monkeypatch.setattr(connections, "HEAD_S", LIMIT_S)
-    monkeypatch.setattr(connections, "LINGER_S", LIMIT_S)
-    monkeypatch.setattr(slow_readers, "UNREAD_S", LIMIT_S)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", LIMIT_S)
+    monkeypatch.setattr(connections, "LINGER_TIMEOUT_S", LIMIT_S)
+    monkeypatch.setattr(slow_readers, "SEND_TIMEOUT_S", LIMIT_S)
     monkeypatch.setattr("rednet.service.http.server.KEEP_ALIVE_S", 2 * LIMIT_S)
     with ServerThread(FakeRunner(), max_body_mb=0.1) as server:
         yield server
@@ -100,7 +100,7 @@ class WideRunner(FakeRunner):
 
 def test_slow_reader_gets_the_whole_response(monkeypatch: pytest.MonkeyPatch) -> None:
     """A response may take longer than the timeout as long as the client makes progress."""
-    monkeypatch.setattr(slow_readers, "UNREAD_S", 2 * LIMIT_S)
+    monkeypatch.setattr(slow_readers, "SEND_TIMEOUT_S", 2 * LIMIT_S)
     body = encoded(photo())
     head = f"POST /v1/features HTTP/1.1\r\nHost: x\r\nAccept: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n"
     with ServerThread(WideRunner()) as running, connected(running.url, head.encode() + body, 65536) as connection:
@@ -117,7 +117,7 @@ def test_incomplete_head_behind_a_request_does_not_cancel_its_response(monkeypat
     runner.go_on.clear()
     body = encoded(photo())
     head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    monkeypatch.setattr(connections, "HEAD_S", LIMIT_S)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", LIMIT_S)
     with ServerThread(runner) as running, connected(running.url, head.encode() + body + b"POST /v1/pre") as connection:
         assert runner.running.wait(PATIENCE_S)
         time.sleep(3 * LIMIT_S)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from rednet.service.http.connections import FREE_CHUNKS, FREE_PIPELINED, PIPELINE_PAUSE_S, Connection
+from rednet.service.http.connections import FREE_CHUNKS, FREE_PIPELINED, PIPELINE_DELAY_S, Connection
 from tests.conftest import encoded, photo
 from tests.http_helpers import connected, predict
 from tests.servers import PATIENCE_S, FakeRunner, ServerThread, wait_until
@@ -54,7 +54,7 @@ def test_long_pipeline_is_paced() -> None:
     with ServerThread(FakeRunner()) as running:
         started = time.monotonic()
         lines = answers(running, GET * (requests - 1) + LAST)
-        assert time.monotonic() - started >= (requests - FREE_PIPELINED - 2) * PIPELINE_PAUSE_S
+        assert time.monotonic() - started >= (requests - FREE_PIPELINED - 2) * PIPELINE_DELAY_S
     assert len(lines) == requests
 
 

@@ -1,4 +1,4 @@
-"""API keys: who may ask."""
+"""Reads and checks API keys."""
 
 import hashlib
 import hmac
@@ -6,15 +6,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-SHORTEST = 16  # characters; of random ones, more than anybody can try
+MIN_KEY_CHARS = 16  # if they are random, too many to be guessed
 
 
 class KeyFileError(ValueError):
-    """The file of keys cannot be used. The message names the line, never what it says."""
+    """The key file cannot be used. The message names the line, but never quotes it."""
 
 
 class Keys:
-    """A set of keys, of which only digests are kept.
+    """A set of API keys. Only their digests are kept in memory.
 
     Args:
         keys: at least one.
@@ -24,16 +24,16 @@ class Keys:
         self._digests = [_digest(key) for key in keys]
 
     def accept(self, key: str) -> bool:
-        """Whether it is one of them; how long that takes tells nothing about them."""
+        """Whether the key is valid. Takes the same time for all keys, so that timing reveals nothing."""
         given = _digest(key)
-        return any([hmac.compare_digest(given, digest) for digest in self._digests])  # noqa: C419  (all are compared)
+        return any([hmac.compare_digest(given, digest) for digest in self._digests])  # noqa: C419  (compares all)
 
 
 def read_keys(path: Path) -> Keys:
-    """The keys of a file: one a line; empty lines and those that begin with # are passed over.
+    """Read a file with one key per line. Empty lines and lines that begin with # are ignored.
 
     Raises:
-        KeyFileError: it cannot be read or has no keys, or one that is too short or unfit for a header.
+        KeyFileError: the file cannot be read or has no keys, or a key is too short or not allowed in a header.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -45,15 +45,15 @@ def read_keys(path: Path) -> Keys:
         if not key or key.startswith("#"):
             continue
         if not re.fullmatch(r"[!-~]+", key):
-            raise KeyFileError(f"{path}, line {number}: an API key has printable ASCII characters only, and no spaces")
-        if len(key) < SHORTEST:
-            raise KeyFileError(f"{path}, line {number}: an API key has at least {SHORTEST} characters")
+            raise KeyFileError(f"{path}, line {number}: an API key must consist of printable ASCII without spaces")
+        if len(key) < MIN_KEY_CHARS:
+            raise KeyFileError(f"{path}, line {number}: an API key must have at least {MIN_KEY_CHARS} characters")
         keys.append(key)
     if not keys:
-        raise KeyFileError(f"{path} holds no API key")
+        raise KeyFileError(f"{path} contains no API key")
     return Keys(keys)
 
 
 def _digest(key: str) -> bytes:
-    """Of one length whatever the key's: comparing it does not tell that either."""
+    """A digest has the same length for all keys, so that comparing digests does not reveal the length of a key."""
     return hashlib.sha256(key.encode()).digest()

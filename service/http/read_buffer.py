@@ -1,20 +1,32 @@
-"""What a connection has received and not yet parsed."""
+"""Buffers the data that a connection has received and not parsed yet."""
+
+from uvicorn.protocols.http.flow_control import FlowControl
 
 HEAD_END = b"\r\n\r\n"
 
 
-class Incoming:
-    """Cuts received bytes into pieces of which none reaches beyond the end of a request.
+class ReadFlowControl(FlowControl):
+    """Flow control that does not resume reading while received data waits to be parsed."""
 
-    httptools parses all that it is given, so that a parser must be given the requests of a pipeline one by one. Every
-    request without a Content-Length ends with an empty line, which is where these pieces end.
+    data_waits = False
+
+    def resume_reading(self) -> None:
+        if not self.data_waits:
+            super().resume_reading()
+
+
+class ReadBuffer:
+    """Splits received data into pieces that do not extend beyond the end of a request.
+
+    httptools parses all data that it is given, so that it must be given pipelined requests one by one. A request
+    without a Content-Length ends with an empty line, and so pieces end after every empty line.
     """
 
     def __init__(self) -> None:
         self._data = b""
-        self._start = 0  # of what waits
-        self._tail = b""  # the last three bytes before `_data`: an empty line may begin in them
-        self.length_left = 0  # bytes of the current body that are still to come, if it has a Content-Length
+        self._start = 0  # of the unparsed data
+        self._tail = b""  # the last three bytes before `_data`, as an empty line may begin in them
+        self.body_bytes_left = 0  # of the current body, if it has a Content-Length
 
     def __bool__(self) -> bool:
         return self._start < len(self._data)
@@ -30,15 +42,15 @@ class Incoming:
         self._start = 0
 
     def next(self, max_bytes: int | None = None) -> bytes | memoryview:
-        """The next piece; not empty if anything waits.
+        """Remove and return the next piece. It is not empty unless the buffer is.
 
         Args:
-            max_bytes: of a piece outside a body with a Content-Length.
+            max_bytes: limits the piece, except in a body with a Content-Length.
         """
         data, start, size = self._data, self._start, len(self._data)
-        if self.length_left:
-            stop = min(size, start + self.length_left)
-            self.length_left -= stop - start
+        if self.body_bytes_left:
+            stop = min(size, start + self.body_bytes_left)
+            self.body_bytes_left -= stop - start
         elif start == 0 and (found := (self._tail + data[:3]).find(HEAD_END)) >= 0:
             stop = found + len(HEAD_END) - len(self._tail)
         else:

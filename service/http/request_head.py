@@ -1,6 +1,6 @@
-"""Rules for the head of a request: those of RFC 9112 that httptools leaves to its users, and limits on its size.
+"""Checks the head of a request: the rules of RFC 9112 that httptools leaves to its users, and size limits.
 
-Every limit bounds what the parsers of headers, which run on the event loop, can be made to do.
+The limits bound the work of the header parsers, which run on the event loop.
 """
 
 import re
@@ -13,9 +13,9 @@ MAX_HEAD_BYTES = 65_536  # the request line and all headers
 MAX_HEADER_BYTES = 8_192  # name and value of one header
 MAX_HEADERS = 100
 MAX_TARGET_BYTES = 8_192  # path and query
-MAX_PARAMETERS = 100  # of the query
+MAX_PARAMETERS = 100  # in the query
 
-# A request has at most one of each: two that differ would let a proxy and this server read two different requests.
+# Headers that must not be repeated: a proxy and this server might each use another one of two different values.
 SINGLE = frozenset(
     {
         b"authorization",
@@ -35,7 +35,7 @@ ABSOLUTE_TARGET = re.compile(rb"https?://[^/?#]+(/[^?#]*)?(\?.*)?", re.IGNORECAS
 
 
 def oversized(name: bytes) -> HeadersTooLarge:
-    """The error for this header, which is too large or one too many."""
+    """The error for a header that is too large, or that exceeds the number of headers."""
     shown = name[:64].decode("latin-1")
     return HeadersTooLarge(
         f"the header {shown} is larger than {MAX_HEADER_BYTES} bytes, or there are more than {MAX_HEADERS} headers"
@@ -43,7 +43,7 @@ def oversized(name: bytes) -> HeadersTooLarge:
 
 
 def check_target(target: bytes) -> None:
-    """Raises `UriTooLong` where the path and query are too long, or the query has too many parameters."""
+    """Raise `UriTooLong` if the path and query are too long, or the query has too many parameters."""
     if len(target) > MAX_TARGET_BYTES:
         raise UriTooLong(f"the path and query are longer than {MAX_TARGET_BYTES} bytes")
     if target.count(b"&") >= MAX_PARAMETERS:
@@ -51,15 +51,15 @@ def check_target(target: bytes) -> None:
 
 
 def check_headers(version: str, headers: Sequence[tuple[bytes, bytes]]) -> Mapping[bytes, bytes]:
-    """Check all headers together; returns them by name.
+    """Check all headers together, and return them by name.
 
     Args:
         version: of HTTP.
         headers: with names in lower case.
 
     Raises:
-        MalformedRequest: `Host` is missing or invalid, a header that must be single is not, or the version or the
-            transfer coding is not served.
+        MalformedRequest: `Host` is missing or invalid, a header is repeated that must not be, or the HTTP version or
+            the transfer coding is not supported.
     """
     by_name = dict(headers)
     if len(by_name) < len(headers):
@@ -71,25 +71,25 @@ def check_headers(version: str, headers: Sequence[tuple[bytes, bytes]]) -> Mappi
         if host is None:
             raise MalformedRequest("an HTTP/1.1 request needs a Host header")
     elif version != "1.0":
-        raise MalformedRequest(f"HTTP/{version} is not served; use HTTP/1.1")
+        raise MalformedRequest(f"HTTP/{version} is not supported; use HTTP/1.1")
     if host and not HOST.fullmatch(host):
-        raise MalformedRequest("the Host header is not a host name or address")
+        raise MalformedRequest("the Host header is not a valid host name or address")
     coding = by_name.get(b"transfer-encoding")
     if coding is not None and (version == "1.0" or coding.lower() != b"chunked"):
-        raise MalformedRequest("the only Transfer-Encoding is chunked, in HTTP/1.1")
+        raise MalformedRequest("the only supported Transfer-Encoding is chunked, in HTTP/1.1")
     return by_name
 
 
 def origin_form(target: bytes) -> bytes:
-    """Path and query of a request target that may be a whole URL, as it is when sent to a proxy.
+    """The path and query of a request target. The target may also be a whole URL, as it is when sent to a proxy.
 
     Raises:
-        MalformedRequest: it is neither.
+        MalformedRequest: the target is neither.
     """
     if target.startswith(b"/"):
         return target
     if target == b"*":
-        return b"/*"  # the server as a whole, which no route answers
+        return b"/*"  # addresses the server as a whole; no route matches
     found = ABSOLUTE_TARGET.fullmatch(target)
     if not found:
         raise MalformedRequest("the request target is neither a path nor an http URL")

@@ -1,4 +1,4 @@
-"""Logits to the classes that people read."""
+"""Turns logits into labelled probabilities."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -16,20 +16,20 @@ class Score(TypedDict):
 
 
 def probabilities(logits: Floats) -> NDArray[np.float64]:
-    """Their softmax over the last axis."""
+    """The softmax of the logits over the last axis."""
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)
     result: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return result
 
 
 def top_classes(logits: Floats, names: Sequence[str], top_k: int) -> list[Score]:
-    """The likeliest classes, best first; all of them where there are fewer than top_k. Equal ones in index order.
+    """The most probable classes, best first. Classes of equal probability are in index order.
 
     Args:
         logits: [num_classes].
-        names: one for each class.
-        top_k: how many, at least 1.
+        names: of all classes.
+        top_k: number of classes, at least 1. If the network has fewer, all of them are returned.
     """
-    shares = probabilities(logits)
-    best = np.argsort(-shares, kind="stable")[:top_k]
-    return [Score(index=int(i), label=names[i], probability=float(shares[i])) for i in best]
+    values = probabilities(logits)
+    best = np.argsort(-values, kind="stable")[:top_k]
+    return [Score(index=int(i), label=names[i], probability=float(values[i])) for i in best]

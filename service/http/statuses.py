@@ -1,4 +1,4 @@
-"""The one table from errors to HTTP statuses."""
+"""Maps errors to HTTP statuses."""
 
 from collections.abc import Mapping
 
