@@ -168,10 +168,10 @@ def test_quantize_stores_activation_ranges_with_unchanged_weights(
     written, original = load_checkpoint(output), load_checkpoint(tiny_path)
     assert written.calibration is not None
     assert all(torch.equal(original.net.state_dict()[key], value) for key, value in written.net.state_dict().items())
-    told = capsys.readouterr()
-    assert "bad.jpg is not a readable photo" in told.err
-    assert "come from only 6 photos" in told.err
-    assert "rednet26 with int8 scales from 6 photos" in told.out
+    printed = capsys.readouterr()
+    assert "bad.jpg is not a readable photo" in printed.err
+    assert "come from only 6 photos" in printed.err
+    assert "rednet26 with int8 scales from 6 photos" in printed.out
     report = written.provenance["int8"]
     assert report["photos"] == 6
     if int8_unavailable() is None:
@@ -212,8 +212,8 @@ def test_quantize_without_photos_or_writable_output_is_reported_in_one_line(
 
 def test_train_has_a_flag_with_its_default_for_every_recipe_field() -> None:
     """The help of each flag states the default."""
-    told = {flag.removeprefix("--").replace("-", "_"): default for flag, default, _ in RECIPE_FLAGS}
-    assert told == vars(Recipe())
+    printed = {flag.removeprefix("--").replace("-", "_"): default for flag, default, _ in RECIPE_FLAGS}
+    assert printed == vars(Recipe())
     assert f"it is {FINE_TUNING_RATE}" in {flag: text for flag, _, text in RECIPE_FLAGS}["--learning-rate"]
 
 

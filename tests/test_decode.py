@@ -1,4 +1,4 @@
-"""Bytes to pixels, hostile ones included."""
+"""Decoding of image files, valid and malicious."""
 
 import io
 import struct
@@ -22,7 +22,7 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_every_served_format_is_decoded(file_format: str) -> None:
-    """To nearly the pixels that the picture was made from."""
+    """The decoded pixels are close to those of the picture that was encoded."""
     pixels = decode_image(encoded(photo(), file_format), PREPROCESS, MAX_PIXELS)
     assert pixels.shape == (3, 32, 32)
     assert pixels.dtype == np.uint8
@@ -31,8 +31,8 @@ def test_every_served_format_is_decoded(file_format: str) -> None:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_a_file_cut_anywhere_is_an_error_or_an_image(file_format: str) -> None:
-    """Whatever is missing, nothing but the two errors for damaged images comes out, and mostly they do."""
+def test_truncated_file_raises_an_image_error_or_decodes(file_format: str) -> None:
+    """Only the two errors for damaged images are raised, and most truncations raise one."""
     data = encoded(photo(), file_format)
     errors = 0
     for length in range(16, len(data), max(1, len(data) // 60)):
@@ -43,8 +43,8 @@ def test_a_file_cut_anywhere_is_an_error_or_an_image(file_format: str) -> None:
     assert errors > 20
 
 
-def test_only_served_formats_reach_a_decoder() -> None:
-    """A format that Pillow knows but the server does not serve is refused like text is."""
+def test_formats_that_are_not_served_are_unsupported() -> None:
+    """A format that Pillow knows but the server does not serve is rejected like text."""
     for data in (
         encoded(photo(), "PPM"),
         encoded(photo(), "ICO"),
@@ -58,7 +58,7 @@ def test_only_served_formats_reach_a_decoder() -> None:
             decode_image(data, PREPROCESS, MAX_PIXELS)
 
 
-def test_too_many_pixels_are_refused_from_the_header() -> None:
+def test_too_many_pixels_are_rejected_from_the_header() -> None:
     """A file of a few bytes that claims a billion pixels costs nothing."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -73,8 +73,8 @@ def test_too_many_pixels_are_refused_from_the_header() -> None:
         decode_image(encoded(photo(width=100, height=101)), PREPROCESS, 10_000)
 
 
-def test_a_text_bomb_is_an_error() -> None:
-    """A compressed PNG text chunk that unpacks to many megabytes is refused, not kept."""
+def test_png_text_bomb_is_rejected() -> None:
+    """A compressed PNG text chunk that unpacks to many megabytes is not kept."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -86,14 +86,14 @@ def test_a_text_bomb_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("file_format", "marker", "filler"),
     [
-        ("JPEG", 2, b"\xff"),  # bytes that fill up the space before a marker
-        ("JPEG", 2, b"\xff\xe3\x00\x02"),  # segments without content
+        ("JPEG", 2, b"\xff"),  # fill bytes before a marker
+        ("JPEG", 2, b"\xff\xe3\x00\x02"),  # empty segments
         ("PNG", 33, b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4, "big")),
         ("GIF", 6 + 7 + 3 * 256, b"!\xfe\x01x\0"),  # comments
     ],
 )
-def test_a_file_of_very_many_parts_is_an_error(file_format: str, marker: int, filler: bytes) -> None:
-    """They cost Pillow some of Python each, and a large file can hold millions; a few thousand pass."""
+def test_file_with_millions_of_segments_is_rejected(file_format: str, marker: int, filler: bytes) -> None:
+    """Pillow runs Python code for each segment, and a large file can hold millions. A few thousand are accepted."""
     whole = encoded(photo(1), file_format)
     some = whole[:marker] + filler * 2000 + whole[marker:]
     assert decode_image(some, PREPROCESS, 5_000_000).shape == (3, 32, 32)
@@ -101,8 +101,8 @@ def test_a_file_of_very_many_parts_is_an_error(file_format: str, marker: int, fi
         decode_image(whole[:marker] + filler * MAX_READS + whole[marker:], PREPROCESS, 5_000_000)
 
 
-def test_a_jpeg_with_very_many_scans_is_an_error() -> None:
-    """Each goes over all pixels again: a small file of them would keep a decoder busy for hours."""
+def test_jpeg_with_very_many_scans_is_rejected() -> None:
+    """Each scan covers all pixels, so a small file could occupy a decoder for hours."""
     image = Image.fromarray(np.full((2000, 2000, 3), 200, np.uint8))
     content = io.BytesIO()
     image.save(content, "JPEG", progressive=True)
@@ -113,15 +113,15 @@ def test_a_jpeg_with_very_many_scans_is_an_error() -> None:
         decode_image(whole[:-2] + 250 * last + whole[-2:], PREPROCESS, 5_000_000)
 
 
-def test_what_phones_append_to_a_photo_does_not_matter() -> None:
-    """A film of the moment has the bytes of a scan's marker by chance, every 65 kB."""
+def test_motion_photo_with_an_appended_video_is_decoded() -> None:
+    """About every 65 kB, the video contains the bytes of a scan marker by chance."""
     whole = encoded(photo(width=2000, height=1500), "JPEG")
     film = np.random.default_rng(0).bytes(1_000_000) + b"a film: \xff\xda" * 1000
     assert (decode_image(whole + film, PREPROCESS, 5_000_000) == decode_image(whole, PREPROCESS, 5_000_000)).all()
 
 
-def test_the_first_frame_of_an_animation_counts() -> None:
-    """GIF and WebP."""
+def test_first_frame_of_an_animation_is_decoded() -> None:
+    """In GIF and WebP."""
     for file_format in ("GIF", "WEBP"):
         content = io.BytesIO()
         photo(1).save(content, file_format, save_all=True, append_images=[photo(2), photo(3)])
@@ -129,8 +129,8 @@ def test_the_first_frame_of_an_animation_counts() -> None:
         assert np.abs(pixels.astype(int) - PREPROCESS.pixels(photo(1)).astype(int)).mean() < 10
 
 
-def test_damage_does_not_reveal_where_the_code_lies() -> None:
-    """Messages speak of the image."""
+def test_error_messages_do_not_reveal_source_paths() -> None:
+    """Messages describe the image only."""
     data = bytearray(encoded(photo()))
     data[60:] = bytes(len(data) - 60)
     with pytest.raises(UnreadableImage) as caught:

@@ -1,4 +1,4 @@
-"""What decoding may cost, and what images are expected to cost."""
+"""Limits of decoding, and the estimated cost of images."""
 
 import io
 import json
@@ -31,7 +31,7 @@ print(peak() - before)
 """
 
 
-def test_limits_follow_from_max_pixels() -> None:
+def test_decode_limits_are_proportional_to_max_pixels() -> None:
     """Ten times as many pixels may take ten times the time, scans and memory."""
     usual, large = (DecodeLimits.derive(pixels, 100 * GB, 2) for pixels in (50_000_000, 500_000_000))
     assert (usual.cpu_s, max_scanned_pixels(50_000_000)) == (10.0, GB)
@@ -42,16 +42,16 @@ def test_limits_follow_from_max_pixels() -> None:
 
 
 @pytest.mark.parametrize(("memory_bytes", "count"), [(GB, 1), (2 * GB, 2), (16 * GB, 16), (2 * GB, 16)])
-def test_decoders_together_stay_within_the_memory(memory_bytes: int, count: int) -> None:
-    """All processes, all small images at once, and all large ones."""
+def test_decoder_limits_add_up_to_the_available_memory(memory_bytes: int, count: int) -> None:
+    """The sum covers all processes, all small images at once, and all large ones."""
     limits = DecodeLimits.derive(50_000_000, memory_bytes, count)
     processes = 45_000_000 * (2 * count + 1)
     assert processes + count * limits.small.memory_bytes + limits.large_bytes <= max(memory_bytes, processes * 1.3)
 
 
-def test_max_pixels_that_the_memory_cannot_hold_is_refused_at_start() -> None:
-    """With a message that names the option and what is possible."""
-    pixels = min(2_000_000_000, memory_for_decoders())  # at 22 bytes each; more is not an option
+def test_max_pixels_beyond_the_available_memory_is_rejected_at_start() -> None:
+    """The message names the option and the largest possible value."""
+    pixels = min(2_000_000_000, memory_for_decoders())  # 22 bytes for each pixel; two billion is the option's maximum
     if memory_for_decoders() > 22 * pixels:
         pytest.skip("this machine's memory holds the largest --max-pixels")
     command: list[str] = [str(REDNET), "serve", "--port", "0", "--max-pixels", str(pixels)]
@@ -83,10 +83,10 @@ def _saved(mode: str, file_format: str, **options: object) -> bytes:
         ("RGBA", "WEBP", {"lossless": True, "method": 0}),
     ],
 )
-def test_image_takes_no_more_memory_than_estimated(
+def test_decoding_takes_no_more_memory_than_estimated(
     tmp_path: Path, mode: str, file_format: str, options: dict[str, object]
 ) -> None:
-    """Four million pixels of every format, beyond what the process takes."""
+    """For four million pixels in every format, beyond what the process takes."""
     data = _saved(mode, file_format, **options)
     file = tmp_path / "photo"
     file.write_bytes(data)
@@ -95,8 +95,9 @@ def test_image_takes_no_more_memory_than_estimated(
         assert measured <= estimate(image, data, 512).memory_bytes + 8_000_000
 
 
-def test_everyday_photos_count_as_small() -> None:
-    """Also a phone's 24 million pixels, decoded at an eighth of their size; as many pixels of PNG do not."""
+def test_everyday_photos_are_estimated_as_small() -> None:
+    """A phone's JPEG with 24 million pixels is small, because it is decoded at an eighth of its size. A PNG with as
+    many pixels is large."""
     small = DecodeLimits.derive(50_000_000, 4 * GB, 2).small
     for width, file_format, expected in ((600, "PNG", True), (6000, "JPEG", True), (7000, "PNG", False)):
         data = encoded(Image.new("RGB", (width, width * 2 // 3)), file_format)
@@ -105,8 +106,8 @@ def test_everyday_photos_count_as_small() -> None:
         assert (cost.cpu_s <= small.cpu_s and cost.memory_bytes <= small.memory_bytes) is expected
 
 
-def test_jpeg_in_separate_scans_counts_like_a_progressive_one() -> None:
-    """Its decoder keeps all coefficients, too. What cannot be told counts as such."""
+def test_jpeg_with_separate_scans_is_estimated_as_progressive() -> None:
+    """Its decoder keeps all coefficients, too. An unclear header is estimated as progressive."""
     data = encoded(photo(width=2000, height=1000), "JPEG")
     scan = data.rindex(b"\xff\xda")
     separate = data[: scan + 4] + b"\x01" + data[scan + 5 :]

@@ -1,4 +1,4 @@
-"""The processes that decode: whatever becomes of one, the others and the server go on."""
+"""Decoder processes that end, hang or cannot start, and the server around them."""
 
 import asyncio
 import errno
@@ -36,7 +36,7 @@ PHOTO = encoded(photo())
 
 
 def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1) -> None:
-    """Run a test around a decoder, and look that nothing is left of it."""
+    """Run a test around a decoder, and check that no process is left."""
 
     async def run() -> None:
         decoder = Decoder(PREPROCESS, DecodeLimits.derive(1_000_000, DECODER_BYTES, count), count)
@@ -50,7 +50,7 @@ def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1)
 
 
 def replace_decoding(decoder: Decoder, expression: str) -> None:
-    """Have the processes that it will start make pixels by an expression of `data`, `rest` and the `right` function."""
+    """Make future decoder processes compute pixels by an expression of `data`, `rest` and the `right` function."""
     script = (
         "import os, time, rednet.service.decoding.worker as process;"
         "right = process.decode_image; endless = lambda: all(True for _ in iter(int, 1));"
@@ -64,12 +64,12 @@ def replace_decoding(decoder: Decoder, expression: str) -> None:
 
 async def until_available(decoder: Decoder) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not decoder.available:  # noqa: ASYNC110  (nothing is signalled)
+        while not decoder.available:  # noqa: ASYNC110  (there is no event to wait for)
             await asyncio.sleep(0.01)
 
 
-def test_photos_come_back_as_pixels_or_errors() -> None:
-    """Many at once, each its own; the pixels may be written to, as torch wants it."""
+def test_concurrent_photos_are_decoded_or_raise_their_own_error() -> None:
+    """The pixels are writable, as torch requires."""
 
     async def use(decoder: Decoder) -> None:
         photos = [encoded(photo(seed)) for seed in range(12)]
@@ -86,8 +86,9 @@ def test_photos_come_back_as_pixels_or_errors() -> None:
     using(use, count=3)
 
 
-def test_a_process_that_ends_costs_nobody_anything() -> None:
-    """It may have been anything, as the system when memory is short: its photo and those behind it go to the next."""
+def test_photos_of_a_decoder_that_ends_are_retried() -> None:
+    """A process may end for any reason, such as a lack of memory. Its photo and those behind it go to the next
+    process."""
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
@@ -101,22 +102,22 @@ def test_a_process_that_ends_costs_nobody_anything() -> None:
     using(use)
 
 
-def test_no_photo_is_blamed_for_what_befell_all_processes() -> None:
-    """It is tried again in one that is alive, even if nothing has been heard yet of those that are not."""
+def test_photo_is_retried_when_all_decoders_end() -> None:
+    """It is retried on a live process, even if the exits of the others have not been noticed yet."""
 
     async def use(decoder: Decoder) -> None:
         await decoder.start()
         for pid in decoder_pids(os.getpid()):
             os.kill(pid, signal.SIGKILL)
-            while is_decoder(pid):  # it ends, and the event loop does not hear of it yet
+            while is_decoder(pid):  # it ends, unnoticed by the event loop
                 time.sleep(0.001)  # noqa: ASYNC251
         assert (await decoder.decode(PHOTO)).decode_s > 0
 
     using(use, count=3)
 
 
-def test_a_photo_that_breaks_two_processes_is_broken() -> None:
-    """Its caller has the error, and the photos behind it are decoded."""
+def test_photo_that_crashes_two_decoders_is_unreadable() -> None:
+    """Its request gets the error, and the photos behind it are decoded."""
 
     async def use(decoder: Decoder) -> None:
         replace_decoding(decoder, "os._exit(7) if data == b'poison' else right(data, *rest)")
@@ -126,8 +127,8 @@ def test_a_photo_that_breaks_two_processes_is_broken() -> None:
     using(use)
 
 
-def test_sound_photo_survives_a_stopped_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stopped process uses no processor time; another one decodes the photo."""
+def test_photo_of_a_stopped_decoder_is_decoded_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stopped process uses no CPU time, so the CPU limit does not end it."""
     monkeypatch.setattr(stall_detector, "CHECK_S", 0.1)
 
     async def use(decoder: Decoder) -> None:
@@ -140,8 +141,8 @@ def test_sound_photo_survives_a_stopped_decoder(monkeypatch: pytest.MonkeyPatch)
     using(use)
 
 
-def test_photo_whose_decoders_are_always_killed_is_not_damaged() -> None:
-    """Signals from outside say nothing about the photo: it is tried again, and in the end answered with 503."""
+def test_photo_whose_decoders_are_always_killed_is_unavailable() -> None:
+    """Signals from outside do not mean that the photo is damaged: it is retried, and finally answered with 503."""
 
     async def use(decoder: Decoder) -> None:
         replace_decoding(decoder, "os.kill(os.getpid(), 9) if data == b'victim' else right(data, *rest)")
@@ -151,8 +152,8 @@ def test_photo_whose_decoders_are_always_killed_is_not_damaged() -> None:
     using(use)
 
 
-def test_photo_that_uses_too_much_processor_time_is_refused() -> None:
-    """First it is moved to the pool of large photos, where it may take longer; there it is 422."""
+def test_photo_that_exceeds_the_cpu_limit_is_unreadable() -> None:
+    """It is first moved to the pool of large photos, whose limit is higher."""
 
     async def use(decoder: Decoder) -> None:
         replace_decoding(decoder, "endless() if data == b'endless' else right(data, *rest)")
@@ -182,8 +183,8 @@ def test_cancelled_photo_that_exceeds_the_cpu_limit_is_not_set_aside() -> None:
     using(use)
 
 
-def test_nobody_waits_behind_a_photo_that_takes_long() -> None:
-    """Where many wait, each process has the next photo already; if it does not come to it soon, another one does."""
+def test_photos_behind_a_slow_photo_go_to_another_decoder() -> None:
+    """Under load each process has its next photo already. If it does not start it soon, another process takes it."""
 
     async def use(decoder: Decoder) -> None:
         replace_decoding(
@@ -201,8 +202,9 @@ def test_nobody_waits_behind_a_photo_that_takes_long() -> None:
     using(use, count=2)
 
 
-def test_a_caller_who_leaves_takes_nothing_along() -> None:
-    """Before their turn, nothing is decoded for them; in the middle of it, the process goes on to the next."""
+def test_cancelled_photo_delays_no_others() -> None:
+    """A cancelled photo in the queue is not decoded. If it is being decoded, the process continues with the next
+    one."""
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
@@ -218,7 +220,8 @@ def test_a_caller_who_leaves_takes_nothing_along() -> None:
 
 
 def test_decoders_that_cannot_start_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a few attempts, photos are refused at once with 503; as soon as processes start, all is well."""
+    """After a few attempts, photos are rejected immediately with 503. When processes start again, photos are
+    decoded."""
 
     async def use(decoder: Decoder) -> None:
         python = decoder._first.command[0]
@@ -237,7 +240,8 @@ def test_decoders_that_cannot_start_are_unavailable(monkeypatch: pytest.MonkeyPa
 
 
 def test_system_that_starts_no_process_makes_decoders_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for photos that waited for a process that has ended; as soon as it starts some again, all is well."""
+    """Photos that wait for a process that has ended are rejected, too. When processes start again, photos are
+    decoded."""
 
     def none(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "too many open files")
@@ -253,7 +257,7 @@ def test_system_that_starts_no_process_makes_decoders_unavailable(monkeypatch: p
             os.kill(process, signal.SIGKILL)
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             assert all(isinstance(each, DecoderUnavailable) for each in outcomes)
-            assert len({id(each) for each in outcomes}) == 3  # each photo has an error of its own
+            assert len({id(each) for each in outcomes}) == 3  # each photo has its own error
             with pytest.raises(DecoderUnavailable):
                 await decoder.decode(PHOTO)
         await until_available(decoder)
@@ -262,8 +266,8 @@ def test_system_that_starts_no_process_makes_decoders_unavailable(monkeypatch: p
     using(use)
 
 
-def test_restarts_of_useless_decoders_are_paced() -> None:
-    """Processes that end at once are started less and less often."""
+def test_restarts_of_decoders_that_end_immediately_back_off() -> None:
+    """The time between two starts grows."""
 
     async def use(decoder: Decoder) -> None:
         starts = 0
@@ -283,8 +287,8 @@ def test_restarts_of_useless_decoders_are_paced() -> None:
     using(use, count=2)
 
 
-def test_one_that_does_not_start_harms_nobody_while_others_work() -> None:
-    """Their photos wait for those that do."""
+def test_decoder_that_does_not_start_delays_photos_only_to_another() -> None:
+    """Its photos wait for processes that work."""
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
@@ -295,8 +299,8 @@ def test_one_that_does_not_start_harms_nobody_while_others_work() -> None:
     using(use, count=2)
 
 
-def test_when_it_is_closed_everyone_is_told() -> None:
-    """Whose photo is being decoded, who waits, and who comes later."""
+def test_close_rejects_current_waiting_and_later_photos() -> None:
+    """All of them get the error `Draining`."""
 
     async def use(decoder: Decoder) -> None:
         await decoder.decode(PHOTO)
@@ -311,13 +315,13 @@ def test_when_it_is_closed_everyone_is_told() -> None:
     using(use)
 
 
-def test_a_server_lives_on_without_its_decoders_and_they_not_without_it(tiny_path: Path) -> None:
-    """Killed one and all, they are replaced; when the server itself is killed, none is left behind."""
+def test_killed_decoders_are_replaced_and_end_with_the_server(tiny_path: Path) -> None:
+    """When the server itself is killed, no decoder is left."""
     with ServerProcess("--checkpoint", tiny_path) as running:
         wait_until(lambda: len(decoder_pids(running.process.pid)) == usable_cores(), "a decoder for each core")
         first = decoder_pids(running.process.pid)
         for pid in first:
-            os.kill(pid, signal.SIGTERM)  # meant for the server: they do not take it for themselves
+            os.kill(pid, signal.SIGTERM)  # decoders ignore SIGTERM, which is meant for the server
         assert predict(running.client, PHOTO).status_code == 200
         assert decoder_pids(running.process.pid) == first
         for pid in first:
@@ -332,7 +336,8 @@ def test_a_server_lives_on_without_its_decoders_and_they_not_without_it(tiny_pat
 
 
 def test_server_without_decoders_is_not_ready_and_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 with Retry-After, `/readyz` too; `/livez` stays 200. When processes start again, photos are answered."""
+    """Predictions and `/readyz` answer 503 with Retry-After, `/livez` stays 200. When processes start again, photos are
+    answered."""
 
     def none(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "too many open files")
@@ -359,8 +364,8 @@ def probabilities(response: httpx.Response) -> dict[str, float]:
     return {score["label"]: score["probability"] for score in response.json()["predictions"][0]["classes"]}
 
 
-def test_decoders_killed_under_load_cost_no_answer(tiny_path: Path) -> None:
-    """One a second: no 500, and every 200 is right. A photo is tried again elsewhere."""
+def test_decoders_killed_under_load_cause_no_errors(tiny_path: Path) -> None:
+    """One decoder is killed per second: there is no 500, and every 200 is right, because photos are retried."""
     with ServerProcess("--checkpoint", tiny_path) as running, ThreadPoolExecutor(8) as pool:
         expected = probabilities(predict(running.client, PHOTO))
         statuses: Counter[int] = Counter()
@@ -368,7 +373,7 @@ def test_decoders_killed_under_load_cost_no_answer(tiny_path: Path) -> None:
         def ask(_: int) -> None:
             response = predict(running.client, PHOTO)
             statuses[response.status_code] += 1
-            if response.status_code == 200:  # torch rounds otherwise in another batch size
+            if response.status_code == 200:  # torch rounds differently for other batch sizes
                 assert probabilities(response) == pytest.approx(expected, abs=1e-5)
 
         with killing_decoders(running.process.pid, 1.0, random.Random(0)) as killed:
@@ -378,8 +383,8 @@ def test_decoders_killed_under_load_cost_no_answer(tiny_path: Path) -> None:
         assert statuses[200] > 0.9 * statuses.total()
 
 
-def test_sound_photo_survives_a_stopped_server() -> None:
-    """Server and decoders stop for longer than a photo may take, as in a machine that is suspended."""
+def test_photo_survives_a_suspended_server() -> None:
+    """Server and decoders stop for longer than the decode timeout, as on a machine that is suspended."""
     script = f"""
 import asyncio, os
 from rednet import Preprocess

@@ -1,4 +1,4 @@
-"""The image, the Compose files and the proxy, held against the server that they run."""
+"""The image, the Compose files and the proxy, checked against the server that they run."""
 
 import json
 import os
@@ -35,11 +35,11 @@ needs_nginx = pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is abs
 
 
 class Replaced(list[Any]):
-    """A list that takes the place of what there is, where others are added to it."""
+    """A list that replaces a list of the overridden file, where other lists are appended."""
 
 
 class Loader(yaml.SafeLoader):
-    """Reads the tags of override files as well."""
+    """Supports the tags of override files."""
 
 
 def replaced(loader: Loader, node: yaml.SequenceNode) -> Replaced:
@@ -51,7 +51,7 @@ Loader.add_constructor("!override", replaced)
 
 
 def merged(base: Any, override: Any) -> Any:
-    """What Compose makes of a file and one that overrides it, as far as ours need it."""
+    """The result of Compose for a file and an override, as far as these files need it."""
     if isinstance(base, dict) and isinstance(override, dict):
         both = {name: merged(value, override[name]) for name, value in base.items() if name in override}
         return base | override | both
@@ -62,7 +62,7 @@ def merged(base: Any, override: Any) -> Any:
 
 @pytest.fixture(params=OVERRIDES)
 def compose(request: pytest.FixtureRequest) -> Any:
-    """A Compose file as it is shipped, with no `.env`: defaults are filled in, overrides applied."""
+    """A Compose file as shipped, without `.env`: defaults are filled in, overrides applied."""
     whole: Any = {}
     for file in ["docker-compose.yml", *OVERRIDES[request.param]]:
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / file).read_text())
@@ -70,8 +70,8 @@ def compose(request: pytest.FixtureRequest) -> Any:
     return whole
 
 
-def test_compose_files_keep_to_the_specification(compose: Any, tmp_path: Path) -> None:
-    """The published schema knows every key, and allows every value."""
+def test_compose_files_conform_to_the_specification(compose: Any, tmp_path: Path) -> None:
+    """The published schema allows every key and value."""
     file = tmp_path / "compose.json"
     file.write_text(json.dumps(compose))
     command = [str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(file)]
@@ -81,14 +81,14 @@ def test_compose_files_keep_to_the_specification(compose: Any, tmp_path: Path) -
 
 @needs_compose
 @pytest.mark.parametrize("override", OVERRIDES)
-def test_compose_reads_its_files(override: str) -> None:
-    """Docker's own Compose finds no fault."""
+def test_docker_compose_accepts_the_files(override: str) -> None:
+    """`docker compose config` succeeds."""
     options = [part for file in ["docker-compose.yml", *OVERRIDES[override]] for part in ("--file", file)]
     subprocess.run(["docker", "compose", *options, "config", "--quiet"], cwd=ROOT, check=True)
 
 
-def test_only_one_port_is_for_others(compose: Any) -> None:
-    """Everything is published to this host alone until `.env` says otherwise, and of the service one port only."""
+def test_compose_publishes_one_service_port_on_localhost(compose: Any) -> None:
+    """All ports are published on localhost until `.env` changes that, and only one of the service."""
     services = compose["services"]
     published = {name: service.get("ports", []) for name, service in services.items()}
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
@@ -96,8 +96,8 @@ def test_only_one_port_is_for_others(compose: Any) -> None:
     assert not set(services["grafana"]["networks"]) & set(services["rednet"]["networks"])
 
 
-def test_containers_are_held_in(compose: Any) -> None:
-    """Each has limits, comes back after a fall, writes nothing to its own files and can gain no rights."""
+def test_containers_are_limited_and_restarted(compose: Any) -> None:
+    """Each container has resource limits, restarts after a crash, has a read-only root and cannot gain privileges."""
     for name, service in compose["services"].items():
         assert service["restart"] == "unless-stopped", name
         assert service["read_only"], name
@@ -108,7 +108,7 @@ def test_containers_are_held_in(compose: Any) -> None:
 
 
 def test_compose_files_name_files_that_exist(compose: Any) -> None:
-    """What is mounted and built is in the repository."""
+    """Mounted and built files are in the repository."""
     for service in compose["services"].values():
         mounted = [volume.split(":")[0] for volume in service.get("volumes", [])]
         assert all((ROOT / path).exists() for path in mounted if path.startswith("./docker"))
@@ -118,14 +118,15 @@ def test_compose_files_name_files_that_exist(compose: Any) -> None:
     assert build["args"].keys() <= set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
 
 
-def test_the_drain_has_time(compose: Any) -> None:
-    """Nobody is killed while answers that the server promised are still being made."""
+def test_stop_grace_period_covers_the_drain(compose: Any) -> None:
+    """The container is not killed while accepted requests are still answered."""
     grace_s = float(compose["services"]["rednet"]["stop_grace_period"].removesuffix("s"))
     assert grace_s > Settings().drain_timeout_s + 5
 
 
-def test_every_variable_is_an_option() -> None:
-    """The server reads what image, Compose file and example set; the rest of the example is for the Compose files."""
+def test_variables_of_image_and_compose_files_are_options() -> None:
+    """The server accepts the variables of image, Compose file and example. All other variables of the example are used
+    in the Compose files."""
     example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
     image = dict(re.findall(r"(REDNET_\w+)=(\S+)", DOCKERFILE.read_text()))
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -135,22 +136,22 @@ def test_every_variable_is_an_option() -> None:
     assert {name for name in example if not name.startswith("REDNET_")} == interpolated
 
 
-def test_the_dockerfile_is_clean() -> None:
-    """hadolint, which knows the common mistakes, finds none."""
+def test_hadolint_accepts_the_dockerfile() -> None:
+    """hadolint finds no problems."""
     done = subprocess.run([BIN / "hadolint", DOCKERFILE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_image_holds_what_it_is_built_from() -> None:
-    """Whatever the build reads passes `.dockerignore`, which keeps everything else out."""
+def test_dockerignore_lets_only_build_inputs_pass() -> None:
+    """All files that the build reads pass `.dockerignore`, and no others."""
     allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
     assert all((ROOT / name).exists() for name in allowed)
     files = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "setup.py"}
     assert allowed == files | {"src", "model", "service"}  # the latter two through links in src/rednet
 
 
-def test_health_is_readiness(server: ServerProcess) -> None:
-    """The image's own check passes for a server that takes requests and fails where none listens."""
+def test_health_check_of_the_image_follows_readiness(server: ServerProcess) -> None:
+    """It passes for a ready server, and fails if no server listens."""
     (command,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*?\])$", DOCKERFILE.read_text().replace("\\\n", ""), re.MULTILINE)
     python, *arguments = json.loads(command)
     assert python == "python"
@@ -165,7 +166,8 @@ def test_health_is_readiness(server: ServerProcess) -> None:
 
 
 class Proxy:
-    """nginx as it is shipped, but for the addresses: its own, its servers', and its folder for files."""
+    """nginx with the shipped configuration, except for its own address, its servers' addresses and its folder for
+    files."""
 
     def __init__(self, folder: Path, *servers: ServerProcess) -> None:
         text = (ROOT / "docker/nginx/nginx.conf").read_text()
@@ -179,7 +181,7 @@ class Proxy:
             assert old in text
             text = text.replace(old, new)
         if os.geteuid() == 0:
-            text = "user root;\n" + text  # pytest's folders are for their owner alone
+            text = "user root;\n" + text  # pytest's folders are accessible only by their owner
         (folder / "nginx.conf").write_text(text)
         self._command = ["nginx", "-e", "stderr", "-c", str(folder / "nginx.conf")]
         self._socket = socket
@@ -199,8 +201,8 @@ class Proxy:
 
 
 @needs_nginx
-def test_behind_the_proxy_an_update_loses_no_request(tiny_path: Path, tmp_path: Path) -> None:
-    """While one of two replicas drains, ends and is gone, every caller gets an answer and nobody a refusal."""
+def test_rolling_update_behind_the_proxy_loses_no_request(tiny_path: Path, tmp_path: Path) -> None:
+    """While one of two replicas drains and ends, every request is answered with 200."""
     options = ("--checkpoint", tiny_path, "--threads", 1)
     with ServerProcess(*options) as old, ServerProcess(*options) as new, Proxy(tmp_path, old, new) as client:
         statuses: list[int] = []
@@ -228,8 +230,8 @@ LARGE = encoded(photo(width=900, height=700), "BMP")  # 1.9 MB
 
 
 @needs_nginx
-def test_large_bodies_stream_through_the_proxy(tiny_path: Path, tmp_path: Path) -> None:
-    """They reach the server while they are still being sent, and fill no memory of the proxy's."""
+def test_proxy_streams_large_bodies(tiny_path: Path, tmp_path: Path) -> None:
+    """The server receives bodies while they are being sent, and the proxy does not buffer them."""
     with ServerProcess("--checkpoint", tiny_path) as server, Proxy(tmp_path, server) as client:
         seen = threading.Event()
 
@@ -240,7 +242,7 @@ def test_large_bodies_stream_through_the_proxy(tiny_path: Path, tmp_path: Path) 
             seen.set()
             yield LARGE[1_000_000:]
 
-        for headers in ({"Content-Length": str(len(LARGE))}, {}):  # the other one is chunked
+        for headers in ({"Content-Length": str(len(LARGE))}, {}):  # the second body is chunked
             seen.clear()
             response = client.post("/v1/predict", content=slowly(), headers=headers)
             assert response.status_code == 200, response.text
@@ -248,8 +250,8 @@ def test_large_bodies_stream_through_the_proxy(tiny_path: Path, tmp_path: Path) 
 
 
 @needs_nginx
-def test_bodies_of_any_size_find_the_replica_that_is_left(tiny_path: Path, tmp_path: Path) -> None:
-    """A replica that is gone refuses the connection, before any of a body is sent."""
+def test_proxy_retries_bodies_of_any_size_on_another_replica(tiny_path: Path, tmp_path: Path) -> None:
+    """A replica that has ended refuses the connection before any of the body is sent."""
     options = ("--checkpoint", tiny_path)
     with ServerProcess(*options) as gone, ServerProcess(*options) as left, Proxy(tmp_path, gone, left) as client:
         assert gone.terminate() == 0
@@ -258,8 +260,8 @@ def test_bodies_of_any_size_find_the_replica_that_is_left(tiny_path: Path, tmp_p
 
 
 @needs_nginx
-def test_a_draining_replica_passes_small_bodies_on_and_refuses_large_ones(tiny_path: Path, tmp_path: Path) -> None:
-    """What the proxy has kept it sends again; for the rest the caller gets the replica's own 503 with Retry-After."""
+def test_proxy_retries_small_bodies_of_a_draining_replica_only(tiny_path: Path, tmp_path: Path) -> None:
+    """The proxy sends buffered bodies again. Larger ones are answered with the replica's 503 with Retry-After."""
     upload = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc"
     options = ("--checkpoint", tiny_path)
     with ServerProcess(*options) as draining, ServerProcess(*options) as ready, connected(draining.url, upload):

@@ -1,4 +1,4 @@
-"""The examples in docstrings are run."""
+"""The examples in docstrings are correct."""
 
 import doctest
 from importlib import import_module
@@ -20,7 +20,7 @@ EXPORTED = [name for name in rednet.__all__ if name not in ("model", "service") 
 
 @pytest.mark.parametrize("name", ["rednet", *MODULES])
 def test_examples_in_docstrings_print_what_they_show(name: str) -> None:
-    """Every one of a module, as it stands."""
+    """All examples of a module, unchanged."""
     result = doctest.testmod(import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
