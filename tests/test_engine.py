@@ -1,4 +1,4 @@
-"""The engine thread, with a runner that waits or fails when it is told to."""
+"""The engine thread, with a runner that waits or fails on demand."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ FAR = 1e9
 
 
 class Events:
-    """Remembers what the engine told."""
+    """Records the events of the engine."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -35,7 +35,7 @@ class Events:
 
 
 class Caller:
-    """Submits images and collects the answers."""
+    """Submits images and collects the results."""
 
     def __init__(self, engine: Engine, events: Events) -> None:
         self.engine, self.events = engine, events
@@ -69,7 +69,7 @@ def running(runner: FakeRunner, max_wait_s: float = 0.0) -> Iterator[Caller]:
 def busy_then(
     runner: FakeRunner, caller: Caller, values: Sequence[int], deadline: float = FAR, explain: ExplainSpec | None = None
 ) -> list[int]:
-    """Queue images while the device is held by another one."""
+    """Queue images while the device is busy with another one."""
     runner.go_on.clear()
     runner.running.clear()
     caller.submit(0)
@@ -77,8 +77,8 @@ def busy_then(
     return [caller.submit(value, deadline, explain) for value in values]
 
 
-def test_a_batch_grows_while_the_device_is_busy() -> None:
-    """One image runs alone at once; those that came meanwhile run together, each with its own answer."""
+def test_queued_images_share_a_batch_when_the_device_becomes_free() -> None:
+    """The first image runs alone. Those that arrive meanwhile run together, each with its own result."""
     runner = FakeRunner()
     with running(runner) as caller:
         ids = busy_then(runner, caller, [10, 20, 30])
@@ -90,11 +90,11 @@ def test_a_batch_grows_while_the_device_is_busy() -> None:
             assert outcome.logits.tolist() == [value] * 3
             assert outcome.batch_size == 3
         wait_until(lambda: caller.events.batches == [1, 3], "the events")
-        assert 0 < caller.engine.slowdown < 1  # these batches took no time; the table says 10 ms an image
+        assert 0 < caller.engine.slowdown < 1  # these batches took less than the 10 ms per image of the cost table
 
 
-def test_a_failing_image_fails_alone() -> None:
-    """Of a batch of eight with one image that the network cannot stand, seven are answered."""
+def test_failing_image_does_not_fail_its_batch() -> None:
+    """Seven of eight images are answered when one makes the network fail."""
     runner = FakeRunner()
     runner.fail_on = lambda pixels: any(image[0, 0, 0] == 66 for image in pixels)
     with running(runner) as caller:
@@ -106,8 +106,8 @@ def test_a_failing_image_fails_alone() -> None:
         assert isinstance(caller.outcome(caller.submit(9)), Inference)
 
 
-def test_too_few_rows_are_an_internal_error() -> None:
-    """A runner that returns fewer rows than images never has them passed on as answers."""
+def test_result_with_too_few_rows_is_an_internal_error() -> None:
+    """The rows of a runner that returns fewer rows than images are not used as results."""
 
     class Wrong(FakeRunner):
         def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
@@ -120,8 +120,8 @@ def test_too_few_rows_are_an_internal_error() -> None:
 
 @pytest.mark.parametrize("where", ["logits", "features", "grid"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite_fail_alone_and_are_not_run_again(where: str, value: float) -> None:
-    """Of a batch of three the middle one overflows: its caller gets an error of its own, the others their answers."""
+def test_row_that_is_not_finite_fails_alone_without_another_run(where: str, value: float) -> None:
+    """The second image of three overflows: its caller gets an error, the others get their results."""
 
     class Overflowing(FakeRunner):
         def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
@@ -149,8 +149,8 @@ def test_rows_that_are_not_finite_fail_alone_and_are_not_run_again(where: str, v
         assert runner.batches == [1, 3]
 
 
-def test_no_device_time_is_spent_after_a_deadline() -> None:
-    """An image whose deadline passes in the queue is answered so and never runs."""
+def test_image_whose_deadline_has_passed_is_not_run() -> None:
+    """The deadline passes in the queue, and the image is answered with the error."""
     runner = FakeRunner()
     with running(runner) as caller:
         (late,) = busy_then(runner, caller, [1], deadline=time.monotonic() + 0.05)
@@ -161,8 +161,8 @@ def test_no_device_time_is_spent_after_a_deadline() -> None:
         assert caller.events.dropped_images == 1
 
 
-def test_a_cancelled_image_never_runs() -> None:
-    """Nobody is told, and its neighbours run without it."""
+def test_cancelled_image_is_not_run() -> None:
+    """Its caller gets no result, and the rest of its batch runs."""
     runner = FakeRunner()
     with running(runner) as caller:
         first, second = busy_then(runner, caller, [1, 2])
@@ -174,8 +174,8 @@ def test_a_cancelled_image_never_runs() -> None:
         wait_until(lambda: caller.events.dropped_images == 1, "the event")
 
 
-def test_a_lone_image_does_not_wait_for_company() -> None:
-    """No timer by default; with a window, a batch that is not full waits for just that long."""
+def test_single_image_waits_only_for_the_batching_window() -> None:
+    """By default there is no window."""
     with running(FakeRunner()) as caller:
         outcome = caller.outcome(caller.submit(1))
         assert isinstance(outcome, Inference)
@@ -186,16 +186,16 @@ def test_a_lone_image_does_not_wait_for_company() -> None:
         assert at_once_s < 0.3 <= outcome.queue_s
 
 
-def test_a_deadline_before_the_end_of_the_window_is_met() -> None:
-    """`--max-wait-ms` above a caller's deadline: an idle device answers in time instead of never."""
+def test_deadline_before_the_end_of_the_batching_window_is_met() -> None:
+    """`--max-wait-ms` may be longer than the time to the deadline: an idle device answers in time."""
     with running(FakeRunner(), max_wait_s=30.0) as caller:
         outcome = caller.outcome(caller.submit(1, time.monotonic() + 1.0))
         assert isinstance(outcome, Inference)
         assert 0.3 < outcome.queue_s < 1
 
 
-def test_stopping_answers_everyone() -> None:
-    """What runs is finished, what waits is told that the server stops, what comes later as well."""
+def test_stop_answers_running_queued_and_later_images() -> None:
+    """Running images get their results. Queued and later images get the error `Draining`."""
     runner = FakeRunner()
     with running(runner) as caller:
         waiting = busy_then(runner, caller, [1, 2])
@@ -208,8 +208,8 @@ def test_stopping_answers_everyone() -> None:
         assert isinstance(caller.outcome(caller.submit(3)), Draining)
 
 
-def test_a_model_that_cannot_be_loaded_fails_loudly() -> None:
-    """The state says so, and callers get an error instead of waiting for ever."""
+def test_engine_state_is_failed_if_the_model_does_not_load() -> None:
+    """Callers get an error instead of waiting."""
 
     def load() -> FakeRunner:
         raise RuntimeError("no such weights")
@@ -223,8 +223,8 @@ def test_a_model_that_cannot_be_loaded_fails_loudly() -> None:
     assert isinstance(caller.outcome(caller.submit(2)), DeviceFailed)
 
 
-def test_it_is_ready_only_when_it_is_warm() -> None:
-    """Images that come earlier wait."""
+def test_engine_is_ready_after_warm_up() -> None:
+    """Images that arrive earlier wait."""
     runner = FakeRunner()
     runner.warm.clear()
     with running(runner) as caller:

@@ -37,30 +37,30 @@ def client_of(*runners: FakeRunner) -> LocalClient:
     return LocalClient(engines, 100)
 
 
-async def _past_a_busy_device(client: LocalClient, busy: FakeRunner) -> None:
+async def _infer_beside_a_busy_device(client: LocalClient, busy: FakeRunner) -> None:
     busy.go_on.clear()
     deadline = time.monotonic() + PATIENCE_S
-    held = asyncio.create_task(client.infer(PIXELS, deadline))  # the first engine is as good as any: it gets this one
+    held = asyncio.create_task(client.infer(PIXELS, deadline))  # all engines are idle, so the first one gets it
     await asyncio.sleep(0)
     for _ in range(5):
-        await client.infer(PIXELS, deadline)  # each has an answer before the next is sent: they all went past it
+        await client.infer(PIXELS, deadline)  # answered before the next is sent, so not by the busy engine
     busy.go_on.set()
     await held
     await client.close()
 
 
-def test_an_image_goes_where_it_is_answered_first() -> None:
-    """While one device is held by a batch, the other gets what comes."""
+def test_image_goes_to_the_engine_that_answers_first() -> None:
+    """While one device is busy with a batch, the other one gets new images."""
     busy, free = FakeRunner(), FakeRunner()
     client = client_of(busy, free)
     client.start()
     wait_until(lambda: client.state is State.READY, "readiness")
-    asyncio.run(_past_a_busy_device(client, busy))
+    asyncio.run(_infer_beside_a_busy_device(client, busy))
     assert (busy.batches, free.batches) == ([1], [1] * 5)
 
 
-def test_it_is_ready_when_all_are_and_has_failed_when_one_has() -> None:
-    """A server with a dead device must be restarted, whatever the others do."""
+def test_client_is_ready_with_all_engines_and_failed_with_any() -> None:
+    """A server with a failed device must be restarted, whatever the state of the others."""
     slow, broken = FakeRunner(), FakeRunner()
     slow.warm.clear()
     client = client_of(slow, FakeRunner())
@@ -80,30 +80,30 @@ def test_it_is_ready_when_all_are_and_has_failed_when_one_has() -> None:
     asyncio.run(client.close())
 
 
-async def _closed_while_a_device_hangs(client: LocalClient) -> list[BaseException | Inference]:
+async def _close_with_a_hung_device(client: LocalClient) -> list[BaseException | Inference]:
     deadline = time.monotonic() + PATIENCE_S
     waiting = [asyncio.create_task(client.infer(PIXELS, deadline)) for _ in range(2)]
     await asyncio.sleep(0)
     await client.close()
-    late = client.infer(PIXELS, deadline)  # its photo was still being decoded
+    late = client.infer(PIXELS, deadline)  # its photo was being decoded
     return await asyncio.gather(*waiting, late, return_exceptions=True)
 
 
-def test_when_it_is_closed_nobody_waits_for_an_engine_that_hangs() -> None:
-    """Neither who waits already nor who comes a moment later; each gets an error of their own."""
+def test_close_with_a_hung_engine_rejects_waiting_and_later_images() -> None:
+    """Each image gets its own error."""
     hanging = FakeRunner()
     client = client_of(hanging)
     client.start()
     wait_until(lambda: client.state is State.READY, "readiness")
     hanging.go_on.clear()
-    outcomes = asyncio.run(_closed_while_a_device_hangs(client))
+    outcomes = asyncio.run(_close_with_a_hung_device(client))
     hanging.go_on.set()
     assert all(isinstance(outcome, Draining) for outcome in outcomes)
     assert len({id(outcome) for outcome in outcomes}) == 3
 
 
-def test_backlog_is_worked_off_together() -> None:
-    """Two devices need half the time of one for the same queue."""
+def test_backlog_of_two_equal_devices_is_half_of_one() -> None:
+    """The devices share the queue."""
     one, two = client_of(FakeRunner()), client_of(FakeRunner(), FakeRunner())
     for client in (one, two):
         client.start()
@@ -116,8 +116,8 @@ def test_backlog_is_worked_off_together() -> None:
         asyncio.run(client.close())
 
 
-def test_backlog_of_unequal_devices_is_that_of_both_together() -> None:
-    """Of 16 images the fast device takes twelve, the slow one four; a lone image goes to the fast one."""
+def test_backlog_of_unequal_devices_counts_both() -> None:
+    """Of 16 images the fast device takes twelve and the slow one four. A single image goes to the fast one."""
     for runners in ((FakeRunner(), SlowRunner()), (SlowRunner(), FakeRunner())):
         client = client_of(*runners)
         client.start()
@@ -127,5 +127,5 @@ def test_backlog_of_unequal_devices_is_that_of_both_together() -> None:
             assert client.backlog_s == pytest.approx(0.12)
         with client.admit(FAR) as permit:
             permit.hold(1)
-            assert client.backlog_s == pytest.approx(0.01, rel=0.1)  # it has learned a little
+            assert client.backlog_s == pytest.approx(0.01, rel=0.1)  # slightly changed by measured times
         asyncio.run(client.close())

@@ -1,4 +1,4 @@
-"""The engine with a device that computes by itself, as a GPU does: batches are launched behind one another."""
+"""The engine with an asynchronous device, such as a GPU: the next batch is launched while one is running."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from tests.test_engine import running
 
 
 @dataclass
-class Ticket:
+class InFlightBatch:
     """A batch on the device."""
 
     output: RunnerOutput
@@ -34,45 +34,46 @@ class Ticket:
 
 
 class Device(FakeRunner):
-    """Never holds up the host. Every batch is thought to take `batch_s`, and does; with `held`, until the test says."""
+    """Never blocks the host. Each batch takes `batch_s`, as the cost table predicts, or with `held` until the test ends
+    it."""
 
     def __init__(self, batch_s: float = 0.05, room: int = 8, held: bool = False) -> None:
         super().__init__()
         self.batch_s, self.room, self.held = batch_s, room, held
-        self.tickets: list[Ticket] = []
+        self.in_flight: list[InFlightBatch] = []
 
     def warm_up(self, begin: Callable[[float], None]) -> CostTable:
         return CostTable({1: self.batch_s, 8: self.batch_s}, self.max_batch_size)
 
     def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
         output = super().launch(pixels, specs).wait()
-        ticket = Ticket(output, MemoryError() if len(pixels) > self.room else None)
-        self.tickets.append(ticket)
+        batch = InFlightBatch(output, MemoryError() if len(pixels) > self.room else None)
+        self.in_flight.append(batch)
         if not self.held:
-            threading.Timer(self.batch_s, ticket.over.set).start()
-        return ticket
+            threading.Timer(self.batch_s, batch.over.set).start()
+        return batch
 
 
-def test_the_next_batch_is_launched_before_the_device_has_finished_one() -> None:
-    """While it computes one it has another, never a third; every image gets its own answer."""
+def test_next_batch_is_launched_while_one_is_running() -> None:
+    """The device has two batches at most, and every image gets its own result."""
     device = Device(held=True)
     with running(device) as caller:
         ids = [caller.submit(value) for value in range(40)]
         for finished in range(4):
-            wait_until(lambda finished=finished: len(device.tickets) == finished + 2, "a batch behind the other")  # type: ignore[misc]
-            assert not device.tickets[finished].done()
-            device.tickets[finished].over.set()
+            wait_until(lambda finished=finished: len(device.in_flight) == finished + 2, "a batch behind the other")  # type: ignore[misc]
+            assert not device.in_flight[finished].done()
+            device.in_flight[finished].over.set()
         device.held = False
-        for ticket in device.tickets:
-            ticket.over.set()
+        for batch in device.in_flight:
+            batch.over.set()
         outcomes = [caller.outcome(id_) for id_ in ids]
     for value, outcome in enumerate(outcomes):
         assert isinstance(outcome, Inference)
         assert outcome.logits.tolist() == [value] * 3
 
 
-def test_a_batch_grows_until_the_device_wants_it() -> None:
-    """Images that come while it computes share the next batch, instead of being launched one by one."""
+def test_batch_is_not_launched_before_the_device_needs_it() -> None:
+    """Images that arrive while the device is busy share the next batch instead of being launched one by one."""
     device = Device(batch_s=1.0)
     with running(device) as caller:
         first = caller.submit(1)
@@ -86,19 +87,19 @@ def test_a_batch_grows_until_the_device_wants_it() -> None:
         assert device.batches == [1, 4]
 
 
-def test_a_batch_too_large_for_the_device_is_halved_once() -> None:
-    """The engine remembers: later batches are no larger than what fitted."""
+def test_batch_size_is_reduced_after_running_out_of_memory() -> None:
+    """Later batches are not larger than the one that fitted."""
     device = Device(room=4)
     with running(device) as caller:
         ids = [caller.submit(value) for value in range(32)]
         outcomes = [caller.outcome(id_) for id_ in ids]
     assert all(isinstance(outcome, Inference) for outcome in outcomes)
     too_large = [size for size in device.batches if size > 4]
-    assert len(too_large) <= 2  # the one that failed, and one that was launched behind it
+    assert len(too_large) <= 2  # the batch that failed, and one that was launched behind it
 
 
-def test_one_stall_is_soon_forgotten() -> None:
-    """A device that once took a hundred times as long is noticed to be quick again, not waited for as long as that."""
+def test_slowdown_estimate_recovers_after_one_stall() -> None:
+    """After one batch that took a hundred times as long, the estimate soon follows the normal times."""
     device = Device(batch_s=0.02)
     with running(device) as caller:
         assert isinstance(caller.outcome(caller.submit(0)), Inference)
@@ -107,13 +108,13 @@ def test_one_stall_is_soon_forgotten() -> None:
         device.batch_s = 0.02
         for value in range(40):
             assert isinstance(caller.outcome(caller.submit(value)), Inference)
-        assert caller.engine.slowdown < 2  # the stall alone would make it 21, and 2% less with each batch
+        assert caller.engine.slowdown < 2  # the stall alone would make it 21, and each batch 2% less
 
 
-def test_a_device_that_is_lost_ends_the_engine() -> None:
-    """Nothing will run on it any more: whoever has a batch there is answered, and the process can be started anew."""
+def test_lost_device_fails_the_engine_and_its_batches() -> None:
+    """No later batch can run on it: images in flight get an error, and the process can be restarted."""
 
-    class LostTicket:
+    class LostBatch:
         def done(self) -> bool:
             raise DeviceLost
 
@@ -122,7 +123,7 @@ def test_a_device_that_is_lost_ends_the_engine() -> None:
 
     class Lost(Device):
         def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
-            return LostTicket()
+            return LostBatch()
 
     with running(Lost()) as caller:
         assert isinstance(caller.outcome(caller.submit(1)), DeviceFailed)
@@ -130,8 +131,8 @@ def test_a_device_that_is_lost_ends_the_engine() -> None:
         assert isinstance(caller.outcome(caller.submit(2)), DeviceFailed)
 
 
-def test_stopping_waits_for_what_the_device_works_on() -> None:
-    """A batch that was launched is answered."""
+def test_stop_waits_for_the_running_batch() -> None:
+    """A launched batch is answered."""
     device = Device()
     with running(device) as caller:
         id_ = caller.submit(7)
@@ -140,8 +141,8 @@ def test_stopping_waits_for_what_the_device_works_on() -> None:
         assert isinstance(caller.outcome(id_), Inference)
 
 
-def test_whoever_tells_the_engine_nonsense_leaves_nobody_waiting() -> None:
-    """When the engine itself fails, what is on the device and what is in the queue are both answered."""
+def test_failure_of_the_engine_thread_answers_running_and_queued_images() -> None:
+    """An invalid job makes the engine itself fail."""
     device = Device()
     with running(device) as caller:
         first = caller.submit(1)
@@ -154,16 +155,16 @@ def test_whoever_tells_the_engine_nonsense_leaves_nobody_waiting() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, 3])
-def test_a_failing_image_fails_alone(bad: int) -> None:
-    """Also where it shows only when the device has run."""
+def test_image_that_fails_on_the_device_does_not_fail_its_batch(bad: int) -> None:
+    """The error appears only when the device has run."""
 
     class Poisoned(Device):
         def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
-            ticket = super().launch(pixels, specs)
-            assert isinstance(ticket, Ticket)
+            batch = super().launch(pixels, specs)
+            assert isinstance(batch, InFlightBatch)
             if any(image[0, 0, 0] == 66 for image in pixels):
-                ticket.error = RuntimeError("a failure that the test asked for")
-            return ticket
+                batch.error = RuntimeError("a failure that the test asked for")
+            return batch
 
     device = Poisoned()
     with running(device) as caller:

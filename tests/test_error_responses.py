@@ -1,4 +1,4 @@
-"""Every row of the contract's error table, provoked on a real server; after each it still answers."""
+"""Every row of the contract's error table on a real server, which still answers afterwards."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -42,37 +42,37 @@ from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "image/png", 422, "unreadable_image"),
     ],
 )
-def test_a_bad_body_is_a_clear_error(
+def test_invalid_body_has_the_documented_error(
     server: ServerProcess, content: bytes, content_type: str, status: int, code: str
 ) -> None:
-    """Status and code as in the contract, and the next good request is answered."""
+    """Status and code are those of the contract, and the next valid request is answered."""
     response = server.client.post(PREDICT, content=content, headers={"Content-Type": content_type})
     assert_error(response, status, code)
     assert predict(server.client, encoded(photo())).status_code == 200
 
 
 @pytest.mark.parametrize("parameters", [{"top_k": "0"}, {"top_k": "x"}])
-def test_a_bad_parameter_is_a_clear_error(server: ServerProcess, parameters: dict[str, str]) -> None:
-    """400, not the framework's own answer."""
+def test_invalid_query_parameter_is_400(server: ServerProcess, parameters: dict[str, str]) -> None:
+    """The body is the contract's, not the framework's."""
     response = server.client.post(PREDICT, content=encoded(photo()), params=parameters)
     assert_error(response, 400, "malformed_request")
 
 
 @pytest.mark.parametrize("timeout", ["0", "-5", "soon", "1e3", "99999999999"])
-def test_a_bad_timeout_is_a_clear_error(server: ServerProcess, timeout: str) -> None:
-    """400 names the header."""
+def test_invalid_timeout_header_is_400(server: ServerProcess, timeout: str) -> None:
+    """The message names the header."""
     response = predict(server.client, encoded(photo()), **{"X-Request-Timeout-Ms": timeout})
     assert_error(response, 400, "malformed_request")
 
 
-def test_other_paths_and_methods_have_errors_of_the_same_shape(server: ServerProcess) -> None:
+def test_unknown_paths_and_methods_have_the_same_error_body(server: ServerProcess) -> None:
     """404 and 405."""
     assert_error(server.client.get("/v1/nothing"), 404, "not_found")
     assert_error(server.client.get(PREDICT), 405, "method_not_allowed")
 
 
-def test_too_large_is_413_whatever_the_length_claims(tiny_path: Path) -> None:
-    """Too many bytes, announced or streamed, and too many pixels; the server goes on."""
+def test_too_large_body_or_image_is_413(tiny_path: Path) -> None:
+    """Too many bytes, announced or streamed, and too many pixels. The server continues."""
     with ServerProcess("--checkpoint", tiny_path, "--max-body-mb", "0.05", "--max-pixels", "10000") as running:
         assert_error(predict(running.client, bytes(60_000)), 413, "payload_too_large")
         chunks = (bytes(10_000) for _ in range(6))
@@ -81,8 +81,8 @@ def test_too_large_is_413_whatever_the_length_claims(tiny_path: Path) -> None:
         assert predict(running.client, encoded(photo(width=100, height=100), "GIF")).status_code == 200
 
 
-def test_a_full_queue_is_429_with_a_time_to_retry() -> None:
-    """The device is held, the queue is full: the next request is refused at once; later all is well."""
+def test_full_queue_is_429_with_retry_after() -> None:
+    """With a busy device and a full queue, the next request is rejected immediately. Later requests are answered."""
     runner = FakeRunner()
     with ServerThread(runner, max_queue=2) as running, ThreadPoolExecutor(2) as pool:
         runner.go_on.clear()
@@ -100,8 +100,8 @@ def test_a_full_queue_is_429_with_a_time_to_retry() -> None:
         assert sample(running.client, "rednet_queue_depth") == 0
 
 
-def test_uploads_that_do_not_come_keep_nobody_out() -> None:
-    """Who has sent a head only takes no place in the queue, however long they would wait, and leaves nothing behind."""
+def test_stalled_uploads_hold_no_queue_slots() -> None:
+    """A request of which only the head arrives takes no slot, whatever its deadline, and leaves nothing behind."""
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nX-Request-Timeout-Ms: 3600000\r\n\r\n"
     with ServerThread(FakeRunner(), max_queue=2) as running, ExitStack() as uploads:
         for _ in range(5):
@@ -113,8 +113,8 @@ def test_uploads_that_do_not_come_keep_nobody_out() -> None:
         wait_until(lambda: running.engine_client.requests == 0, "their end")
 
 
-def test_a_body_that_takes_too_long_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where its caller would wait for an hour: its bytes take room from others."""
+def test_slow_body_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later deadline does not help, because received bytes take memory from other requests."""
     monkeypatch.setattr("rednet.service.http.image_requests.MAX_ARRIVAL_S", 0.3)
     with ServerThread(FakeRunner(), request_timeout_s=0.3) as running:
 
@@ -127,8 +127,8 @@ def test_a_body_that_takes_too_long_is_408(monkeypatch: pytest.MonkeyPatch) -> N
         assert_error(running.client.post(PREDICT, content=body(), headers=headers), 408, "request_timeout")
 
 
-def test_before_warm_up_ends_it_is_503_not_ready() -> None:
-    """Alive, but neither ready nor taking work; then it is."""
+def test_server_is_503_not_ready_before_warm_up_ends() -> None:
+    """It is alive, but not ready, and rejects requests. Then it is ready."""
     runner = FakeRunner()
     runner.warm.clear()
     with ServerThread(runner) as running:
@@ -142,8 +142,8 @@ def test_before_warm_up_ends_it_is_503_not_ready() -> None:
         assert predict(running.client, encoded(photo())).status_code == 200
 
 
-def test_a_passed_deadline_is_504_and_costs_no_device_time(caplog: pytest.LogCaptureFixture) -> None:
-    """A caller with little patience is answered in time, and the image never runs."""
+def test_passed_deadline_is_504_without_device_time(caplog: pytest.LogCaptureFixture) -> None:
+    """The response comes at the deadline, and the image is not run."""
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
         held = occupy(running, runner, pool)
@@ -160,8 +160,8 @@ def test_a_passed_deadline_is_504_and_costs_no_device_time(caplog: pytest.LogCap
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_a_defect_is_500_and_stays_inside() -> None:
-    """The answer says nothing of the cause; the next request is answered."""
+def test_unexpected_exception_is_500_without_details() -> None:
+    """The response does not contain the cause, and the next request is answered."""
     runner = FakeRunner()
     runner.fail_on = lambda pixels: bool((pixels[0] == 255).all())
     with ServerThread(runner) as running:
@@ -171,8 +171,8 @@ def test_a_defect_is_500_and_stays_inside() -> None:
         assert predict(running.client, encoded(photo())).status_code == 200
 
 
-def test_a_defect_over_one_image_ends_the_work_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody will get their answers."""
+def test_unexpected_exception_cancels_the_other_images_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their results would not be sent."""
     runner, right, bad = FakeRunner(), Decoder.decode, encoded(photo(1))
 
     async def decode(decoder: Decoder, data: bytes, flow: Flow) -> Decoded:
@@ -191,8 +191,8 @@ def test_a_defect_over_one_image_ends_the_work_on_the_others(monkeypatch: pytest
         assert runner.batches == [1, 1]
 
 
-def test_a_caller_who_leaves_frees_the_queue(caplog: pytest.LogCaptureFixture) -> None:
-    """The image of a closed connection never runs, and no gauge keeps it."""
+def test_disconnected_client_frees_the_queue(caplog: pytest.LogCaptureFixture) -> None:
+    """Its image is not run, and the gauges return to zero."""
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
         held = occupy(running, runner, pool)
@@ -206,29 +206,31 @@ def test_a_caller_who_leaves_frees_the_queue(caplog: pytest.LogCaptureFixture) -
         assert held.result().status_code == 200
         assert predict(running.client, encoded(photo())).status_code == 200
         assert runner.batches == [1, 1]
-        assert sample(running.client, "rednet_inflight_requests") == 1  # this one
+        assert sample(running.client, "rednet_inflight_requests") == 1  # this request itself
         assert sample(running.client, "rednet_cancelled_total", stage="queue") == 1
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_who_would_be_answered_too_late_is_refused_at_once() -> None:
-    """429 before anything is decoded, with the time after which it would be in time; the patient are let in."""
-    runner = FakeRunner()  # says that an image takes 10 ms
+def test_request_that_would_miss_its_deadline_is_429_before_decoding() -> None:
+    """`Retry-After` is the time after which the deadline could be met. Requests with a later deadline are admitted."""
+    runner = FakeRunner()  # its cost table says 10 ms per image
     with ServerThread(runner, request_timeout_s=600) as running, ThreadPoolExecutor(80) as pool:
         runner.go_on.clear()
         held = [pool.submit(predict, running.client, encoded(photo())) for _ in range(80)]
         wait_until(lambda: running.engine_client.queue_depth == 80, "a queue of 0.8 s")
         response = predict(running.client, TEXT, **{"X-Request-Timeout-Ms": "500"})
         assert_error(response, 429, "overloaded")
-        assert response.headers["retry-after"] == "2"  # 0.81 s of work, doubled for caution, less half a second
+        assert (
+            response.headers["retry-after"] == "2"
+        )  # 0.81 s of work, times the safety factor of two, less half a second
         assert_error(predict(running.client, TEXT, **{"X-Request-Timeout-Ms": "5000"}), 415, "unsupported_media_type")
         runner.go_on.set()
         assert {future.result().status_code for future in held} == {200}
         assert predict(running.client, encoded(photo()), **{"X-Request-Timeout-Ms": "500"}).status_code == 200
 
 
-def test_a_device_that_hangs_is_seen(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever waits gets an error, liveness ends, and the process ends with status 1 to be started anew."""
+def test_hung_device_fails_liveness_and_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    """Waiting requests get an error, and the process exits with status 1 so that its supervisor restarts it."""
     runner = FakeRunner()
     with ServerThread(runner, hung_s=0.5) as running, ThreadPoolExecutor(1) as pool:
         held = occupy(running, runner, pool)
@@ -240,11 +242,11 @@ def test_a_device_that_hangs_is_seen(caplog: pytest.LogCaptureFixture) -> None:
         assert running.exit_code == 1
         runner.go_on.set()
     assert "the device hangs" in caplog.text
-    assert "in launch" in caplog.text  # where its thread is
+    assert "in launch" in caplog.text  # the stack of its thread
 
 
-def test_a_device_that_hangs_in_warm_up_is_seen(caplog: pytest.LogCaptureFixture) -> None:
-    """The process does not stay "starting" for ever; ten times the patience is for compilers."""
+def test_hung_warm_up_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    """The process does not stay "starting". The limit is ten times as long, for compilers."""
     runner = FakeRunner()
     runner.warm.clear()
     with ServerThread(runner, hung_s=0.1) as running:
@@ -255,8 +257,8 @@ def test_a_device_that_hangs_in_warm_up_is_seen(caplog: pytest.LogCaptureFixture
     assert "in warm_up" in caplog.text
 
 
-def test_an_engine_that_fails_is_seen() -> None:
-    """The process ends with status 1, so that its supervisor can start another, instead of staying up for nothing."""
+def test_failed_engine_ends_the_server() -> None:
+    """The process exits with status 1 so that its supervisor restarts it."""
 
     class Broken(FakeRunner):
         def warm_up(self, begin: Callable[[float], None]) -> CostTable:

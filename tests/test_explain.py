@@ -1,4 +1,4 @@
-"""Heat-maps out of the pass that predicts: what they are, and how they are asked for."""
+"""Heat maps from the forward pass of the prediction, and the endpoint that returns them."""
 
 import base64
 import io
@@ -37,34 +37,34 @@ def net(tiny_path: Path) -> RedNet:
     return load_checkpoint(tiny_path).net
 
 
-class Recording:
-    """A form that remembers which maps it was asked for."""
+class RecordingBackend:
+    """Records the maps that are requested of a backend."""
 
     name = "recording"
 
-    def __init__(self, form: InferenceBackend) -> None:
-        self._form = form
-        self.asked: list[tuple[list[int], list[int]]] = []
+    def __init__(self, backend: InferenceBackend) -> None:
+        self._backend = backend
+        self.requested: list[tuple[list[int], list[int]]] = []
 
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
-        self.asked.append((list(stages), list(kernel_sums)))
-        return self._form(pixels, stages, kernel_sums)
+        self.requested.append((list(stages), list(kernel_sums)))
+        return self._backend(pixels, stages, kernel_sums)
 
 
 @pytest.fixture(params=[pytest.param("native", marks=needs_native), "torch"])
-def form(request: pytest.FixtureRequest, net: RedNet) -> Recording:
+def backend(request: pytest.FixtureRequest, net: RedNet) -> RecordingBackend:
     if request.param == "native":
-        return Recording(prepare(net, SQUARE, "cpu").implementation)
-    return Recording(TorchBackend(net, SQUARE, CPU, torch.float32))
+        return RecordingBackend(prepare(net, SQUARE, "cpu").implementation)
+    return RecordingBackend(TorchBackend(net, SQUARE, CPU, torch.float32))
 
 
 @pytest.fixture
-def runner(form: Recording, net: RedNet) -> PreparedRunner:
-    return PreparedRunner(Prepared(form, SQUARE, net.head.fc.weight.detach(), CPU, "fp32", 0.0), largest=8)
+def runner(backend: RecordingBackend, net: RedNet) -> PreparedRunner:
+    return PreparedRunner(Prepared(backend, SQUARE, net.head.fc.weight.detach(), CPU, "fp32", 0.0), largest=8)
 
 
 def kernels_of(net: RedNet, pixels: Tensor) -> list[Tensor]:
-    """The summed kernels of each stage's last involution, [B, G, h, w], by the plain network."""
+    """The summed kernels of each stage's last involution, [B, G, h, w], computed by the network itself."""
     sums: list[Tensor] = []
     handles = []
     for stage in range(1, 5):
@@ -79,7 +79,7 @@ def kernels_of(net: RedNet, pixels: Tensor) -> list[Tensor]:
 
 
 def test_images_of_one_batch_get_their_own_maps(runner: PreparedRunner, net: RedNet) -> None:
-    """Maps of a class and of kernels in one batch with images that ask for none, each its own."""
+    """The batch has class maps, kernel maps, and images without maps."""
     pixels = photos(5, 64, 64)
     specs: dict[int, ExplainSpec] = {
         0: ClassActivation(3),
@@ -99,8 +99,8 @@ def test_images_of_one_batch_get_their_own_maps(runner: PreparedRunner, net: Red
         np.testing.assert_allclose(output.grids[index], grid, rtol=1e-3, atol=1e-4)
 
 
-def test_the_mean_of_a_class_map_is_its_logit(runner: PreparedRunner, net: RedNet) -> None:
-    """Less the bias; for every class, predicted or not."""
+def test_mean_of_a_class_map_plus_the_bias_is_the_logit(runner: PreparedRunner, net: RedNet) -> None:
+    """For every class, predicted or not."""
     images = list(photos(5, 64, 64).numpy())
     output = runner.launch(images, {index: ClassActivation(index) for index in range(5)}).wait()
     bias = net.head.fc.bias.detach().numpy()
@@ -108,19 +108,19 @@ def test_the_mean_of_a_class_map_is_its_logit(runner: PreparedRunner, net: RedNe
         assert grid.mean() + bias[index] == pytest.approx(output.logits[index, index], rel=1e-5, abs=1e-5)
 
 
-def test_only_the_maps_that_are_needed_are_made(runner: PreparedRunner, form: Recording) -> None:
-    """None for a batch of plain images; the last stage's for a class; one stage's kernels for kernels."""
+def test_backend_computes_only_requested_maps(runner: PreparedRunner, backend: RecordingBackend) -> None:
+    """None for a batch of plain images, those of the last stage for a class, and one stage's kernels for kernels."""
     images = list(photos(2, 64, 64).numpy())
     specs: list[Mapping[int, ExplainSpec]] = [{}, {0: ClassActivation()}, {1: KernelSums(2)}]
     for each in (*specs, {0: KernelSums(3), 1: KernelSums(0)}):
         runner.launch(images, each).wait()
-    assert form.asked == [([], []), ([3], []), ([], [2]), ([], [0, 3])]
+    assert backend.requested == [([], []), ([3], []), ([], [2]), ([], [0, 3])]
 
 
-def test_some_stages_are_given_in_their_order(form: Recording) -> None:
-    """Those that were asked for, however they were."""
+def test_requested_stages_are_returned_in_their_order(backend: RecordingBackend) -> None:
+    """Whatever the order and the container of the request."""
     pixels = photos(2, 64, 64)
-    every, some = form(pixels, range(4), range(4)), form(pixels, {3, 1}, [2])
+    every, some = backend(pixels, range(4), range(4)), backend(pixels, {3, 1}, [2])
     assert every.stages is not None
     assert every.kernel_sums is not None
     assert some.stages is not None
@@ -130,7 +130,7 @@ def test_some_stages_are_given_in_their_order(form: Recording) -> None:
 
 
 def explained(server: ServerProcess, data: bytes, **parameters: object) -> dict[str, Any]:
-    """The answer for one photo, as JSON that fits its description."""
+    """The JSON response for one photo, checked against its schema."""
     response = server.client.post(EXPLAIN, content=data, params=parameters, headers=JSON)  # type: ignore[arg-type]
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "application/json"
@@ -139,8 +139,8 @@ def explained(server: ServerProcess, data: bytes, **parameters: object) -> dict[
     return answer
 
 
-def test_a_class_is_explained_by_index_or_id(server: ServerProcess, net: RedNet) -> None:
-    """Over HTTP: the predicted class unless one is named; its logit is the grid's mean plus the bias."""
+def test_explain_class_by_index_or_id(server: ServerProcess, net: RedNet) -> None:
+    """The predicted class is the default. The logit is the mean of the grid plus the bias."""
     data = encoded(photo())
     likeliest = predict(server.client, data).json()["predictions"][0]["classes"][0]
     best, by_index, by_id = (explained(server, data, **chosen) for chosen in ({}, {"class": 3}, {"class": "n3"}))
@@ -154,8 +154,8 @@ def test_a_class_is_explained_by_index_or_id(server: ServerProcess, net: RedNet)
         assert np.mean(each["grid"]) + bias == pytest.approx(each["class"]["logit"], rel=1e-4, abs=1e-6)
 
 
-def test_kernels_are_shown_by_stage_and_group(server: ServerProcess) -> None:
-    """Of four stages, at four resolutions; the mean of the groups is what comes without one."""
+def test_explain_kernels_by_stage_and_group(server: ServerProcess) -> None:
+    """Four stages have four resolutions, and without a group the result is the mean of all groups."""
     data = encoded(photo())
     for stage, side in ((1, 16), (2, 8), (3, 4), (4, 2)):
         assert np.shape(explained(server, data, layer=f"stage{stage}")["grid"]) == (side, side)
@@ -166,8 +166,8 @@ def test_kernels_are_shown_by_stage_and_group(server: ServerProcess) -> None:
     assert "class" not in mean
 
 
-def test_a_picture_comes_unless_json_is_asked_for(server: ServerProcess) -> None:
-    """As large as the photo, by each of the three ways to send it, with the time that drawing took."""
+def test_explain_returns_a_png_unless_json_is_requested(server: ServerProcess) -> None:
+    """The picture has the photo's size, whichever way the photo is sent. `Server-Timing` includes the drawing."""
     data = encoded(photo(width=90, height=70))
     answers = [
         server.client.post(EXPLAIN, content=data),
@@ -182,8 +182,8 @@ def test_a_picture_comes_unless_json_is_asked_for(server: ServerProcess) -> None
     assert kernels.content != answers[0].content
 
 
-def test_several_images_are_explained_as_json(server: ServerProcess) -> None:
-    """Each its own, with the error of one that cannot be read in its place; a picture has place for one."""
+def test_explain_several_images_needs_json(server: ServerProcess) -> None:
+    """Each image has its own result or error. A PNG can show one image only."""
     data = encoded(photo())
     files = [("f", ("a.png", data)), ("f", ("b.png", TEXT)), ("f", ("c.png", encoded(photo(1))))]
     answer = server.client.post(EXPLAIN, files=files, headers=JSON).json()
@@ -212,16 +212,18 @@ def test_several_images_are_explained_as_json(server: ServerProcess) -> None:
         ({"group": "x", "layer": "stage2"}, "integer"),
     ],
 )
-def test_what_is_not_there_is_refused(server: ServerProcess, parameters: dict[str, str], says: str) -> None:
-    """400, with what there is instead."""
+def test_explain_with_unknown_class_stage_or_group_is_400(
+    server: ServerProcess, parameters: dict[str, str], says: str
+) -> None:
+    """The message says which values are valid."""
     response = server.client.post(EXPLAIN, content=encoded(photo()), params=parameters)
     assert_error(response, 400, "malformed_request")
     assert says in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("headers", [{}, JSON])
-def test_bad_images_are_the_same_errors_as_everywhere(server: ServerProcess, headers: dict[str, str]) -> None:
-    """Whether a picture or JSON was asked for."""
+def test_explain_unreadable_images_have_the_usual_errors(server: ServerProcess, headers: dict[str, str]) -> None:
+    """For PNG and for JSON responses."""
     for data, status, code in (
         (b"", 400, "malformed_request"),
         (TEXT, 415, "unsupported_media_type"),
@@ -230,8 +232,8 @@ def test_bad_images_are_the_same_errors_as_everywhere(server: ServerProcess, hea
         assert_error(server.client.post(EXPLAIN, content=data, headers=headers), status, code)
 
 
-def test_the_document_describes_every_answer(server: ServerProcess) -> None:
-    """Both forms, every error, and what the parameters may be."""
+def test_openapi_describes_all_responses_of_explain(server: ServerProcess) -> None:
+    """Both media types, every error, and the values of the parameters."""
     described = server.client.get("/openapi.json").json()["paths"][EXPLAIN]["post"]
     assert described["responses"]["200"]["content"].keys() == {"application/json", "image/png"}
     assert {"400", "401", "413", "415", "422", "429", "500", "503", "504"} < described["responses"].keys()
@@ -241,8 +243,8 @@ def test_the_document_describes_every_answer(server: ServerProcess) -> None:
     assert "multipart/form-data" in described["requestBody"]["content"]
 
 
-def test_explained_images_share_batches_with_others() -> None:
-    """What arrives while the device is busy runs together, and only who asked carries a map away."""
+def test_explained_images_share_batches_with_plain_ones() -> None:
+    """Images that arrive while the device is busy run together, and only the explained ones have maps."""
 
     class Noting(FakeRunner):
         def __init__(self) -> None:
@@ -258,19 +260,19 @@ def test_explained_images_share_batches_with_others() -> None:
         held = occupy(running, runner, pool)
         data = encoded(photo())
         plain = pool.submit(predict, running.client, data)
-        asked = pool.submit(running.client.post, EXPLAIN, content=data, headers=JSON)
+        requested = pool.submit(running.client.post, EXPLAIN, content=data, headers=JSON)
         decoded = {"series": "rednet_stage_duration_seconds_count", "stage": "decode"}
         wait_until(lambda: sample(running.client, **decoded) == 3, "both")
         runner.go_on.set()
-        assert [each.result().status_code for each in (held, plain, asked)] == [200] * 3
+        assert [each.result().status_code for each in (held, plain, requested)] == [200] * 3
         assert runner.batches == [1, 2]
         assert list(runner.specs[0]) == []
         assert list(runner.specs[1].values()) == [ClassActivation(None)]
-        assert asked.result().json()["explanations"][0]["grid"] == [[0, 1], [2, 3]]
+        assert requested.result().json()["explanations"][0]["grid"] == [[0, 1], [2, 3]]
 
 
-def test_an_answer_without_its_map_is_a_defect() -> None:
-    """500, and neither a picture of nothing nor an answer that the document does not describe."""
+def test_result_without_its_requested_map_is_500() -> None:
+    """The server sends neither an empty picture nor JSON that does not match the schema."""
 
     class Forgetful(FakeRunner):
         def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:

@@ -1,4 +1,4 @@
-"""Fair shares of decoding time, as pure state."""
+"""Fair scheduling of decode work, as pure state."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ def drained(queue: FairQueue[Item]) -> list[Item]:
 
 
 def test_request_with_one_image_waits_for_one_image_of_a_large_request() -> None:
-    """Although hundreds were there before it."""
+    """It does not wait for the hundreds that were queued before it."""
     queue, large, single = FairQueue[Item](), Flow(), Flow()
     for _ in range(250):
         queue.put(Item(large))
@@ -30,8 +30,8 @@ def test_request_with_one_image_waits_for_one_image_of_a_large_request() -> None
     assert order.index(single) <= 1
 
 
-def test_requests_share_time_by_cost_not_by_number() -> None:
-    """While one image of three seconds is decoded, the other request decodes three of one second."""
+def test_requests_share_decode_time_by_cost() -> None:
+    """While one image of three seconds is decoded, the other request decodes three images of one second."""
     queue, slow, quick = FairQueue[Item](), Flow(), Flow()
     for _ in range(20):
         queue.put(Item(slow, 3.0))
@@ -41,7 +41,7 @@ def test_requests_share_time_by_cost_not_by_number() -> None:
 
 
 def test_large_request_is_served_while_single_images_keep_coming() -> None:
-    """New requests come first, but not for ever."""
+    """New requests have priority only for a limited time."""
     queue, large = FairQueue[Item](), Flow()
     for _ in range(10):
         queue.put(Item(large))
@@ -53,8 +53,8 @@ def test_large_request_is_served_while_single_images_keep_coming() -> None:
     assert served == 10
 
 
-def test_discarded_image_is_not_served_and_counts_no_more() -> None:
-    """Thousands of them leave nothing behind."""
+def test_discarded_image_is_neither_served_nor_counted() -> None:
+    """Thousands of discarded images leave nothing behind."""
     queue, flow = FairQueue[Item](), Flow()
     stays = Item(flow)
     queue.put(stays)
@@ -62,14 +62,14 @@ def test_discarded_image_is_not_served_and_counts_no_more() -> None:
         item = Item(Flow())
         queue.put(item)
         queue.discard(item)
-        queue.discard(item)  # once more does not matter
+        queue.discard(item)  # discarding twice has no effect
     assert len(queue) == 1
     assert len(queue._heap) < 500
     assert queue.wait_s(Item(Flow())) == 2.0
     assert drained(queue) == [stays]
 
 
-def test_image_put_first_is_next() -> None:
+def test_image_put_in_front_is_next() -> None:
     """It has waited before."""
     queue = FairQueue[Item]()
     for _ in range(3):
@@ -79,8 +79,8 @@ def test_image_put_first_is_next() -> None:
     assert queue.pop() is again
 
 
-def test_predicted_wait_counts_of_other_requests_only_what_comes_first() -> None:
-    """A request with a hundred seconds of work delays a single second by about one."""
+def test_predicted_wait_counts_only_earlier_work_of_other_requests() -> None:
+    """A request with a hundred seconds of work delays one second of another request's work by about one second."""
     queue, large = FairQueue[Item](), Flow()
     for _ in range(100):
         queue.put(Item(large))
