@@ -134,7 +134,7 @@ def test_a_photo_is_chosen_and_explained(page: Page) -> None:
     for row in page.locator("#times tr").all():
         assert float(row.locator("td").last.inner_text()) > float(row.locator("td").first.inner_text()) > 0
     assert "'@my photo.png'" in page.inner_text("#curl")
-    expect(page.locator("[role=status]")).to_contain_text("%. The heat-maps are below.")
+    expect(page.locator("[role=status]")).to_contain_text("%. The heat maps are below.")
 
 
 PIXELS = """async map => {
@@ -230,7 +230,7 @@ def test_it_is_used_by_keyboard_alone(page: Page) -> None:
     expect(page.get_by_role("radio", name="3")).to_be_focused()
     page.keyboard.press("ArrowRight")
     expect(page.locator("#kernel-map .map")).to_have_attribute(
-        "alt", "The photo under a heat-map: the kernels of stage 4"
+        "alt", "The photo with a heat map: the kernels of stage 4"
     )
     assert all(now != before for now, before in zip(maps(page), first, strict=True))
 
@@ -283,7 +283,7 @@ def test_a_damaged_photo_is_told_kindly(browser: Browser, server: ServerProcess)
     expect(page.get_by_role("alert")).to_contain_text("This photo is damaged")
     expect(page.locator("#answer")).to_be_hidden()
     page.set_input_files("#file", file_of(b"text", "notes.txt"))
-    expect(page.get_by_role("alert")).to_contain_text("This is no photo")
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot read this file")
     page.get_by_role("button", name="A golf ball").click()
     assert_answered(page)
     assert all(trouble.startswith("Failed to load resource") for trouble in troubles)
@@ -297,9 +297,9 @@ def test_a_key_is_asked_for_where_there_are_keys(browser: Browser, tiny_path: Pa
     keys.write_text(KEY)
     with ServerProcess("--checkpoint", tiny_path, "--api-key-file", keys) as running:
         page = opened(browser, running.url, [])
-        page.get_by_label("This server wants an API key").fill("not-one-of-them-at-all")
+        page.get_by_label("This server requires an API key").fill("not-one-of-them-at-all")
         page.keyboard.press("Enter")
-        page.get_by_label("This is none of the server's API keys").fill(KEY)
+        page.get_by_label("The server does not accept this API key").fill(KEY)
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_contain_text("tiny")
         page.get_by_role("button", name="A dog").click()
@@ -308,5 +308,5 @@ def test_a_key_is_asked_for_where_there_are_keys(browser: Browser, tiny_path: Pa
         assert "$KEY" in page.inner_text("#curl")
         assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
         page.reload()
-        expect(page.get_by_label("This server wants an API key")).to_have_value("")
+        expect(page.get_by_label("This server requires an API key")).to_have_value("")
         page.context.close()

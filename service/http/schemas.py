@@ -1,25 +1,25 @@
-"""The shapes of requests and answers, as the OpenAPI document shows them."""
+"""The schemas of requests and responses in the OpenAPI document."""
 
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-Described = dict[int | str, dict[str, Any]]  # what FastAPI takes for the statuses of an endpoint
+Responses = dict[int | str, dict[str, Any]]  # FastAPI's description of the responses of an endpoint, by status
 
 
 class ImagesBody(BaseModel):
-    """Images as JSON, for callers who have nothing better; base64 makes them a third larger."""
+    """Images as JSON, for clients that cannot send files. Base64 makes them a third larger."""
 
     images: list[str] = Field(
         min_length=1,
-        description="encoded photos, as base64 (line breaks, missing padding and the URL-safe alphabet are accepted), "
+        description="encoded images, as base64 (line breaks, missing padding and the URL-safe alphabet are accepted) "
         "or as data URLs",
     )
 
 
 class ErrorDetail(BaseModel):
-    code: str = Field(description="stable, for programs", examples=["unreadable_image"])
-    message: str = Field(description="for people")
+    code: str = Field(description="stable and machine-readable", examples=["unreadable_image"])
+    message: str = Field(description="human-readable, may change")
 
 
 class ErrorBody(BaseModel):
@@ -27,46 +27,46 @@ class ErrorBody(BaseModel):
 
 
 class ClassScore(BaseModel):
-    index: int = Field(description="position among the network's classes")
+    index: int = Field(description="index of the class, counted from 0")
     label: str
     probability: float
 
 
 class Prediction(BaseModel):
-    classes: list[ClassScore] = Field(description="the likeliest classes, best first")
+    classes: list[ClassScore] = Field(description="the most probable classes, best first")
 
 
-class AnswerBody(BaseModel):
+class ResponseBody(BaseModel):
     model: str
-    ignored: list[str] | None = Field(
-        None, description="names of the parts of a form that are not images, if there are any"
-    )
+    ignored: list[str] | None = Field(None, description="names of the form parts that are not images, if any")
 
 
-class PredictBody(AnswerBody):
+class PredictBody(ResponseBody):
     predictions: list[Prediction | ErrorBody] = Field(description="one entry per image, in order")
 
 
-class FeaturesBody(AnswerBody):
+class FeaturesBody(ResponseBody):
     dimension: int
     features: list[list[float] | ErrorBody] = Field(description="one entry per image, in order")
 
 
 class ExplainedClass(ClassScore):
-    logit: float = Field(description="the mean of the grid, plus a constant of the class: the head's bias")
+    logit: float = Field(description="the mean of the grid plus the bias of the class in the head")
 
 
 class Explanation(BaseModel):
-    explained: ExplainedClass | None = Field(None, alias="class", description="what `class` layers explain")
+    explained: ExplainedClass | None = Field(
+        None, alias="class", description="the explained class, for the layer `class`"
+    )
     grid: list[list[float]] = Field(
-        description="rows of values, top to bottom, over the middle of the upright photo: the square whose side is "
-        "`crop / resize` of the photo's short side, as `/v1/model` says (`preprocess`)"
+        description="rows of values, top to bottom. They cover the centre of the upright image: a square whose side is "
+        "`crop / resize` of the image's shorter side (`preprocess` in `/v1/model`)"
     )
 
 
-class ExplainBody(AnswerBody):
+class ExplainBody(ResponseBody):
     layer: str
-    group: int | None = Field(description="of the kernels; null: the mean of all groups")
+    group: int | None = Field(description="group of the kernels; null: mean of all groups")
     explanations: list[Explanation | ErrorBody] = Field(description="one entry per image, in order")
 
 
@@ -74,11 +74,11 @@ class StatusBody(BaseModel):
     status: str = Field(examples=["ready"])
 
 
-def described_errors(body: type[BaseModel]) -> Described:
-    """What an endpoint that takes images may answer instead, in a protocol's shape of errors."""
+def described_errors(body: type[BaseModel]) -> Responses:
+    """The error responses of an endpoint that takes images, with the protocol's error body."""
     codes = {
         400: "malformed_request",
-        401: "unauthorized, where keys are set",
+        401: "unauthorized, if the server requires an API key",
         408: "request_timeout",
         413: "payload_too_large",
         415: "unsupported_media_type",
@@ -92,9 +92,9 @@ def described_errors(body: type[BaseModel]) -> Described:
 
 
 def described_images() -> dict[str, Any]:
-    """The request body of every endpoint that takes images: the three ways to send them.
+    """The request body of the `/v1` endpoints: the three ways to send images.
 
-    In a form, a part is an image if it has a file name, an image type or the first bytes of an image, also in base64.
+    A part of a form is an image if it has a file name or an image type, or begins like an image, also in base64.
     """
     binary = {"schema": {"type": "string", "format": "binary"}}
     parts = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
@@ -112,10 +112,10 @@ def described_images() -> dict[str, Any]:
 
 
 class InferErrorBody(BaseModel):
-    """An error as the Open Inference Protocol has it; `code` is ours, the same as everywhere."""
+    """An error in the format of the Open Inference Protocol, extended by `code`, which is the same as in `/v1`."""
 
-    error: str = Field(description="for people")
-    code: str = Field(description="stable, for programs", examples=["unreadable_image"])
+    error: str = Field(description="human-readable, may change")
+    code: str = Field(description="stable and machine-readable", examples=["unreadable_image"])
 
 
 class LiveBody(BaseModel):
@@ -123,7 +123,7 @@ class LiveBody(BaseModel):
 
 
 class ReadyBody(BaseModel):
-    """The protocol's text calls the field live here, too; its servers and clients say ready."""
+    """The specification names the field `live` here as well, while its servers and clients use `ready`."""
 
     ready: bool
     live: bool
@@ -150,28 +150,28 @@ class ModelMetadataBody(BaseModel):
     name: str
     versions: list[str]
     platform: str
-    inputs: list[TensorBody] = Field(description="a request has one of them")
-    outputs: list[TensorBody] = Field(description="all of them, unless a request names some")
+    inputs: list[TensorBody] = Field(description="a request has exactly one of them")
+    outputs: list[TensorBody] = Field(description="all are returned unless the request selects some")
 
 
 class OutputTensorBody(TensorBody):
     data: list[float] | list[str] | None = Field(
         None,
-        description="row-major, flat; absent where the values follow the JSON. With `classification`: k in an output's "
-        'parameters, its k highest values as text, "value:index:label", datatype BYTES, shape [N, k]',
+        description="flat, in row-major order; absent if the values follow as binary data. With the output parameter "
+        '`classification`: k, the k highest values as text "value:index:label", datatype BYTES, shape [N, k]',
     )
-    parameters: dict[str, int] | None = Field(None, description="`binary_data_size`, where they do")
+    parameters: dict[str, int] | None = Field(None, description="`binary_data_size`, if the values are binary data")
 
 
 class InferAnswerBody(BaseModel):
     model_name: str
     model_version: str
-    id: str | None = Field(None, description="the request's")
+    id: str | None = Field(None, description="id of the request")
     outputs: list[OutputTensorBody]
 
 
 def described_infer() -> dict[str, Any]:
-    """The request body of infer, by example: JSON alone, or JSON and binary data."""
+    """The request body of infer, with an example: JSON alone, or JSON followed by binary data."""
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["<base64 of a photo>"]}
     example = {"id": "42", "inputs": [tensor], "outputs": [{"name": "probabilities"}]}
     return {

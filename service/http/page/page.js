@@ -1,32 +1,32 @@
-// One photo at a time: its classes, what speaks for one of them, and where a stage's kernels aggregate.
-// Every answer comes from an ordinary request to the API, the one that the page shows for curl.
+// Shows one photo at a time: its classes, the evidence for one of them, and where a stage's kernels aggregate.
+// All results come from ordinary API requests, which the page also shows as curl commands.
 
 const byId = (id) => document.getElementById(id);
-const KINDLY = {
-  unsupported_media_type: "This is no photo that the server can read. JPEG, PNG, WebP, GIF, BMP and TIFF work.",
-  unreadable_image: "This photo is damaged: it begins like one, but cannot be read to its end.",
+const MESSAGES = {
+  unsupported_media_type: "The server cannot read this file. It supports JPEG, PNG, WebP, GIF, BMP and TIFF.",
+  unreadable_image: "This photo is damaged and cannot be decoded completely.",
   payload_too_large: "This photo is too large for the server.",
-  overloaded: "The server has too much to do. Please try again in a moment.",
+  overloaded: "The server is overloaded. Please try again in a moment.",
   not_ready: "The server is starting. Please try again in a moment.",
   draining: "The server is stopping. Please try again in a moment.",
 };
-const STAGES = ["decode", "queue", "inference", "draw"]; // of a request, as Server-Timing names them
+const STAGES = ["decode", "queue", "inference", "draw"]; // names in the Server-Timing header
 
-let key = ""; // kept in this variable only
-let photo = null; // a file and its name
-let shown = null; // the photo whose answer is on the page
-let classes = []; // the likeliest ones
-let chosen = 0; // which of them is explained
-const asking = new Map(); // what ends a request that is not wanted any more, by its name
+let key = ""; // stored nowhere else
+let photo = null; // the chosen file and its name
+let shown = null; // the photo whose results are on the page
+let classes = []; // the most probable classes
+let chosen = 0; // index of the explained class in `classes`
+const pending = new Map(); // the AbortController of each request in progress, by name
 const times = { predict: {}, class: {}, kernels: {} };
 
 const stage = () => document.querySelector("#stages input:checked").value;
 const explainClass = () => `v1/explain?layer=class${chosen ? `&class=${classes[chosen].index}` : ""}`;
 const explainKernels = () => `v1/explain?layer=${stage()}`;
 
-class Refusal extends Error {
+class ApiError extends Error {
   constructor({ code, message }) {
-    super(KINDLY[code] ?? message);
+    super(MESSAGES[code] ?? message);
     this.code = code;
   }
 }
@@ -34,19 +34,19 @@ class Refusal extends Error {
 async function ask(path, options) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const response = await fetch(path, { ...options, headers }).catch((error) => {
-    throw error.name === "AbortError" ? error : new Refusal({ message: "The server cannot be reached." });
+    throw error.name === "AbortError" ? error : new ApiError({ message: "The server is not reachable." });
   });
   if (!response.ok) {
     const body = await response.json().catch(() => ({ error: { message: `The server answered ${response.status}.` } }));
-    throw new Refusal(body.error);
+    throw new ApiError(body.error);
   }
   return response;
 }
 
 async function send(name, path) {
-  asking.get(name)?.abort();
-  asking.set(name, new AbortController());
-  const { signal } = asking.get(name);
+  pending.get(name)?.abort();
+  pending.set(name, new AbortController());
+  const { signal } = pending.get(name);
   const started = performance.now();
   const response = await ask(path, { method: "POST", body: photo.file, signal });
   const answer = await (path.includes("explain") ? response.blob() : response.json());
@@ -56,7 +56,7 @@ async function send(name, path) {
   return answer;
 }
 
-// Runs what asks the server, and says what came of it.
+// Runs a function that sends requests, and shows its errors.
 async function attempt(work, retry) {
   byId("error").hidden = true;
   byId("answer").classList.add("busy");
@@ -64,9 +64,9 @@ async function attempt(work, retry) {
     await work();
     byId("answer").classList.remove("busy");
   } catch (error) {
-    if (error.name === "AbortError") return; // the answer to something newer is on its way
+    if (error.name === "AbortError") return; // a newer request has replaced this one
     byId("answer").classList.remove("busy");
-    if (!(error instanceof Refusal)) throw error;
+    if (!(error instanceof ApiError)) throw error;
     if (error.code === "unauthorized") askForKey(retry);
     else showError(error.message);
   }
@@ -80,7 +80,7 @@ function showError(message) {
 
 function askForKey(retry) {
   const form = byId("key-form");
-  form.querySelector("label").textContent = key ? "This is none of the server's API keys" : "This server wants an API key";
+  form.querySelector("label").textContent = key ? "The server does not accept this API key" : "This server requires an API key";
   form.hidden = false;
   form.onsubmit = (event) => {
     event.preventDefault();
@@ -95,10 +95,10 @@ async function describe() {
   const model = await (await ask("v1/model")).json();
   const { name, architecture, labels, device, precision } = model;
   byId("model").textContent = `${name}: ${architecture}, ${labels.length} classes, ${precision} on ${device}`;
-  byId("known").textContent = `The network knows ${labels.length} and takes everything for one of them.`;
+  byId("known").textContent = `The network knows ${labels.length} and assigns every photo to one of them.`;
 }
 
-// Shows a new photo; the file may still be on its way.
+// Shows a new photo. The file may be a promise.
 function open(file, name) {
   photo = { file, name };
   chosen = 0;
@@ -106,13 +106,13 @@ function open(file, name) {
 }
 
 async function showAll() {
-  byId("status").textContent = "Asking the server";
+  byId("status").textContent = "Waiting for the server";
   const wanted = photo;
   wanted.file = await wanted.file;
-  if (wanted !== photo) return; // there is a newer one
+  if (wanted !== photo) return; // a newer photo has replaced this one
   const answers = [send("predict", "v1/predict?top_k=5"), send("class", "v1/explain?layer=class"), send("kernels", explainKernels())];
   const [{ predictions }, classMap, kernelMap] = await Promise.all(answers).catch((error) => {
-    if (error instanceof Refusal) byId("answer").hidden = true; // another photo's
+    if (error instanceof ApiError) byId("answer").hidden = true; // it belongs to another photo
     throw error;
   });
   classes = predictions[0].classes;
@@ -121,7 +121,7 @@ async function showAll() {
   showKernelMap(kernelMap);
   shown = wanted;
   byId("answer").hidden = false;
-  byId("status").textContent = `${classes[0].label}, ${percent(classes[0].probability)}. The heat-maps are below.`;
+  byId("status").textContent = `${classes[0].label}, ${percent(classes[0].probability)}. The heat maps are below.`;
 }
 
 function show(image, blob) {
@@ -132,7 +132,7 @@ function show(image, blob) {
 function showClassMap(png) {
   const map = byId("class-map").querySelector(".map");
   show(map, png);
-  map.alt = `The photo under a heat-map: what each place adds to ${classes[chosen].label}`;
+  map.alt = `The photo with a heat map: what each position contributes to ${classes[chosen].label}`;
   byId("explained").textContent = classes[chosen].label;
   showClasses();
   showAsides();
@@ -141,7 +141,7 @@ function showClassMap(png) {
 function showKernelMap(png) {
   const map = byId("kernel-map").querySelector(".map");
   show(map, png);
-  map.alt = `The photo under a heat-map: the kernels of stage ${stage().at(-1)}`;
+  map.alt = `The photo with a heat map: the kernels of stage ${stage().at(-1)}`;
   showAsides();
 }
 
@@ -169,7 +169,7 @@ function showClasses() {
 }
 
 function choose(index) {
-  if (photo !== shown) return; // these are the classes of another photo
+  if (photo !== shown) return; // the classes belong to another photo
   chosen = index;
   attempt(async () => showClassMap(await send("class", explainClass())), () => choose(index));
 }
@@ -179,7 +179,7 @@ function chooseStage() {
   else attempt(async () => showKernelMap(await send("kernels", explainKernels())), chooseStage);
 }
 
-// Beside the pictures: times, and the commands that do the same.
+// Shows the timings and the equivalent curl commands.
 function showAsides() {
   const cell = (ms) => element("td", [ms === undefined ? "–" : ms.toFixed(1)]);
   const rows = Object.entries(times).map(([name, took]) => {
@@ -227,7 +227,7 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 
 byId("stages").addEventListener("change", chooseStage);
 byId("fade").addEventListener("input", ({ target }) => byId("answer").style.setProperty("--fade", target.value / 100));
-byId("copy").hidden = !navigator.clipboard; // which browsers have only where nobody can listen
+byId("copy").hidden = !navigator.clipboard; // browsers provide it on secure origins only
 byId("copy").addEventListener("click", async ({ target }) => {
   await navigator.clipboard.writeText(byId("curl").textContent);
   target.textContent = "Copied";

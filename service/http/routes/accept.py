@@ -1,4 +1,4 @@
-"""What a caller would like to get, by the `Accept` header."""
+"""Content negotiation by the `Accept` header."""
 
 import re
 
@@ -6,19 +6,19 @@ QUALITY = re.compile(r"(?:^|;)\s*q=(\d(?:\.\d{0,3})?)\s*(?:;|$)")
 
 
 def prefers(accept: str, media_type: str, usual: str) -> bool:
-    """Whether the header names a type, and wants it no less than the one sent usually (RFC 9110, section 12.5.1).
+    """Whether a client prefers a media type to the default, or likes both equally (RFC 9110, section 12.5.1).
 
     Args:
-        accept: the header.
-        media_type: for which it is not enough that anything is welcome.
-        usual: the other one.
+        accept: value of the header.
+        media_type: must be named explicitly; a wildcard is not enough.
+        usual: the default type.
     """
-    ranges = (usual, f"{usual.split('/', maxsplit=1)[0]}/*", "*/*")  # the narrowest that is there counts
+    ranges = (usual, f"{usual.split('/', maxsplit=1)[0]}/*", "*/*")  # the most specific one in the header counts
     relevant = {media_type, *ranges}
     qualities: dict[str, float] = {}
     for entry in accept.lower().split(","):
         name, _, parameters = entry.partition(";")
-        if (name := name.strip()) in relevant:  # a hostile header has thousands of entries
+        if (name := name.strip()) in relevant:  # a hostile header may have thousands of other entries
             qualities[name] = _quality(parameters)
     wanted = qualities.get(media_type, 0.0)
     return wanted > 0 and wanted >= next((qualities[each] for each in ranges if each in qualities), 0.0)

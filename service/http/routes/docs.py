@@ -1,4 +1,4 @@
-"""Interactive documentation. Its links are relative, so that it works behind a proxy that adds a path prefix."""
+"""Interactive API documentation. Links are relative, so that it works behind a proxy that adds a path prefix."""
 
 from fastapi import APIRouter, Request, Response
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
@@ -23,5 +23,5 @@ async def redoc() -> Response:
 @router.get("/docs/")
 @router.get("/redoc/")
 async def without_slash(request: Request) -> Response:
-    """Relative links need the path without a final slash."""
+    """Redirect to the path without a final slash, for which the relative links are written."""
     return RedirectResponse(f"..{request.url.path.rstrip('/')}")

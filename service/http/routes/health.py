@@ -1,4 +1,4 @@
-"""Is it alive, does it take work, how does it fare."""
+"""Liveness, readiness and metrics."""
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -7,13 +7,13 @@ from rednet.service.http.routes.context import context
 from rednet.service.http.schemas import LiveBody, ReadyBody, StatusBody
 from rednet.service.types import State
 
-router = APIRouter(tags=["health"])  # never behind a key
+router = APIRouter(tags=["health"])  # never requires an API key
 scraped = APIRouter(tags=["health"])
 
 
 @router.get("/livez", responses={503: {"model": StatusBody}})
 async def livez(request: Request, response: Response) -> StatusBody:
-    """200 while the process is worth keeping, 503 once its engine has failed."""
+    """200 as long as the engine works, 503 once it has failed and the process should be restarted."""
     state = context(request).pipeline.state
     response.status_code = 503 if state is State.FAILED else 200
     return StatusBody(status=state)
@@ -21,8 +21,8 @@ async def livez(request: Request, response: Response) -> StatusBody:
 
 @router.get("/readyz", responses={503: {"model": StatusBody}})
 async def readyz(request: Request, response: Response) -> StatusBody:
-    """200 while requests are taken: not before warm-up has ended, and not after the first moment of a drain, and not
-    while no decoder process is alive."""
+    """200 while requests are accepted; 503 during warm-up, from the start of a drain, and while no decoder process is
+    running."""
     state = context(request).pipeline.state
     response.status_code = 200 if state is State.READY else 503
     return StatusBody(status=state)
@@ -39,12 +39,12 @@ async def live(request: Request, response: Response) -> LiveBody:
 @router.get("/v2/health/ready", responses={503: {"model": ReadyBody}})
 async def ready(request: Request, response: Response) -> ReadyBody:
     """`/readyz` for the Open Inference Protocol."""
-    takes_work = context(request).pipeline.state is State.READY
-    response.status_code = 200 if takes_work else 503
-    return ReadyBody(ready=takes_work, live=takes_work)
+    is_ready = context(request).pipeline.state is State.READY
+    response.status_code = 200 if is_ready else 503
+    return ReadyBody(ready=is_ready, live=is_ready)
 
 
 @scraped.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Prometheus text."""
+    """Metrics in the Prometheus text format."""
     return Response(context(request).pipeline.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""The page for people: photos in, classes and heat-maps out. It asks the API as anybody would."""
+"""Serves the demo page, which classifies photos and shows heat maps. It uses the public API."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,15 +12,13 @@ from fastapi import APIRouter, Header, Response
 from rednet.service.errors import NotFound
 
 HEADERS = {
-    # Nothing but our own files and requests, and photos that never left the browser.
+    # Only files and requests of this server, and photos that the browser holds.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, and asked for again with its ETag: an update is seen at once
+    "Cache-Control": "no-cache",  # the browser revalidates cached files by their ETag, so that it sees updates at once
 }
-
-
-TYPES = {  # not the system's: it may know others, or none
+MEDIA_TYPES = {  # the system's table of types may differ or be missing
     ".html": "text/html",
     ".css": "text/css",
     ".js": "text/javascript",
@@ -36,14 +34,14 @@ class File(NamedTuple):
 
 
 def _files(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, File]]:
-    """Every file of the page by its path."""
+    """All files of the page, by path."""
     for entry in folder.iterdir():
         if entry.is_dir():
             yield from _files(entry, f"{prefix}{entry.name}/")
         else:
             content = entry.read_bytes()
             etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-            yield prefix + entry.name, File(content, TYPES[PurePosixPath(entry.name).suffix], etag)
+            yield prefix + entry.name, File(content, MEDIA_TYPES[PurePosixPath(entry.name).suffix], etag)
 
 
 FILES = dict(_files(resources.files("rednet.service.http") / "page"))
@@ -53,7 +51,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/page/{path:path}")
 async def file(path: str, if_none_match: Annotated[str, Header()] = "") -> Response:
-    """One of the page's files."""
+    """A file of the page."""
     if path not in FILES:
         raise NotFound(f"the page has no file {path!r}")
     content, media_type, etag = FILES[path]
@@ -65,5 +63,5 @@ async def file(path: str, if_none_match: Annotated[str, Header()] = "") -> Respo
 
 @router.get("/")
 async def page(if_none_match: Annotated[str, Header()] = "") -> Response:
-    """The page itself."""
+    """The HTML of the page."""
     return await file("index.html", if_none_match)

@@ -1,4 +1,4 @@
-"""Query parameters that an endpoint does not have are an error."""
+"""Rejects unknown and repeated query parameters."""
 
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from difflib import get_close_matches
@@ -12,11 +12,11 @@ from fastapi.routing import APIRoute
 from rednet.service.errors import MalformedRequest
 from rednet.service.http.routes.context import check_key
 
-MAX_SHOWN = 64  # characters of an unknown name
+MAX_SHOWN_CHARS = 64  # of an unknown name, in the message
 
 
 class StrictRoute(APIRoute):
-    """A route whose requests may only have the query parameters that it declares, each of them once."""
+    """A route that accepts only the query parameters that it declares, each at most once."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -27,7 +27,7 @@ class StrictRoute(APIRoute):
                 try:
                     check_parameters(query, known)
                 except MalformedRequest:
-                    await check_key(request)  # whose absence is the more important error
+                    await check_key(request)  # a missing API key takes precedence
                     raise
             return await handle(request)
 
@@ -35,19 +35,19 @@ class StrictRoute(APIRoute):
 
 
 def check_parameters(query: bytes, known: Collection[str]) -> None:
-    """Check the names in a query.
+    """Check the names of query parameters.
 
     Args:
         query: of a URL.
-        known: names that it may have.
+        known: the allowed names.
 
     Raises:
-        MalformedRequest: it has another one, or one of them twice.
+        MalformedRequest: a name is unknown or repeated.
     """
     seen = set()
     for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name not in known:
-            raise MalformedRequest(f"query.{name[:MAX_SHOWN]}: unknown parameter; {_hint(name, known)}")
+            raise MalformedRequest(f"query.{name[:MAX_SHOWN_CHARS]}: unknown parameter; {_hint(name, known)}")
         if name in seen:
             raise MalformedRequest(f"query.{name}: given more than once")
         seen.add(name)
@@ -56,7 +56,7 @@ def check_parameters(query: bytes, known: Collection[str]) -> None:
 def _hint(name: str, known: Collection[str]) -> str:
     if not known:
         return "this endpoint has none"
-    if similar := get_close_matches(name[:MAX_SHOWN].lower(), known, n=1):
+    if similar := get_close_matches(name[:MAX_SHOWN_CHARS].lower(), known, n=1):
         return f"did you mean {similar[0]}?"
     return f"this endpoint has {', '.join(sorted(known))}"
 

@@ -20,11 +20,11 @@ from rednet.service.http.routes.parameters import StrictRoute
 from rednet.service.http.routes.pieces import in_turns
 from rednet.service.http.routes.respond import respond
 from rednet.service.http.schemas import (
-    Described,
     InferAnswerBody,
     InferErrorBody,
     ModelMetadataBody,
     ModelReadyBody,
+    Responses,
     ServerBody,
     TensorBody,
     described_errors,
@@ -37,7 +37,7 @@ from rednet.service.pipeline import Answer
 from rednet.service.types import Floats, Inference, State
 
 VERSION = "1"
-NO_MODEL: Described = {404: {"model": InferErrorBody, "description": "not_found: no such model or version"}}
+NO_MODEL: Responses = {404: {"model": InferErrorBody, "description": "not_found: no such model or version"}}
 
 
 async def _named(request: Request, name: Annotated[str, Path(description="of the model")]) -> None:
