@@ -171,7 +171,7 @@ def test_quantize_stores_activation_ranges_with_unchanged_weights(
     printed = capsys.readouterr()
     assert "bad.jpg is not a readable photo" in printed.err
     assert "come from only 6 photos" in printed.err
-    assert "rednet26 with int8 scales from 6 photos" in printed.out
+    assert "rednet26 with activation ranges from 6 photos" in printed.out
     report = written.provenance["int8"]
     assert report["photos"] == 6
     if int8_unavailable() is None:
