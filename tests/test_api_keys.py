@@ -1,4 +1,4 @@
-"""API keys: the file they stand in, and servers that want one."""
+"""API keys: the key file, and servers that require a key."""
 
 import base64
 import subprocess
@@ -36,8 +36,8 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_every_key_of_the_file_opens_and_nothing_else_does(key_file: Path) -> None:
-    """Neither comments, nor parts of keys, nor the empty one."""
+def test_only_keys_of_the_file_are_valid(key_file: Path) -> None:
+    """Comments, parts of keys and the empty key are invalid."""
     keys = read_keys(key_file)
     assert keys.accept(ONE)
     assert keys.accept(OTHER)
@@ -55,8 +55,8 @@ def test_every_key_of_the_file_opens_and_nothing_else_does(key_file: Path) -> No
         (b"secretsecretsecret\xff\n", "line 1: an API key must consist of printable ASCII"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    """The message says where, and never what stands there."""
+def test_invalid_key_file_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
+    """The message names the line, and never its contents."""
     path = tmp_path / "keys"
     path.write_bytes(content)
     with pytest.raises(KeyFileError, match=message) as caught:
@@ -64,8 +64,8 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, m
     assert "secretsecret" not in str(caught.value)
 
 
-def test_a_server_without_its_key_file_does_not_start(tmp_path: Path) -> None:
-    """One line on standard error and status 2, at once: it must not come up open."""
+def test_server_with_a_missing_key_file_does_not_start(tmp_path: Path) -> None:
+    """It prints one line and exits with status 2 instead of serving without authentication."""
     command = (REDNET, "serve", "--api-key-file", tmp_path / "no")
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
@@ -83,8 +83,8 @@ def test_a_server_without_its_key_file_does_not_start(tmp_path: Path) -> None:
         {"Authorization": "Basic " + base64.b64encode(f"user:{ONE}".encode()).decode()},
     ],
 )
-def test_without_a_key_everything_but_health_is_401(running: ServerThread, headers: dict[str, str]) -> None:
-    """In both protocols, with the header that tells a client what to show."""
+def test_all_endpoints_except_health_are_401_without_a_key(running: ServerThread, headers: dict[str, str]) -> None:
+    """In both protocols, with the header `WWW-Authenticate`."""
     response = predict(running.client, encoded(photo()), **headers)
     assert_error(response, 401, "unauthorized")
     assert response.headers["www-authenticate"] == 'Bearer realm="rednet"'
@@ -100,31 +100,31 @@ def test_without_a_key_everything_but_health_is_401(running: ServerThread, heade
 
 
 @pytest.mark.parametrize("key", [ONE, OTHER])
-def test_with_a_key_everything_is_answered(running: ServerThread, key: str) -> None:
-    """With any of them; the scheme may be written in any case."""
+def test_all_endpoints_are_served_with_a_key(running: ServerThread, key: str) -> None:
+    """Any key of the file works, and the scheme is case-insensitive."""
     assert predict(running.client, encoded(photo()), **bearer(key)).status_code == 200
     for path in (*GUARDED, *OPEN):
         assert running.client.get(path, headers={"Authorization": f"bearer {key}"}).status_code == 200
 
 
-def test_the_body_of_a_stranger_is_not_read(running: ServerThread) -> None:
-    """The answer comes although the announced body does not, and takes no place in the queue."""
+def test_unauthorized_body_is_not_read(running: ServerThread) -> None:
+    """The response comes before the announced body, and the request takes no slot in the queue."""
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
     with connected(running.url, head.encode()) as connection:
         assert connection.recv(10_000).startswith(b"HTTP/1.1 401")
         assert running.engine_client.requests == running.engine_client.queue_depth == 0
 
 
-def test_metrics_are_open_unless_said_otherwise(running: ServerThread, key_file: Path) -> None:
-    """--metrics-access key puts them behind the keys."""
+def test_metrics_need_a_key_only_if_configured(running: ServerThread, key_file: Path) -> None:
+    """With `--metrics-access key`."""
     assert running.client.get("/metrics").status_code == 200
     with ServerThread(FakeRunner(), api_key_file=key_file, metrics_access="key") as closed:
         assert_error(closed.client.get("/metrics"), 401, "unauthorized")
         assert closed.client.get("/metrics", headers=bearer(ONE)).status_code == 200
 
 
-def test_the_description_says_what_needs_a_key(running: ServerThread) -> None:
-    """So that the page at /docs can ask for it; a server without keys describes none."""
+def test_openapi_describes_which_endpoints_need_a_key(running: ServerThread) -> None:
+    """`/docs` can then ask for the key. A server without keys describes none."""
 
     def guarded(client: httpx.Client) -> set[str]:
         paths = client.get("/openapi.json").json()["paths"]

@@ -1,4 +1,4 @@
-"""Bodies as they arrive: too large, compressed, too many, too slow."""
+"""Reading request bodies: size, compression, memory budget and timeouts."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -34,14 +34,14 @@ async def read(
 
 
 @pytest.mark.parametrize("chunks", [(b"01", b"", b"234567", b"89"), (b"0123456789",), (b"0", b"1234567")])
-def test_body_is_whole_however_it_is_cut(chunks: tuple[bytes, ...]) -> None:
-    """In the heap or in a file; it may be exactly as large as allowed."""
+def test_body_is_complete_for_any_chunks(chunks: tuple[bytes, ...]) -> None:
+    """In memory or in a file, up to exactly the maximum size."""
     assert asyncio.run(read(body_reader(), chunked(*chunks))) == b"".join(chunks)
 
 
 @pytest.mark.parametrize(("size", "kind"), [(IN_HEAP, bytes), (IN_HEAP + 1, BodyFile)])
-def test_large_body_is_put_into_a_file(size: int, kind: type) -> None:
-    """Only above the given size: for small ones it would take longer."""
+def test_large_body_is_written_to_a_file(size: int, kind: type) -> None:
+    """Only bodies above the given size: for small ones, a file would be slower."""
 
     async def check() -> None:
         async with body_reader().read(chunked(b"x" * size), {}, IN_HEAP, PATIENCE_S) as body:
@@ -51,8 +51,8 @@ def test_large_body_is_put_into_a_file(size: int, kind: type) -> None:
 
 
 @pytest.mark.parametrize(("claimed", "chunks"), [("11", []), (None, [b"123456", b"78901"]), ("5", [b"123456789012"])])
-def test_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str | None, chunks: list[bytes]) -> None:
-    """By what it claims or by what has arrived, whichever is first; what comes after is not read."""
+def test_body_too_large_by_its_header_or_its_bytes_is_rejected_early(claimed: str | None, chunks: list[bytes]) -> None:
+    """The rest of the body is not read."""
     arrived = 0
 
     async def stream() -> AsyncIterator[bytes]:
@@ -66,16 +66,16 @@ def test_body_is_refused_as_soon_as_it_is_known_to_be_too_large(claimed: str | N
     assert arrived == len(chunks)
 
 
-def test_compressed_body_is_refused() -> None:
-    """With an error that says so, instead of one about a damaged image."""
+def test_compressed_body_is_rejected() -> None:
+    """The error names the compression instead of a damaged image."""
     for none in (b"identity", b"Identity", b""):
         assert asyncio.run(read(body_reader(), chunked(b"x"), {b"content-encoding": none})) == b"x"
     with pytest.raises(UnsupportedMediaType, match="Content-Encoding"):
         asyncio.run(read(body_reader(), chunked(b"x"), {b"content-encoding": b"gzip"}))
 
 
-def test_all_bodies_together_are_bounded() -> None:
-    """What is held until its request ends counts; then there is room again, also after a refusal."""
+def test_memory_of_all_bodies_is_bounded() -> None:
+    """A body counts until its request ends. Then, and after a rejection, its memory is available again."""
     budget = MemoryBudget(160)
     reader = body_reader(budget=budget)
     with budget.lease() as lease:
@@ -89,8 +89,8 @@ def test_all_bodies_together_are_bounded() -> None:
     assert budget.used == 0
 
 
-def test_slow_body_is_a_request_timeout() -> None:
-    """And its memory is given back."""
+def test_slow_body_is_a_request_timeout_and_releases_memory() -> None:
+    """The reservation of the body is released."""
     budget = MemoryBudget(100)
 
     async def stalls() -> AsyncIterator[bytes]:
@@ -102,8 +102,8 @@ def test_slow_body_is_a_request_timeout() -> None:
     assert budget.used == 0
 
 
-def test_stalled_upload_whose_lease_is_revoked_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others get the room, and its sender an error that says so, without waiting for the deadline."""
+def test_stalled_upload_whose_lease_is_revoked_is_rejected_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other requests get its memory. Its client gets an error that says so, without waiting for the deadline."""
     monkeypatch.setattr("rednet.service.parsing.memory_budget.UPLOAD_GRACE_S", 0.0)
 
     async def stalls() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""Metrics that the driver knows."""
+"""GPU metrics of the NVIDIA driver."""
 
 import logging
 
@@ -12,8 +12,8 @@ NO_DRIVER = not torch.cuda.is_available()
 
 
 @pytest.mark.skipif(not NO_DRIVER, reason="there is a driver here")
-def test_without_a_driver_there_are_no_such_metrics(caplog: pytest.LogCaptureFixture) -> None:
-    """The log says why; nothing fails, neither at start nor when metrics are scraped."""
+def test_gpu_metrics_are_absent_without_a_driver(caplog: pytest.LogCaptureFixture) -> None:
+    """The log gives the reason, and neither start nor scrape fails."""
     registry = CollectorRegistry()
     with caplog.at_level(logging.WARNING):
         watch_gpus(registry, {"cuda": "GPU-0"})
@@ -24,8 +24,8 @@ def test_without_a_driver_there_are_no_such_metrics(caplog: pytest.LogCaptureFix
 
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_DRIVER, reason="no CUDA device here")
-def test_memory_and_utilisation_are_the_devices() -> None:
-    """What this process holds is among the memory in use."""
+def test_gpu_memory_and_utilisation_are_those_of_the_device() -> None:
+    """Used memory includes what this process holds."""
     from rednet.service.engine.runner import driver_name
 
     device = torch.device("cuda")

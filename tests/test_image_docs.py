@@ -1,4 +1,4 @@
-"""`docs/image-formats.md` against the code that reads images."""
+"""`docs/image-formats.md`, checked against the code that reads images."""
 
 from pathlib import Path
 
@@ -22,34 +22,34 @@ def pixels(data: bytes) -> Image.Image:
 
 
 def test_docs_have_a_row_for_every_format_that_is_read() -> None:
-    """And no row for another one."""
+    """There are no other rows."""
     section = DOCS.split("## What is read\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
     assert [row.upper() for row in rows[1:]] == list(FORMATS)
 
 
 def test_docs_list_every_format_that_is_recognised() -> None:
-    """By the name that the error message uses; nothing else is listed."""
+    """By the name that the error message uses, and no others."""
     paragraph = " ".join(DOCS.split("to convert the image to JPEG or PNG:\n\n")[1].split("\n\n")[0].split())
     assert set(paragraph.rstrip(".").split(", ")) == NAMES
 
 
-def test_docs_list_every_tiff_compression_that_is_refused_by_name() -> None:
-    """In the TIFF table's row on compression."""
+def test_docs_list_every_tiff_compression_that_is_rejected() -> None:
+    """They are in the TIFF table's row on compression."""
     (row,) = (line for line in DOCS.splitlines() if line.startswith("| compression |"))
     assert not {name for name in COMPRESSION_NAMES.values() if name not in row.split("|")[3]}
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg", "tiff_adobe_deflate", "packbits", "lzma", "zstd"])
 def test_tiff_compression_of_the_docs_is_read(compression: str) -> None:
-    """With the pixels of the photo; JPEG loses some."""
+    """The pixels are those of the photo, except for losses of JPEG."""
     difference = np.abs(np.asarray(pixels(encoded(photo(), "TIFF", compression=compression))).astype(int) - photo())
     assert difference.mean() <= (4 if compression == "jpeg" else 0)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_colour_profile_is_ignored(file_format: str) -> None:
-    """A profile that would change every colour."""
+    """A profile that would change every colour has no effect."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     with_profile = pixels(encoded(photo(), file_format, icc_profile=profile))
     assert with_profile.info["icc_profile"] == profile

@@ -1,4 +1,5 @@
-"""Variants of image formats: the control's pixels, or an error that names what is not read. `docs/image-formats.md`."""
+"""Variants of image formats: each decodes to the reference pixels, or raises an error that names the variant. See
+`docs/image-formats.md`."""
 
 import io
 import itertools
@@ -26,7 +27,7 @@ HEIGHT, WIDTH = 24, 33
 
 
 def rgb(data: bytes) -> NDArray[np.int_]:
-    """Upright RGB over white, as serving and training see it."""
+    """Upright RGB over white, as serving and training read it."""
     with open_photo(data) as image:
         return np.asarray(upright_rgb(image)).astype(int)
 
@@ -52,7 +53,7 @@ SAMPLES = ("u1", "u2", "u4", "f2", "f4", "f8")
 
 
 def tiff_cases() -> Iterator[tuple[str, str, str, str, str | None]]:
-    """Sample types, colours, planes, what zero means, and alpha."""
+    """Sample types, colours, planar configuration, meaning of zero, and alpha."""
     for case in itertools.product(
         SAMPLES, ("grey", "rgb"), ("contig", "separate"), ("black", "white"), (None, "unassalpha", "assocalpha")
     ):
@@ -65,7 +66,7 @@ def tiff_cases() -> Iterator[tuple[str, str, str, str, str | None]]:
 
 
 def tiff(samples: str, colours: str, planes: str, zero: str, alpha: str | None, **options: Any) -> tuple[bytes, Values]:
-    """A file, and the pixels that it stands for."""
+    """A TIFF file and its expected pixels."""
     values = picture() if colours == "rgb" else grey_picture()[..., None]
     expected = np.broadcast_to(values, (HEIGHT, WIDTH, 3)) * 255
     stored = 1 - values if zero == "white" else values
@@ -94,24 +95,24 @@ def tiff(samples: str, colours: str, planes: str, zero: str, alpha: str | None, 
 
 @pytest.mark.parametrize("byteorder", ["<", ">"])
 @pytest.mark.parametrize("case", [*tiff_cases()], ids=lambda case: "-".join(map(str, case)))
-def test_tiff_of_any_sample_layout_has_the_controls_pixels(case: Any, byteorder: str) -> None:
-    """Integers and floats, grey and RGB, in planes or not, white as zero or black, with and without alpha."""
+def test_tiff_sample_layouts_have_the_reference_pixels(case: Any, byteorder: str) -> None:
+    """Integers and floats, grey and RGB, chunky and planar, white as zero or black, with and without alpha."""
     for options in ({}, {"compression": "zlib"}, {"tile": (16, 16)}, {"bigtiff": True}):
         data, expected = tiff(*case, byteorder=byteorder, **options)
         assert_same(data, expected)
 
 
 @pytest.mark.parametrize("samples", ["i1", "i2", "i4"])
-def test_tiff_of_signed_samples_is_refused_by_name(samples: str) -> None:
-    """Where black and white are in a range with a sign, nobody has said."""
+def test_tiff_with_signed_samples_is_rejected_by_name(samples: str) -> None:
+    """The values of black and white are not defined for them."""
     content = io.BytesIO()
     tifffile.imwrite(content, np.zeros((8, 8), samples), metadata=None)
     with pytest.raises(UnsupportedImage, match="signed"):
         rgb(content.getvalue())
 
 
-def test_tiff_of_16_bit_cmyk_is_refused_by_name() -> None:
-    """Pillow would read it; another decoder's pixels would differ."""
+def test_tiff_with_16_bit_cmyk_is_rejected_by_name() -> None:
+    """Pillow would read it with other pixels than other decoders."""
     content = io.BytesIO()
     tifffile.imwrite(content, np.zeros((8, 8, 4), "u2"), photometric="separated", metadata=None)
     with pytest.raises(UnsupportedImage, match=r"16-bit .*CMYK"):
@@ -121,32 +122,32 @@ def test_tiff_of_16_bit_cmyk_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("compression", "name"), [(50001, "WebP"), (32809, "ThunderScan"), (34712, "JPEG 2000"), (65000, "65000")]
 )
-def test_tiff_compression_that_libtiff_lacks_is_refused_by_name(compression: int, name: str) -> None:
-    """Sound files; Pillow calls some of them damaged."""
+def test_tiff_compression_that_libtiff_lacks_is_rejected_by_name(compression: int, name: str) -> None:
+    """The files are valid; Pillow calls some of them damaged."""
     with pytest.raises(UnsupportedImage, match=f"TIFF with {name} compression"):
         rgb(with_short_tag(tiff("u1", "rgb", "contig", "black", None)[0], 259, compression))
 
 
-def test_tiff_of_uncompressed_ycbcr_is_refused_by_name() -> None:
-    """Pillow expects three bytes per pixel; most such files have fewer."""
+def test_tiff_with_uncompressed_ycbcr_is_rejected_by_name() -> None:
+    """Pillow expects three bytes per pixel, but most such files have fewer."""
     with pytest.raises(UnsupportedImage, match="uncompressed YCbCr"):
         rgb(with_short_tag(tiff("u1", "rgb", "contig", "black", None)[0], 262, 6))
 
 
-def test_tiff_that_begins_with_a_thumbnail_is_refused_by_name() -> None:
-    """Camera raw files (DNG, NEF): the thumbnail is not the photo that was sent."""
+def test_tiff_that_begins_with_a_thumbnail_is_rejected_by_name() -> None:
+    """In camera raw files (DNG, NEF), the first image is not the photo."""
     with pytest.raises(UnsupportedImage, match="thumbnail, as in camera raw files"):
         rgb(tiff("u1", "rgb", "contig", "black", None, subfiletype=1)[0])
 
 
 def with_short_tag(data: bytes, tag: int, value: int) -> bytes:
-    """A little-endian file with another value of a tag of type SHORT."""
+    """A little-endian file with another value for a tag of type SHORT."""
     at = data.index(struct.pack("<HHI", tag, 3, 1))
     return data[: at + 8] + struct.pack("<H", value) + data[at + 10 :]
 
 
-def test_tiff_of_lab_samples_is_refused_by_name() -> None:
-    """Pillow's conversion to RGB is far from other decoders'."""
+def test_tiff_with_lab_samples_is_rejected_by_name() -> None:
+    """Pillow's conversion to RGB differs greatly from other decoders'."""
     content = io.BytesIO()
     tifffile.imwrite(content, np.zeros((8, 8, 3), "u1"), photometric="cielab", metadata=None)
     with pytest.raises(UnsupportedImage, match="CIE Lab"):
@@ -154,8 +155,8 @@ def test_tiff_of_lab_samples_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_tiff_orientation_counts_in_every_layout(orientation: int) -> None:
-    """Also where the pixels do not come from Pillow."""
+def test_tiff_orientation_is_applied_in_every_layout(orientation: int) -> None:
+    """In layouts that Pillow decodes and in those that tifffile decodes."""
     turns = {1: 0, 3: 2, 6: -1}[orientation]
     for case in (("u1", "rgb", "contig", "black", None), ("u2", "rgb", "separate", "black", None)):
         data, expected = tiff(*case, extratags=[(274, 3, 1, orientation, True)])
@@ -173,8 +174,8 @@ def test_tiff_size_is_checked_before_pixels_are_decoded() -> None:
         open_photo(data, refuse)
 
 
-def test_tiff_whose_tags_lie_is_an_error() -> None:
-    """Tags are read from anywhere in the file, or from beyond its end."""
+def test_tiff_with_wrong_tags_is_an_error() -> None:
+    """Tags may point anywhere in the file, or beyond its end."""
     data, _ = tiff("u2", "rgb", "separate", "black", None)
     outcomes = set()
     for at in range(4, 200):
@@ -215,27 +216,27 @@ def png(width: int, depth: int, colour: int, row: bytes, *extra: bytes) -> bytes
 def test_png_transparent_grey_is_white_at_every_bit_depth(
     depth: int, row: bytes, transparent: int, expected: list[int]
 ) -> None:
-    """The transparent value counts in the file's own bits (tRNS)."""
+    """The transparent value (tRNS) is compared at the file's bit depth."""
     data = png(3, depth, 0, row, chunk(b"tRNS", struct.pack(">H", transparent)))
     assert rgb(data)[0, :, 0].tolist() == expected
 
 
-def test_png_with_16_bit_rgb_and_a_transparent_colour_is_refused_by_name() -> None:
-    """Pillow keeps eight bits, in which the colour cannot be told from its neighbours."""
+def test_png_with_16_bit_rgb_and_a_transparent_colour_is_rejected_by_name() -> None:
+    """Pillow keeps eight bits, which cannot distinguish the colour from its neighbours."""
     data = png(1, 16, 2, bytes(6), chunk(b"tRNS", struct.pack(">3H", 1000, 2000, 3000)))
     with pytest.raises(UnsupportedImage, match="16-bit RGB"):
         rgb(data)
 
 
 def test_png_with_a_wrong_checksum_in_text_is_read() -> None:
-    """What is not needed for the pixels is left out."""
+    """Chunks that are not needed for the pixels are ignored."""
     data = png(3, 8, 0, b"\0\x05\xff", chunk(b"tEXt", b"a\0b", damage=1), chunk(b"zTXt", b"a\0\0b", damage=1))
     assert rgb(data)[0, :, 0].tolist() == [0, 5, 255]
 
 
 @pytest.mark.parametrize("kind", [b"IDAT", b"IHDR", b"tRNS"])
 def test_png_with_a_wrong_checksum_in_its_pixels_is_damaged(kind: bytes) -> None:
-    """Image data, header and transparency; Pillow alone would not look at the first."""
+    """Image data, header and transparency; Pillow alone would not check the first."""
     data = png(3, 8, 0, b"\0\x05\xff", chunk(b"tRNS", struct.pack(">H", 5)))
     at = data.index(kind)
     length = int.from_bytes(data[at - 4 : at], "big")
@@ -246,7 +247,7 @@ def test_png_with_a_wrong_checksum_in_its_pixels_is_damaged(kind: bytes) -> None
 
 
 def test_jpeg_without_its_end_marker_is_read() -> None:
-    """With the pixels of the whole file; one that lacks more is still refused."""
+    """The pixels are those of the whole file. A file that lacks more is rejected."""
     data = encoded(photo(3, 200, 150), "JPEG", quality=95)
     assert_same(data[:-2], rgb(data), 0)
     assert_same(data[:-1], rgb(data), 0)
@@ -255,16 +256,16 @@ def test_jpeg_without_its_end_marker_is_read() -> None:
 
 
 @pytest.mark.parametrize(("marker", "name"), [(0xC3, "lossless"), (0xC5, "hierarchical"), (0xCB, "lossless")])
-def test_jpeg_of_another_process_is_refused_by_name(marker: int, name: str) -> None:
-    """Valid files of the standard that nobody sends: not called damaged."""
+def test_jpeg_of_another_coding_process_is_rejected_by_name(marker: int, name: str) -> None:
+    """Lossless and hierarchical JPEG are valid but rare, so they are not called damaged."""
     data = encoded(photo(), "JPEG")
     at = data.index(b"\xff\xc0")
     with pytest.raises(UnsupportedImage, match=f"{name} JPEG"):
         rgb(data[: at + 1] + bytes([marker]) + data[at + 2 :])
 
 
-def test_jpeg_with_12_bits_is_refused_by_name() -> None:
-    """As medical devices write them."""
+def test_jpeg_with_12_bits_is_rejected_by_name() -> None:
+    """Medical devices write such files."""
     data = encoded(photo(), "JPEG")
     at = data.index(b"\xff\xc0")
     with pytest.raises(UnsupportedImage, match="12 bits per sample"):
@@ -282,7 +283,7 @@ def test_gif_is_white_outside_its_first_frame() -> None:
 
 
 def test_webp_animation_is_white_outside_its_first_frame() -> None:
-    """Pillow makes it black."""
+    """Pillow would make it black."""
     frames = [Image.new("RGB", (40, 30), "red"), Image.new("RGB", (40, 30), "blue")]
     data = bytearray(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
     data[24:30] = (59).to_bytes(3, "little") + (49).to_bytes(3, "little")
@@ -292,13 +293,13 @@ def test_webp_animation_is_white_outside_its_first_frame() -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF"])
-def test_animation_is_its_first_frame(file_format: str) -> None:
-    """Whatever comes after it."""
+def test_animation_is_decoded_as_its_first_frame(file_format: str) -> None:
+    """Later frames have no effect."""
     frames = [photo(1, 40, 30), photo(2, 40, 30)]
     options = {"lossless": True} if file_format == "WEBP" else {}
     data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
     still = rgb(encoded(frames[0], file_format, **options))
-    assert_same(data, still, 40 if file_format == "GIF" else 0)  # GIF chooses its colours for both
+    assert_same(data, still, 40 if file_format == "GIF" else 0)  # GIF has one palette for both frames
 
 
 def bmp(alpha: tuple[int, int]) -> bytes:
@@ -310,7 +311,7 @@ def bmp(alpha: tuple[int, int]) -> bytes:
 
 
 def test_bmp_whose_alpha_is_all_zero_is_opaque() -> None:
-    """Programs that know nothing of alpha leave it at zero."""
+    """Programs without support for alpha leave it at zero."""
     assert rgb(bmp((0, 0)))[0].tolist() == [[30, 20, 10], [60, 50, 40]]
     assert rgb(bmp((0, 255)))[0].tolist() == [[255, 255, 255], [60, 50, 40]]
 
@@ -323,8 +324,8 @@ def test_bmp_whose_alpha_is_all_zero_is_opaque() -> None:
         (54, struct.pack("<4I", 0xF00, 0xF0, 0xF, 0), "BMP bitfields"),
     ],
 )
-def test_bmp_variant_that_pillow_lacks_is_refused_by_name(at: int, value: bytes, name: str) -> None:
-    """Two bits per pixel, JPEG inside, four bits per colour: valid and rare."""
+def test_bmp_variant_that_pillow_lacks_is_rejected_by_name(at: int, value: bytes, name: str) -> None:
+    """Two bits per pixel, embedded JPEG, and four bits per colour are valid but rare."""
     data = bmp((255, 255))
     with pytest.raises(UnsupportedImage, match=name):
         rgb(data[:at] + value + data[at + len(value) :])
@@ -352,8 +353,8 @@ def test_bmp_variant_that_pillow_lacks_is_refused_by_name(at: int, value: bytes,
         (b"P6\n1 1\n255\nabc", "Netpbm"),
     ],
 )
-def test_known_format_that_is_not_read_is_named(data: bytes, name: str) -> None:
-    """And "not an image" is said of none of them."""
+def test_known_format_that_is_not_supported_is_named(data: bytes, name: str) -> None:
+    """The message does not say "not an image"."""
     with pytest.raises(UnsupportedImage, match=name) as error:
         rgb(data)
     assert "not an image" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The int8 form: code for code its definition, and close to float32."""
+"""The int8 backend: bit-identical to its definition, and close to float32."""
 
 from typing import Any
 
@@ -31,10 +31,10 @@ from tests.test_native import network, photos
         ("rednet26", (1, 1), {}),
     ],
 )
-def test_every_code_is_that_of_the_definition(
+def test_int8_activations_are_bit_identical_to_the_reference(
     name: str, size: tuple[int, int], fields: dict[str, Any], build: str
 ) -> None:
-    """Stage maps and the kernels behind their sums, to the last bit, for shapes the paper does and does not use."""
+    """Stage maps and summed kernels are equal to the last bit, for sizes and architectures beyond the paper's."""
     net = network(name, **fields)
     pixels = photos(2, *size)
     scales = collect_activation_ranges(net, Preprocess(), pixels)
@@ -56,22 +56,22 @@ def test_every_code_is_that_of_the_definition(
 
 @needs_int8
 @pytest.mark.parametrize("build", int8_builds())
-def test_no_bit_depends_on_neighbours_or_threads(build: str) -> None:
-    """A photo's answer is the same alone, in any batch up to nine and on any number of threads."""
+def test_int8_results_are_bit_identical_for_any_batch_and_threads(build: str) -> None:
+    """A photo's result is the same alone, in any batch up to nine, and on any number of threads."""
     net = network()
     pixels = photos(9, 144, 160)
     scales = collect_activation_ranges(net, Preprocess(), pixels)
     alone = Int8Backend(net, Preprocess(), scales, threads=1, build=build)
     expected = torch.cat([alone(photo.unsqueeze(0)).logits for photo in pixels])
     for threads in (1, 2, 3):
-        form = Int8Backend(net, Preprocess(), scales, threads=threads, build=build)
+        backend = Int8Backend(net, Preprocess(), scales, threads=threads, build=build)
         for batch in range(1, 10):
-            assert torch.equal(form(pixels[:batch]).logits, expected[:batch])
+            assert torch.equal(backend(pixels[:batch]).logits, expected[:batch])
 
 
 @needs_int8
-def test_it_stays_close_to_float32() -> None:
-    """Features point where those of float32 do."""
+def test_int8_features_are_close_to_float32() -> None:
+    """The cosine similarity of the features is high."""
     net = network()
     pixels = photos(4, 96, 96)
     ours = Int8Backend(net, Preprocess(), collect_activation_ranges(net, Preprocess(), pixels))(pixels).features
@@ -80,8 +80,8 @@ def test_it_stays_close_to_float32() -> None:
 
 
 @needs_int8
-def test_prepare_takes_scales_or_photos() -> None:
-    """Both are the same network; without them, or with those of another network, there is a clear error."""
+def test_prepare_int8_with_activation_ranges_or_photos() -> None:
+    """Both give the same network. Without them, or with ranges of another network, there is a clear error."""
     net = network()
     pixels = photos(4, 64, 64)
     scales = collect_activation_ranges(net, Preprocess(), pixels)
@@ -97,8 +97,8 @@ def test_prepare_takes_scales_or_photos() -> None:
 
 
 @needs_int8
-def test_auto_takes_int8_only_with_scales_and_only_if_it_is_faithful() -> None:
-    """Scales that cut off most of what the network computes fail the self-check, and float32 serves."""
+def test_auto_precision_uses_int8_only_with_accurate_ranges() -> None:
+    """With ranges that clip most values, int8 fails the self-check and float32 is used."""
     net = network()
     scales = collect_activation_ranges(net, Preprocess(), photos(4, 64, 64))
     assert prepare(net, device="cpu").precision == "fp32"
@@ -107,8 +107,8 @@ def test_auto_takes_int8_only_with_scales_and_only_if_it_is_faithful() -> None:
     assert any("int8" in reason and "deviates" in reason for reason in broken.rejected_backends)
 
 
-def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without them refuses int8 by name, and auto falls back to float32."""
+def test_int8_without_cpu_support_is_rejected_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An explicit int8 is an error, and auto falls back to float32."""
     net = network()
     scales = collect_activation_ranges(net, Preprocess(), photos(1, 64, 64))
     monkeypatch.setattr("rednet.model.inference.int8_backend.int8_unavailable", lambda: "no AVX2 here")
@@ -128,8 +128,9 @@ def test_without_the_instructions_int8_says_so(monkeypatch: pytest.MonkeyPatch) 
         ({"base_channels": 4_160}, r"backbone\.layer3\..\.conv1 sums 66560"),
     ],
 )
-def test_int8_is_refused_where_sums_could_overflow(fields: dict[str, Any], layer: str | None) -> None:
-    """The widest network whose sums fit into 32 bits is taken, the next wider one refused with the layer's name."""
+def test_int8_is_rejected_for_layers_whose_sums_could_overflow(fields: dict[str, Any], layer: str | None) -> None:
+    """The widest network whose sums fit into 32 bits is accepted. The next wider one is rejected with the layer's
+    name."""
     with torch.device("meta"):
         net = create_rednet("rednet26", num_classes=2, **fields)
     if layer is None:

@@ -1,4 +1,4 @@
-"""The definition of the int8 network, held against exact arithmetic and against the float32 network."""
+"""The reference of the int8 network, compared with exact arithmetic and with the float32 network."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +15,8 @@ from tests.conftest import lively, needs_int8, photo
 from tests.int8_reference import Codes, Int8Reference, averaged, fused
 
 
-def test_a_fused_multiply_add_is_rounded_once() -> None:
-    """To the float32 number nearest to the exact result, of operands of very different sizes."""
+def test_reference_fused_multiply_add_is_rounded_once() -> None:
+    """The result is the float32 number closest to the exact one, for operands of very different sizes."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -33,8 +33,8 @@ def test_a_fused_multiply_add_is_rounded_once() -> None:
                 assert abs(Fraction(float(ours)) - exact) <= abs(Fraction(float(neighbour)) - exact)
 
 
-def test_averages_are_over_the_pixels_that_exist() -> None:
-    """To the nearest integer, halves up."""
+def test_reference_average_ignores_padding() -> None:
+    """Border averages are over existing pixels, rounded to the nearest integer, halves up."""
     codes = torch.tensor([[1, 2, 7], [2, 1, 8], [0, 1, 255]], dtype=torch.float64)
     expected = torch.tensor([[2, 8], [1, 255]], dtype=torch.float64)
     assert torch.equal(averaged(Codes(codes[None, None], 1.0), 2).values[0, 0], expected)
@@ -43,8 +43,8 @@ def test_averages_are_over_the_pixels_that_exist() -> None:
 @pytest.mark.parametrize(
     ("strides", "height", "width"), [((1, 2, 2, 2), 64, 64), ((2, 1, 3, 2), 45, 71), ((1, 2, 2, 2), 1, 33)]
 )
-def test_it_is_the_float32_network_but_for_roundings(strides: tuple[int, ...], height: int, width: int) -> None:
-    """Features, logits and every stored activation, at any stride and size."""
+def test_reference_matches_float32_within_rounding(strides: tuple[int, ...], height: int, width: int) -> None:
+    """Features, logits and every stored activation, for any stride and size."""
     net = lively(create_rednet("rednet26", num_classes=5, base_channels=32, stem_channels=64, strides=strides))
     preprocess = Preprocess()
     pixels = torch.stack([torch.from_numpy(np.array(photo(seed, width, height))) for seed in range(3)]).permute(
@@ -57,11 +57,11 @@ def test_it_is_the_float32_network_but_for_roundings(strides: tuple[int, ...], h
     assert torch.cosine_similarity(answer.features, features).min() > 0.99
     torch.testing.assert_close(answer.logits, logits, rtol=0, atol=0.1 * float(logits.abs().max()))
     assert answer.codes.keys() == set(required_activations(net))
-    assert all(codes.float().abs().amax() >= 126 for codes in answer.codes.values())  # scales are used to their ends
+    assert all(codes.float().abs().amax() >= 126 for codes in answer.codes.values())  # the whole range is used
 
 
-def test_photos_do_not_disturb_each_other(tiny_path: Path) -> None:
-    """Each code is the same in a batch and alone."""
+def test_reference_results_are_identical_in_a_batch_and_alone(tiny_path: Path) -> None:
+    """All quantised values are equal."""
     checkpoint = load_checkpoint(tiny_path)
     pixels = torch.stack([torch.from_numpy(checkpoint.preprocess.pixels(photo(seed))) for seed in range(2)])
     network = Int8Reference(
@@ -72,8 +72,8 @@ def test_photos_do_not_disturb_each_other(tiny_path: Path) -> None:
 
 
 @needs_int8
-def test_the_engine_gives_every_code_of_the_embedded_network() -> None:
-    """Of all four stages, from the pixels on: no code differs, on photos of an odd size."""
+def test_native_int8_matches_reference_for_the_embedded_checkpoint() -> None:
+    """All quantised values of all stages are equal, on photos of an odd size."""
     checkpoint = load_checkpoint()
     net, preprocess, scales = checkpoint.net, checkpoint.preprocess, checkpoint.calibration
     assert scales is not None

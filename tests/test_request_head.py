@@ -1,4 +1,4 @@
-"""Heads of requests against RFC 9112 and the server's limits, over raw connections."""
+"""Request heads against RFC 9112 and the server's limits, over raw connections."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def running() -> Iterator[ServerThread]:
 
 
 def exchange(server: ServerThread, sent: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of the answer to these bytes, after which the server must close."""
+    """Send bytes after which the server must close, and return status, headers and body of the response."""
     received = b""
     with connected(server.url, sent) as connection:
         while chunk := connection.recv(65536):
@@ -67,7 +67,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_head_is_400(running: ServerThread, name: str) -> None:
-    """In the shape of all errors; nothing is guessed."""
+    """The response has the usual error body."""
     status, headers, body = exchange(running, MALFORMED[name])
     assert (status, json.loads(body)["error"]["code"]) == (400, "malformed_request")
     assert headers["connection"] == "close"
@@ -92,22 +92,22 @@ def test_valid_head_is_routed(running: ServerThread, sent: bytes, expected: int)
 
 
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t  "])
-def test_white_space_after_header_value_is_ignored(running: ServerThread, space: bytes) -> None:
-    """RFC 9112, section 5.1; the value is read as it is without."""
+def test_whitespace_around_a_header_value_is_ignored(running: ServerThread, space: bytes) -> None:
+    """As RFC 9112, section 5.1, requires."""
     timeout = b"X-Request-Timeout-Ms: 5000" + space + b"\r\n"
     assert exchange(running, post(timeout, encoded(photo())))[0] == 200
     assert exchange(running, post(timeout.replace(b"5000", b"5x"), encoded(photo())))[0] == 400
 
 
 def test_expect_continue_with_trailing_space_gets_100(running: ServerThread) -> None:
-    """In HTTP/1.1 only: an HTTP/1.0 client does not know that answer."""
+    """Only in HTTP/1.1, because HTTP/1.0 has no interim responses."""
     sent = post(b"Expect: 100-Continue \r\n", b"x")
     assert exchange(running, sent)[0] == 100
     assert exchange(running, sent.replace(b"HTTP/1.1", b"HTTP/1.0"))[0] == 415
 
 
 def test_trailers_are_not_headers(running: ServerThread) -> None:
-    """A deadline or a request id behind the body has no effect."""
+    """A deadline or a request id in a trailer has no effect."""
     body = encoded(photo())
     trailers = b"X-Request-Timeout-Ms: 0\r\nX-Request-Id: from-a-trailer\r\n"
     status, headers, _ = exchange(running, CHUNKED + b"%x\r\n%b\r\n0\r\n" % (len(body), body) + trailers + b"\r\n")
@@ -116,7 +116,7 @@ def test_trailers_are_not_headers(running: ServerThread) -> None:
 
 
 def test_key_in_a_trailer_is_ignored(tmp_path: object) -> None:
-    """Keys are headers."""
+    """API keys are read from headers only."""
     path = f"{tmp_path}/keys"
     with open(path, "w") as file:
         file.write("0123456789abcdef\n")
@@ -136,14 +136,14 @@ def test_key_in_a_trailer_is_ignored(tmp_path: object) -> None:
         (get(b"/livez?" + b"&a" * 200), 414, "uri_too_long"),
     ],
 )
-def test_oversized_head_is_refused(running: ServerThread, sent: bytes, status: int, code: str) -> None:
-    """Each part has a limit of its own: parsers of headers run on the event loop."""
+def test_oversized_head_is_rejected(running: ServerThread, sent: bytes, status: int, code: str) -> None:
+    """Each part of a head has a limit, because heads are parsed in the event loop."""
     answered, _, body = exchange(running, sent)
     assert (answered, json.loads(body)["error"]["code"]) == (status, code)
 
 
 def test_largest_allowed_header_is_served(running: ServerThread) -> None:
-    """Up to the limit nothing changes."""
+    """A header of exactly the maximum size has no effect."""
     value = b"b" * (MAX_HEADER_BYTES - 1)
     assert exchange(running, get(headers=b"Host: x\r\na: " + value + b"\r\n"))[0] == 200
     assert exchange(running, get(headers=b"Host: x\r\n" + b"a:\r\n" * (MAX_HEADERS - 2)))[0] == 200
@@ -156,10 +156,10 @@ GETS += ["/v2/health/live", "/v2/health/ready", "/", "/page/style.css", "/docs",
 @pytest.mark.parametrize("path", GETS)
 @pytest.mark.parametrize("connection", ["close", "keep-alive"])
 def test_head_is_get_without_a_body(running: ServerThread, path: str, connection: str) -> None:
-    """With the same status and headers, whether the connection then closes or not."""
+    """Status and headers are the same, whether or not the connection closes afterwards."""
     reference = running.client.get(path)
     request = f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\n\r\n"
-    if connection == "keep-alive":  # the next answer must begin where this one ends
+    if connection == "keep-alive":  # the next response must follow directly
         request += "HEAD /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     status, headers, body = exchange(running, request.encode())
     assert status == reference.status_code == 200
@@ -169,14 +169,14 @@ def test_head_is_get_without_a_body(running: ServerThread, path: str, connection
 
 
 def test_head_of_a_post_endpoint_is_405(running: ServerThread) -> None:
-    """Where there is no GET there is no HEAD; where there is, `Allow` lists both."""
+    """HEAD is supported exactly where GET is, and `Allow` lists both."""
     response = running.client.head("/v1/predict")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     assert running.client.delete("/livez").headers["allow"] == "GET, HEAD"
 
 
-def test_final_slash_is_served_without_a_redirect(running: ServerThread) -> None:
-    """A redirect would name the wrong scheme behind a TLS proxy, and the photo would be sent twice."""
+def test_trailing_slash_is_served_without_a_redirect(running: ServerThread) -> None:
+    """A redirect would name the wrong scheme behind a TLS proxy, and clients would send the photo twice."""
     assert running.client.get("/v1/model/").json() == running.client.get("/v1/model").json()
     posted = running.client.post("/v1/predict/?top_k=1", content=encoded(photo()))
     assert posted.status_code == 200
@@ -203,15 +203,15 @@ def test_documentation_links_are_relative(running: ServerThread) -> None:
     "sent",
     [get(), get(b"/v1/model"), get(b"/v1/nothing"), get(b"/docs"), get(b"/metrics"), post(b"", b"x"), get(headers=b"")],
 )
-def test_every_answer_forbids_sniffing_and_caching(running: ServerThread, sent: bytes) -> None:
-    """Answers, errors, and what the connection itself answers to what is not HTTP."""
+def test_every_response_forbids_sniffing_and_caching(running: ServerThread, sent: bytes) -> None:
+    """Predictions, errors, and responses to invalid HTTP."""
     _, headers, _ = exchange(running, sent)
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["cache-control"] == "no-store"
 
 
-def test_page_files_may_be_kept_with_their_etag(running: ServerThread) -> None:
-    """They are asked for again each time, which costs little."""
+def test_page_files_are_cacheable_with_revalidation_by_etag(running: ServerThread) -> None:
+    """Browsers revalidate them each time, which is cheap."""
     for path in ("/", "/page/style.css"):
         response = running.client.get(path)
         assert response.headers.get_list("cache-control") == ["no-cache"]

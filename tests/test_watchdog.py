@@ -1,4 +1,4 @@
-"""Whether the device hangs: not when it is slow, and not when nothing runs."""
+"""The watchdog for a hung device, which ignores slow work and idle time."""
 
 import os
 import signal
@@ -29,65 +29,65 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     return clock
 
 
-def look_for(watch: HangWatch, clock: Time, seconds: float, step_s: float = 0.1) -> bool:
+def observe(watch: HangWatch, clock: Time, seconds: float, step_s: float = 0.1) -> bool:
     for _ in range(round(seconds / step_s)):
         clock.now += step_s
         watch.look()
     return watch.hung
 
 
-def test_work_hangs_after_its_longest_time(clock: Time) -> None:
-    """The shortest one where it is expected to be quick, else a multiple of what is expected."""
+def test_watchdog_reports_work_after_its_time_limit(clock: Time) -> None:
+    """The limit is the minimum for short work, and otherwise a multiple of the predicted time."""
     watch = HangWatch(threading.current_thread(), hung_s=30.0)
     watch.begin(expected_s=0.1)
     watch.look()
-    assert not look_for(watch, clock, 29)
+    assert not observe(watch, clock, 29)
     watch.end()
     watch.look()
     watch.begin(expected_s=10.0)
     watch.look()
-    assert not look_for(watch, clock, HUNG_FACTOR * 10 - 1)
-    assert look_for(watch, clock, 2)
+    assert not observe(watch, clock, HUNG_FACTOR * 10 - 1)
+    assert observe(watch, clock, 2)
 
 
-def test_patience_is_for_what_may_compile(clock: Time) -> None:
-    """Ten times the shortest time, and then it hangs, too."""
+def test_watchdog_limit_is_ten_times_longer_when_compiling(clock: Time) -> None:
+    """Work that may compile gets ten times the minimum."""
     watch = HangWatch(threading.current_thread(), hung_s=30.0)
     watch.begin(0.1, patience=10.0)
     watch.look()
-    assert not look_for(watch, clock, 299)
-    assert look_for(watch, clock, 2)
+    assert not observe(watch, clock, 299)
+    assert observe(watch, clock, 2)
 
 
-def test_each_piece_of_work_has_its_own_time(clock: Time) -> None:
-    """A busy device never looks like one that hangs, however seldom anybody looks."""
+def test_watchdog_measures_each_piece_of_work_separately(clock: Time) -> None:
+    """A busy device does not look hung, however rarely the watchdog runs."""
     watch = HangWatch(threading.current_thread(), hung_s=2.0)
     for _ in range(100):
         watch.begin(0.01)
-        assert not look_for(watch, clock, 1.0)
+        assert not observe(watch, clock, 1.0)
         watch.end()
     clock.now += 1000
     assert not watch.look()
 
 
-def test_time_in_which_the_process_did_not_run_does_not_count(clock: Time) -> None:
-    """Suspended for an hour in the middle of a batch: of that a second counts."""
+def test_watchdog_ignores_time_in_which_the_process_was_suspended(clock: Time) -> None:
+    """One second of an hour's suspension within a batch is counted."""
     watch = HangWatch(threading.current_thread(), hung_s=30.0)
     watch.begin(0.1)
     watch.look()
-    assert not look_for(watch, clock, 10)
+    assert not observe(watch, clock, 10)
     clock.now += 3600
     assert not watch.look()
-    assert not look_for(watch, clock, 30 - 10 - MAX_GAP_S - 1)
-    assert look_for(watch, clock, 2)
+    assert not observe(watch, clock, 30 - 10 - MAX_GAP_S - 1)
+    assert observe(watch, clock, 2)
 
 
-def test_a_suspended_server_goes_on_under_load(tiny_path: Path) -> None:
-    """SIGSTOP in the middle of traffic, for longer than a batch may take; after SIGCONT every request is answered."""
+def test_suspended_server_continues_under_load(tiny_path: Path) -> None:
+    """After SIGSTOP for longer than the limit and SIGCONT, every request is answered."""
     script = (
         "import sys; from rednet.service.cli.parser import main; from rednet.service.engine import engine\n"
         "begin = engine.Engine.__init__\n"
-        "engine.Engine.__init__ = lambda *arguments: begin(*arguments, 1.5)  # hung_s\n"
+        "engine.Engine.__init__ = lambda *arguments: begin(*arguments[:4], 1.5)  # hung_s\n"
         "sys.exit(main())"
     )
     with ServerProcess("--checkpoint", tiny_path, script=script) as running:
