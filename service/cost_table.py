@@ -8,6 +8,9 @@ from itertools import pairwise
 # wait, and then a higher rate shortens the wait. A smaller gain is noise.
 WORTHWHILE = 0.95
 
+# Predictions are unbiased, so half of them are too low. This factor makes nearly all of them high enough.
+SAFETY_FACTOR = 2.0
+
 
 @dataclass(frozen=True)
 class CostTable:

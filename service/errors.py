@@ -116,7 +116,7 @@ class Refused(ServiceError):
 
 
 class Overloaded(Refused):
-    """The queue is full."""
+    """There is no capacity now: the queue, slow decoding or memory is full, or the answer would come too late."""
 
     code = "overloaded"
 
@@ -157,3 +157,8 @@ class Draining(Refused):
 
     def __init__(self) -> None:
         super().__init__("the server is stopping", retry_after_s=5.0)
+
+
+def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
+    """An error as JSON, the same in `/v1` responses and on the command line."""
+    return {"error": {"code": error.code, "message": error.message}}

@@ -18,13 +18,13 @@ Upload = bytes | memoryview | Floats | ServiceError
 
 
 class ClassActivation(NamedTuple):
-    """A class activation map: what each position adds to the logit of a class."""
+    """Requests a class activation map: what each position adds to the logit of a class."""
 
     class_index: int | None = None  # None: the predicted class
 
 
 class KernelSums(NamedTuple):
-    """A map of kernel sums: the sum of each position's kernel, in the last involution of a stage."""
+    """Requests a map of kernel sums: the sum of each position's kernel, in the last involution of a stage."""
 
     stage: int  # from 0
     group: int | None = None  # of channels that share a kernel; None: the mean of all groups

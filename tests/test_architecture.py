@@ -24,6 +24,7 @@ SERVICE = {
     "settings": "",
     "system": "",
     "types": "cost_table errors",
+    "scores": "types",
     "model_description": "model",
     "decoding": "errors system types model.images",
     "engine": "cost_table errors types model.inference",
@@ -31,10 +32,10 @@ SERVICE = {
     "observability": "model_description types",
     "pipeline": "decoding errors model_description observability types",
     "build": "decoding engine model_description observability pipeline settings system types model model.inference",
-    "http": "errors model_description observability parsing pipeline settings system types",
+    "http": "errors model_description observability parsing pipeline scores settings system types",
     "main": "build http observability settings",
-    "cli": "build engine errors http main model_description pipeline settings system types model model.inference "
-    "model.io model.training",
+    "cli": "build engine errors http main model_description pipeline scores settings system types "
+    "model model.inference model.io model.training",
 }
 TABLES = {"model": MODEL, "service": SERVICE}
 

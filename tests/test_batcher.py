@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rednet.service.engine.batcher import ANSWER_S, CAUTION, Batcher
+from rednet.service.cost_table import SAFETY_FACTOR
+from rednet.service.engine.batcher import ANSWER_S, Batcher
 from rednet.service.errors import DeadlineExceeded, Internal, ServiceError
 from rednet.service.types import Inference, Job
 
@@ -81,7 +82,7 @@ def test_batching_window_ends_early_enough_for_the_earliest_deadline() -> None:
     batcher.batch_s = lambda images: 2.0 * images
     batcher.add(job(1, deadline=90.0))
     batcher.add(job(2, deadline=20.0))
-    due = 20.0 - CAUTION * 4.0 - ANSWER_S
+    due = 20.0 - SAFETY_FACTOR * 4.0 - ANSWER_S
     assert batcher.wake_at() == due
     assert batcher.next_batch(due - 0.001) == []
     assert [job.id for job in batcher.next_batch(due)] == [2, 1]

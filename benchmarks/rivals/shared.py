@@ -10,7 +10,7 @@ import torch
 
 from rednet import Checkpoint, load_checkpoint, prepare
 from rednet.service.decoding.decode import decode_image
-from rednet.service.http.scores import top_classes
+from rednet.service.scores import top_classes
 from rednet.service.system.cores import usable_cores
 from rednet.service.types import Floats, Pixels
 

@@ -74,7 +74,7 @@ def _over_white(image: Image.Image, raw_mode: object) -> Image.Image:
 
 
 def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
-    """Return 8-bit grey. White is the smallest usual maximum (such as that of 16 bits) that is not exceeded."""
+    """Return 8-bit grey. White is the smallest standard maximum (1, 255, 65535) not below the largest sample."""
     largest = float(np.max(values, where=np.isfinite(values), initial=0))
     if values.dtype.itemsize == 2:
         scales = [65535.0]

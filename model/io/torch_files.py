@@ -31,7 +31,7 @@ IGNORED = (
 
 
 class Ignored:
-    """Replaces an object that is not needed."""
+    """A stand-in for pickled objects whose contents are not needed."""
 
     def __init__(self, *_: object) -> None:
         pass

@@ -306,7 +306,9 @@ def create_rednet(name: str, **fields: Any) -> RedNet:
 
 def _initialise(root: nn.Module) -> None:
     """He initialisation; every block starts as the identity, because its last batch norm scales by zero."""
-    if next(root.parameters()).is_meta:  # random numbers without memory would load torch's compiler, for a second
+    if next(
+        root.parameters()
+    ).is_meta:  # meta tensors hold no data; random numbers would import torch's compiler for a second
         return
     for module in root.modules():
         if isinstance(module, nn.Conv2d):

@@ -144,7 +144,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder without read permission
+    except OSError:  # a symbolic link that leads to itself, or into a folder without read permission
         return False
 
 
@@ -153,7 +153,7 @@ def _is_photo(entry: os.DirEntry[str], path: Path) -> bool:
     known = path.suffix.lower() in SUFFIXES
     try:
         regular = entry.is_file()
-    except OSError:  # a link to itself
+    except OSError:  # a symbolic link that leads to itself
         regular = False
     if known or not regular:
         return known and (regular or entry.is_symlink())  # a broken link counts as a photo: reading it reports the name

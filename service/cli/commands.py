@@ -98,7 +98,8 @@ def quantize(options: argparse.Namespace) -> int:
     checkpoint = run(load_checkpoint(options.checkpoint), options.photos, usable_cores())
     save_checkpoint(options.output, checkpoint, half=fits_half(checkpoint.net), replace=options.force)
     report = checkpoint.provenance["int8"]
-    print(f"{printable(options.output)}: {checkpoint.net.config.name} with activation ranges from {report['photos']} photos")
+    network = checkpoint.net.config.name
+    print(f"{printable(options.output)}: {network} with activation ranges from {report['photos']} photos")
     if "not_compared" in report:
         print(f"int8 was not compared with float32: {report['not_compared']}")
     else:

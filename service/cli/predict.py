@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rednet.service.build import build, load_network
-from rednet.service.errors import MalformedRequest, PayloadTooLarge, ServiceError
-from rednet.service.http.routes.v1 import error_body
-from rednet.service.http.scores import top_classes
+from rednet.service.errors import MalformedRequest, PayloadTooLarge, ServiceError, error_body
 from rednet.service.pipeline import Answer, Pipeline
+from rednet.service.scores import top_classes
 from rednet.service.settings import Settings
 from rednet.service.system.cores import usable_cores
 from rednet.service.system.terminal import printable

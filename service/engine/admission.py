@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 
+from rednet.service.cost_table import SAFETY_FACTOR
 from rednet.service.engine.retry_scheduler import RetryScheduler
 from rednet.service.errors import Overloaded
 
@@ -16,9 +17,6 @@ BUSIER_S, IDLER_S = 0.5, 2.0
 MAX_REJECTED_SHARE = 0.75
 # Bounds on what one answer teaches: more is an outlier, less an answer that did not need the device (a damaged photo).
 MAX_RATIO, MIN_RATIO = 10.0, 0.5
-# Predictions are unbiased, so half of them are too low. This factor makes nearly all admitted requests meet their
-# deadline. A queue of half a deadline keeps the device as busy as a longer one.
-SAFETY_FACTOR = 2.0
 
 
 class Permit:
@@ -159,6 +157,7 @@ class Admission:
         if self.accepted > self.max_images - images:
             reason = f"{self.accepted} images are waiting"
             wait_s = self.backlog_s - self.predicted_s(self.max_images - images)
+        # A queue of half a deadline keeps the device as busy as a longer one.
         elif (late_s := now + SAFETY_FACTOR * self.predicted_s(self.accepted + images) - deadline) > 0:
             reason, wait_s = "the answer would come after the deadline", late_s
         else:

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable  # noqa: TC003  (types are imported plainly throughout)
 
+from rednet.service.cost_table import SAFETY_FACTOR
 from rednet.service.types import Job
 
-# A window ends this early before a deadline: the predicted time of the batch, with a reserve as predictions are
-# unbiased, and what waking up and sending the answer take.
-CAUTION, ANSWER_S = 2.0, 0.01
+ANSWER_S = 0.01  # what waking up and sending an answer take
 
 
 class Batcher:
@@ -80,4 +79,4 @@ class Batcher:
         if self._max_wait_s == 0 or len(self._jobs) >= self.max_batch_size:
             return oldest
         urgent = min(job.deadline for job in self._jobs.values())
-        return min(oldest + self._max_wait_s, urgent - CAUTION * self.batch_s(len(self._jobs)) - ANSWER_S)
+        return min(oldest + self._max_wait_s, urgent - SAFETY_FACTOR * self.batch_s(len(self._jobs)) - ANSWER_S)

@@ -52,7 +52,7 @@ def _error_content(scope: Scope, code: str, message: str) -> dict[str, Any]:
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ServiceError)
     server = context(request)
-    short = server.images.has_short_deadline(dict(request.scope["headers"]))
+    short = server.image_requests.has_short_deadline(dict(request.scope["headers"]))
     if isinstance(error, errors.Refused):
         server.pipeline.metrics.refused(error.reason if short else error.code)
     if isinstance(error, errors.DeadlineExceeded) and short:

@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         gc.collect()
         gc.freeze()  # a million objects that stay: traversing them again and again would delay requests
-        # Unless it is ignored, as by `nohup`. Uvicorn itself handles SIGTERM and SIGINT.
+        # SIGHUP drains, too, unless it is ignored, as under `nohup`. uvicorn itself handles SIGTERM and SIGINT.
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             signal.signal(signal.SIGHUP, self.handle_exit)
         super().run(sockets)

@@ -22,7 +22,7 @@ class Context:
     """What handlers work with."""
 
     pipeline: Pipeline
-    images: ImageRequests
+    image_requests: ImageRequests
     budget: MemoryBudget
     keys: Keys | None  # None: requests need no key
 

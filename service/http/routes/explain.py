@@ -5,16 +5,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from rednet.service.errors import MalformedRequest, ServiceError
+from rednet.service.errors import MalformedRequest, ServiceError, error_body
 from rednet.service.http.routes.accept import prefers
 from rednet.service.http.routes.context import context
 from rednet.service.http.routes.parameters import StrictRoute
 from rednet.service.http.routes.respond import respond
-from rednet.service.http.routes.v1 import ERRORS, answered, body_format, error_body, ignored_parts, json_response
+from rednet.service.http.routes.v1 import ERRORS, body_format, ignored_parts, json_response, raise_if_all_failed
 from rednet.service.http.schemas import ExplainBody, described_images
-from rednet.service.http.scores import probabilities
 from rednet.service.model_description import ModelBody
 from rednet.service.pipeline import Answer
+from rednet.service.scores import probabilities
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums
 
 JSON, PNG = "application/json", "image/png"
@@ -88,8 +88,8 @@ async def explain(
     A picture explains one image; with `Accept: application/json` the request may have any number of them.
     """
     server, as_json = context(request), prefers(accept, JSON, PNG)
-    found = await server.images.answer(request, body_format(request), asked.explain, not as_json)
-    answers = answered(found.images)
+    found = await server.image_requests.answer(request, body_format(request), asked.explain, not as_json)
+    answers = raise_if_all_failed(found.images)
     started = time.monotonic()
     if drawn := answers[0].drawn:
         return await respond([drawn.png], PNG, answers, server, started)

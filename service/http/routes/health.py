@@ -8,7 +8,7 @@ from rednet.service.http.schemas import LiveBody, ReadyBody, StatusBody
 from rednet.service.types import State
 
 router = APIRouter(tags=["health"])  # never requires an API key
-scraped = APIRouter(tags=["health"])
+metrics_router = APIRouter(tags=["health"])
 
 
 @router.get("/livez", responses={503: {"model": StatusBody}})
@@ -44,7 +44,7 @@ async def ready(request: Request, response: Response) -> ReadyBody:
     return ReadyBody(ready=is_ready, live=is_ready)
 
 
-@scraped.get("/metrics", response_class=Response)
+@metrics_router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Metrics in the Prometheus text format."""
     return Response(context(request).pipeline.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from rednet.service.errors import MalformedRequest, ServiceError
+from rednet.service.errors import MalformedRequest, ServiceError, error_body
 from rednet.service.http.image_requests import Answers
 from rednet.service.http.routes.accept import prefers
 from rednet.service.http.routes.context import Context, context
@@ -25,10 +25,10 @@ from rednet.service.http.schemas import (
     described_errors,
     described_images,
 )
-from rednet.service.http.scores import top_classes
 from rednet.service.model_description import ModelBody
 from rednet.service.parsing.bodies import BodyFormat
 from rednet.service.pipeline import Answer
+from rednet.service.scores import top_classes
 from rednet.service.types import Floats, Inference
 
 ERRORS = described_errors(ErrorBody)
@@ -85,7 +85,7 @@ async def features(
     if prefers(accept, NPY, "application/json"):
         for index, row in enumerate(rows):
             if isinstance(row, ServiceError):
-                raise of_image(index, row, len(rows))
+                raise with_image_index(index, row, len(rows))
         return await respond(_npy([row for row in rows if isinstance(row, np.ndarray)]), NPY, answers, server, started)
     vectors = (error_body(row) if isinstance(row, ServiceError) else row for row in rows)
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
@@ -101,14 +101,9 @@ async def model(request: Request) -> ModelBody:
     return pipeline.model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
 
 
-def error_body(error: ServiceError) -> dict[str, dict[str, str]]:
-    """An error as JSON, the same in all `/v1` responses."""
-    return {"error": {"code": error.code, "message": error.message}}
-
-
 async def _answers(request: Request, server: Context) -> tuple[Sequence[Answer], dict[str, Any]]:
-    answers = await server.images.answer(request, body_format(request))
-    return answered(answers.images), ignored_parts(answers)
+    answers = await server.image_requests.answer(request, body_format(request))
+    return raise_if_all_failed(answers.images), ignored_parts(answers)
 
 
 def ignored_parts(answers: Answers) -> dict[str, Any]:
@@ -128,15 +123,15 @@ def body_format(request: Request) -> BodyFormat:
     return BodyFormat("v1", content_type)
 
 
-def answered(answers: Sequence[Answer]) -> Sequence[Answer]:
+def raise_if_all_failed(answers: Sequence[Answer]) -> Sequence[Answer]:
     """The same answers. Raises the first error if no image has an answer."""
     errors = [answer.outcome for answer in answers if isinstance(answer.outcome, ServiceError)]
     if len(errors) == len(answers):
-        raise of_image(0, errors[0], len(answers))
+        raise with_image_index(0, errors[0], len(answers))
     return answers
 
 
-def of_image(index: int, error: ServiceError, images: int) -> ServiceError:
+def with_image_index(index: int, error: ServiceError, images: int) -> ServiceError:
     """The error of one image, with the image's index if the request has several."""
     return error.with_message(f"image {index}: {error.message}") if images > 1 else error
 

@@ -30,10 +30,10 @@ from rednet.service.http.schemas import (
     described_errors,
     described_infer,
 )
-from rednet.service.http.scores import probabilities
 from rednet.service.parsing.bodies import BodyFormat
 from rednet.service.parsing.oip import HEADER_LENGTH, Row, encode_infer, highest_values
 from rednet.service.pipeline import Answer
+from rednet.service.scores import probabilities
 from rednet.service.types import Floats, Inference, State
 
 VERSION = "1"
@@ -103,7 +103,7 @@ async def infer(request: Request) -> Response:
     """
     server = context(request)
     header_length = request.headers.get(HEADER_LENGTH)
-    answers, asked, _ = await server.images.answer(request, BodyFormat("v2", header_length=header_length))
+    answers, asked, _ = await server.image_requests.answer(request, BodyFormat("v2", header_length=header_length))
     assert asked, "this is a bug: an infer request was parsed as something else"
     started = time.monotonic()
     available = await _tensors(answers)
