@@ -18,6 +18,8 @@ MAX_THREADS = 1024  # torch ends with a segmentation fault at a hundred times th
 MAX_SHOWN = 60  # characters of a wrong value that the message repeats
 DEVICE = r"\s*(auto|cpu(:\d{1,3})?|cuda(:\d{1,3})?)\s*"
 ADDRESS = r"\s*[^\s,]+\s*"
+ORIGIN = r"\s*(\*|[a-z][a-z0-9+.-]*://[^\s,/*A-Z]+)\s*"  # as browsers send it: in lower case, without a path
+HOST_NAME = r"\s*(\*\.)?([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])\s*"
 
 
 class SettingsError(ValueError):
@@ -64,6 +66,18 @@ class Settings(BaseModel):
         None, description="file of API keys, one a line, of which requests must carry one; default: anyone may ask"
     )
     metrics_access: Literal["open", "key"] = Field("open", description="whether /metrics, too, wants an API key")
+    allow_origins: str | None = Field(
+        None,
+        pattern=f"^{ORIGIN}(,{ORIGIN})*$",
+        description="origins like https://app.example, separated by commas, whose pages may use the API in browsers; "
+        "*: all; default: none",
+    )
+    allowed_hosts: str | None = Field(
+        None,
+        pattern=f"^{HOST_NAME}(,{HOST_NAME})*$",
+        description="names like api.example or *.example, separated by commas, that the Host header may have, "
+        "except on health endpoints and /metrics; default: any",
+    )
     page: Literal["on", "off"] = Field("on", description="whether there is a page for people at /")
     request_timeout_s: float = Field(30.0, ge=0.001, le=3600, description="deadline of a request that names none")
     drain_timeout_s: float = Field(
@@ -91,6 +105,16 @@ class Settings(BaseModel):
         if access == "key" and others.data.get("api_key_file") is None:
             raise ValueError("there are no keys without an API key file")
         return access
+
+    @property
+    def origins(self) -> list[str]:
+        """The elements of `allow_origins`."""
+        return _elements(self.allow_origins)
+
+    @property
+    def host_names(self) -> list[str]:
+        """The elements of `allowed_hosts`."""
+        return _elements(self.allowed_hosts)
 
     @property
     def max_body_bytes(self) -> int:
@@ -145,6 +169,10 @@ def check_files(settings: Settings) -> None:
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise SettingsError(f"{_flag(name)} {path} cannot be read: {reason}") from None
+
+
+def _elements(text: str | None) -> list[str]:
+    return [each.strip() for each in text.split(",")] if text else []
 
 
 def _flag(name: str) -> str:

@@ -4,20 +4,24 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from rednet.service.http.api_keys import Keys
 from rednet.service.http.error_responses import add_error_handlers
 from rednet.service.http.image_requests import ImageRequests
-from rednet.service.http.middleware import RequestContextMiddleware
+from rednet.service.http.middleware import AllowedHostsMiddleware, RequestContextMiddleware
 from rednet.service.http.routes import docs, explain, health, page, v1, v2
 from rednet.service.http.routes.context import Context, require_key
 from rednet.service.parsing.bodies import BodyLimits
 from rednet.service.parsing.memory_budget import MemoryBudget
+from rednet.service.parsing.oip import HEADER_LENGTH
 from rednet.service.parsing.parser import Parser
 from rednet.service.pipeline import Pipeline
 from rednet.service.settings import Settings
 
 MAX_LARGE_BODIES = 16  # bodies of the largest size that fit into memory at a time; of everyday photos, thousands
+
+EXPOSED_HEADERS = ["Retry-After", "X-Request-Id", "Server-Timing", "WWW-Authenticate", HEADER_LENGTH]
 
 
 def create_app(settings: Settings, pipeline: Pipeline, keys: Keys | None = None) -> FastAPI:
@@ -63,5 +67,16 @@ def create_app(settings: Settings, pipeline: Pipeline, keys: Keys | None = None)
     if settings.page == "on":
         app.include_router(page.router)  # needs no key: it holds nothing, and sends the key that its user types
     add_error_handlers(app)
+    if settings.host_names:
+        app.add_middleware(AllowedHostsMiddleware, hosts=settings.host_names)
     app.add_middleware(RequestContextMiddleware, metrics=pipeline.metrics)
+    if settings.origins:  # the outermost: pages may read every answer, and a preflight needs no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # harmless: browsers add no cookies or certificates
+            allow_private_network=True,
+            expose_headers=EXPOSED_HEADERS,
+        )
     return app

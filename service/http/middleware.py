@@ -4,12 +4,14 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Sequence
 
 import structlog
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rednet.service.errors import Draining, Internal
+from rednet.service.errors import Draining, Internal, MalformedRequest
 from rednet.service.http.error_responses import error_response
 from rednet.service.observability import log
 from rednet.service.observability.metrics import Metrics
@@ -86,3 +88,37 @@ class RequestContextMiddleware:
             log.note(method=scope["method"], endpoint=endpoint, status=status)
             log.note_ms(duration=duration_s)
             requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)
+
+
+class AllowedHostsMiddleware:
+    """ASGI middleware: refuses requests to other host names, which protects browsers from DNS rebinding.
+
+    The check is Starlette's; the errors are ours. Probes and scrapes are let through, because kubelet and Prometheus
+    name the address of a pod, which is not known in advance.
+
+    Args:
+        app: the application.
+        hosts: allowed values of the Host header, without a port; a name may start with `*.`.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._check = TrustedHostMiddleware(_accept, hosts, www_redirect=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal: list[Message] = []
+
+        async def note(message: Message) -> None:
+            refusal.append(message)
+
+        if scope["type"] == "http" and scope["path"] not in PROBES:
+            await self._check(scope, receive, note)
+        if refusal:
+            error = MalformedRequest("the server does not answer to this Host header; see --allowed-hosts")
+            await error_response(scope, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+async def _accept(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application behind the check of the Host header, which sends nothing."""
