@@ -79,6 +79,7 @@ class Settings(BaseModel):
         "except on health endpoints and /metrics; default: any",
     )
     page: Literal["on", "off"] = Field("on", description="whether there is a page for people at /")
+    docs: Literal["on", "off"] = Field("on", description="whether there are /docs and /openapi.json")
     request_timeout_s: float = Field(30.0, ge=0.001, le=3600, description="deadline of a request that names none")
     drain_timeout_s: float = Field(
         30.0, ge=0, le=3600, description="after SIGTERM, how long accepted requests may still take"

@@ -48,6 +48,7 @@ def create_app(settings: Settings, pipeline: Pipeline, keys: Keys | None = None)
         lifespan=lifespan,
         servers=[{"url": "."}],  # relative to the document: a proxy may add a path prefix
         docs_url=None,  # `routes.docs` has them, with relative links
+        openapi_url="/openapi.json" if settings.docs == "on" else None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would carry a wrong address behind a proxy; the middleware strips slashes
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log have them
@@ -63,7 +64,8 @@ def create_app(settings: Settings, pipeline: Pipeline, keys: Keys | None = None)
     app.include_router(v2.router, dependencies=guard)
     app.include_router(health.router)
     app.include_router(health.metrics_router, dependencies=guard if settings.metrics_access == "key" else [])
-    app.include_router(docs.router)
+    if settings.docs == "on":
+        app.include_router(docs.router)
     if settings.page == "on":
         app.include_router(page.router)  # needs no key: it holds nothing, and sends the key that its user types
     add_error_handlers(app)
