@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,9 +122,10 @@ class Settings(BaseModel):
         return int(self.max_body_mb * 1_000_000)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting. Flags that are not given leave no trace, so that the environment can speak."""
-    for name, field in Settings.model_fields.items():
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(Settings.model_fields)) -> None:
+    """Add flags for settings. Flags that are not given leave no trace, so that the environment can speak."""
+    for name in names:
+        field = Settings.model_fields[name]
         default = "" if field.default is None else f" (default: {field.default})"
         help_text = f"{field.description}{default}".replace("%", "%%")
         parser.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, metavar=_metavar(name), help=help_text)

@@ -56,12 +56,34 @@ def write_atomically(path: Path, content: bytes, *, replace: bool = True) -> Non
                 file.write(content)
                 file.flush()
                 os.fsync(descriptor)
-            _move(unfinished, target, path, replace)
+            publish(unfinished, path, replace=replace)
         except BaseException as error:
             unfinished.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.filename is None:  # of an open file, as when the disk is full
                 error.filename = str(path)
             raise
+
+
+def publish(unfinished: Path, path: Path, *, replace: bool) -> None:
+    """Move a finished file to its name, from another one in the same folder.
+
+    Raises:
+        OutputError: the file exists and must not be replaced.
+        OSError: it cannot be moved.
+    """
+    target = path.resolve()
+    if replace:
+        unfinished.replace(target)
+        return
+    try:
+        os.link(unfinished, target)  # unlike a rename, fails if the file was created meanwhile
+    except FileExistsError:
+        raise OutputError(f"{path} exists; --force replaces it") from None
+    except OSError:  # a file system without hard links
+        _check_present(path, replace)
+        unfinished.replace(target)
+    else:
+        unfinished.unlink()
 
 
 @contextmanager
@@ -96,21 +118,6 @@ def _check_present(path: Path, replace: bool) -> None:
         raise OutputError(f"{path} is not a regular file, so it is not replaced")
     if not replace:
         raise OutputError(f"{path} exists; --force replaces it")
-
-
-def _move(unfinished: Path, target: Path, path: Path, replace: bool) -> None:
-    if replace:
-        unfinished.replace(target)
-        return
-    try:
-        os.link(unfinished, target)  # unlike a rename, fails if the file was created meanwhile
-    except FileExistsError:
-        raise OutputError(f"{path} exists; --force replaces it") from None
-    except OSError:  # a file system without hard links
-        _check_present(path, replace)
-        unfinished.replace(target)
-    else:
-        unfinished.unlink()
 
 
 def _lock(descriptor: int) -> None:

@@ -30,6 +30,12 @@ class Skipped:
         self._counts[what] += 1
         self._first.setdefault(what, path)
 
+    def update(self, other: "Skipped") -> None:
+        """Add what another one has counted."""
+        self._counts.update(other._counts)
+        self._first = other._first | self._first
+        self.empty += other.empty
+
     def lines(self) -> list[str]:
         """Return one line per kind of file, for people."""
         lines = [

@@ -79,11 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     serve = _command(subparsers, commands.serve, "answer requests over HTTP; every option is also REDNET_<OPTION>")
     add_flags(serve)
 
-    predict = _command(subparsers, commands.predict, "classify photos, without a server")
-    predict.add_argument("photos", nargs="+", metavar="PHOTO", type=Path)
+    predict = _command(subparsers, commands.predict, "classify photos, or folders of them, without a server")
+    predict.add_argument(
+        "paths", nargs="+", metavar="PATH", type=Path, help="a photo, a folder, or - for a list on standard input"
+    )
     _add_checkpoint(predict)
     predict.add_argument("--top-k", type=_top_k, default=5, metavar="K", help="classes per photo (default: 5)")
     _add_json(predict)
+    predict.add_argument(
+        "--output", type=Path, metavar="F", help="write .jsonl, .csv or .parquet; after a kill, continue where it was"
+    )
+    predict.add_argument("--features", action="store_true", help="also write the feature vectors")
+    _add_force(predict)
+    add_flags(predict, ("device", "precision", "threads"))
 
     info = _command(subparsers, commands.info, "what a checkpoint is and what would run it here")
     _add_checkpoint(info)

@@ -2,83 +2,158 @@
 
 import argparse
 import asyncio
+import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import os
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from rednet.service.build import build, load_network
-from rednet.service.errors import MalformedRequest, PayloadTooLarge, ServiceError, error_body
-from rednet.service.pipeline import Answer, Pipeline
+from rednet.model.io.output_files import check_output
+from rednet.model.training.progress import progress
+from rednet.service.build import Network, build, load_network
+from rednet.service.cli.answers import MAX_AHEAD, PhotoAnswers, wait_until_ready
+from rednet.service.cli.photo_paths import find_all
+from rednet.service.cli.results import Results, check_format, finish, open_results
+from rednet.service.errors import DeviceFailed, ServiceError, error_body
+from rednet.service.pipeline import Pipeline
 from rednet.service.scores import top_classes
-from rednet.service.settings import Settings
+from rednet.service.settings import Settings, read_settings
 from rednet.service.system.cores import usable_cores
 from rednet.service.system.terminal import printable
-from rednet.service.types import State, Upload
+from rednet.service.types import Inference
 
-MAX_FILE_BYTES = 1 << 28  # of a photo; 50 million pixels of 32 bits, uncompressed, are less
-AT_ONCE = 16  # photos whose files are in memory
-TIMEOUT_S = 86_400.0
-POLL_S = 0.01
+FEW = 16  # photos that are answered as soon as they can be; for more, warm-up finds the best batch size
+FULL_WAIT_MS = 100.0  # a batch waits that long until it is full
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Print the likeliest classes of each photo; the exit status is 1 if there are none for one of them."""
-    photos = len(options.photos)
+    """Print or write the likeliest classes of each photo; the exit status is 1 if there are none for one of them."""
+    _check(options)
+    photos, skipped = find_all(options.paths, sys.stdin.buffer)
+    for line in skipped.lines():
+        print(printable(line), file=sys.stderr)
+    if not photos:
+        raise ValueError("there are no photos")
+    settings = _settings(options, len(photos))
+    network = load_network(settings)
+    try:
+        if options.output is None:
+            return asyncio.run(_print(build(settings, network), photos, options))
+        return _write(settings, network, photos, options)
+    except DeviceFailed:
+        return 1  # the log says why
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be done before anything slow is done.
+
+    Raises:
+        ValueError: options contradict each other, or the output cannot be written.
+    """
+    if options.output is None:
+        if options.features or options.force:
+            raise ValueError(f"--{'features' if options.features else 'force'} needs --output")
+        return
+    if options.json:
+        raise ValueError("--json is for printing; --output F.jsonl writes JSON")
+    check_format(options.output)
+    check_output(options.output, replace=options.force, inputs=[options.checkpoint])
+
+
+def _settings(options: argparse.Namespace, photos: int) -> Settings:
+    flags = {name: value for name, value in vars(options).items() if name in ("device", "precision", "threads")}
     # Warm-up measures no batches larger than will be needed, so that one photo is answered soon.
-    settings = Settings(
-        checkpoint=options.checkpoint, max_batch_size=min(AT_ONCE, photos), decoders=min(usable_cores(), photos)
-    )
-    return asyncio.run(_run(build(settings, load_network(settings)), options))
+    few = {"max_batch_size": photos} if photos <= FEW else {"max_wait_ms": FULL_WAIT_MS, "max_queue": MAX_AHEAD}
+    decoders = min(usable_cores(), photos)
+    return read_settings({"checkpoint": options.checkpoint, "decoders": decoders} | few | flags, {})
 
 
-async def _run(pipeline: Pipeline, options: argparse.Namespace) -> int:
+async def _print(pipeline: Pipeline, photos: Sequence[str], options: argparse.Namespace) -> int:
     labels = [label.label for label in pipeline.model.labels]
     predictions: list[dict[str, Any]] = []
-    await pipeline.start()
-    try:
-        while pipeline.state is not State.READY:
-            if pipeline.state is State.FAILED:
-                return 1  # the log says why
-            await asyncio.sleep(POLL_S)
-        for first in range(0, len(options.photos), AT_ONCE):
-            photos = options.photos[first : first + AT_ONCE]
-            for photo, answer in zip(photos, await _answers(pipeline, photos), strict=True):
-                predictions.append(_prediction(answer, labels, options.top_k))
-                if not options.json:
-                    _print_prediction(photo, predictions[-1])
-    finally:
-        await pipeline.close()
+    failed = False
+    async with _answers(pipeline, photos) as answers:
+        for photo in photos:
+            prediction = _prediction(await anext(answers), labels, options.top_k)
+            failed = failed or "error" in prediction
+            if options.json:
+                predictions.append(prediction)
+            else:
+                _print_prediction(photo, prediction)
     if options.json:
         print(json.dumps({"model": pipeline.model.name, "predictions": predictions}))
-    return 1 if any("error" in prediction for prediction in predictions) else 0
+    return 1 if failed else 0
 
 
-async def _answers(pipeline: Pipeline, photos: Sequence[Path]) -> Sequence[Answer]:
-    with pipeline.admit(TIMEOUT_S) as request:
-        return await pipeline.run(request, [_read(photo) for photo in photos], "predict")
+def _write(settings: Settings, network: Network, photos: Sequence[str], options: argparse.Namespace) -> int:
+    model = network.description
+    files = [_shown(photo) for photo in photos]
+    run = {
+        "set of photos": _digest("\0".join(photos).encode("utf-8", "surrogateescape")),
+        "checkpoint": _digest(b"" if settings.checkpoint is None else settings.checkpoint.read_bytes()),
+        "model": model.name,
+        "device": model.device,
+        "precision": model.precision,
+        "--top-k": options.top_k,
+        "--features": options.features,
+    }
+    with open_results(options.output, run, files) as results:
+        if results.done:
+            print(f"continuing after {results.done} of {len(photos)} photos", file=sys.stderr)
+        if results.done < len(photos):
+            asyncio.run(_add_rows(build(settings, network), photos, files, results, options))
+        width = model.feature_channels if options.features else 0
+        finish(options.output, min(options.top_k, len(model.labels)), width, replace=options.force)
+    print(f"{printable(options.output)}: {len(photos)} photos, {results.failed} of them unreadable")
+    return 1 if results.failed else 0
 
 
-def _read(photo: Path) -> Upload:
+async def _add_rows(
+    pipeline: Pipeline, photos: Sequence[str], files: Sequence[str], results: Results, options: argparse.Namespace
+) -> None:
+    labels = [label.label for label in pipeline.model.labels]
+    done = results.done
+    async with _answers(pipeline, photos[done:]) as answers:
+        for file in progress(files[done:], total=len(files), done=done, describe="photos"):
+            outcome = await anext(answers)
+            row = {"file": file} | _prediction(outcome, labels, options.top_k)
+            if options.features and isinstance(outcome, Inference):
+                row["features"] = outcome.features
+            results.add(row)
+
+
+@asynccontextmanager
+async def _answers(pipeline: Pipeline, photos: Sequence[str]) -> AsyncIterator[AsyncIterator[Inference | ServiceError]]:
+    """Start the pipeline, and answer photos in order until the context ends."""
+    await pipeline.start()
     try:
-        with photo.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        return MalformedRequest(str(error.strerror))
-    if len(content) > MAX_FILE_BYTES:
-        return PayloadTooLarge(f"the file has more than {MAX_FILE_BYTES} bytes")
-    return content
+        await wait_until_ready(pipeline)
+        async with aclosing(PhotoAnswers(pipeline).in_order(photos)) as answers:
+            yield answers
+    finally:
+        await pipeline.close()
 
 
-def _prediction(answer: Answer, labels: Sequence[str], top_k: int) -> dict[str, Any]:
-    if isinstance(answer.outcome, ServiceError):
-        return error_body(answer.outcome)
-    return {"classes": top_classes(answer.outcome.logits, labels, top_k)}
+def _prediction(outcome: Inference | ServiceError, labels: Sequence[str], top_k: int) -> dict[str, Any]:
+    if isinstance(outcome, ServiceError):
+        return error_body(outcome)
+    return {"classes": top_classes(outcome.logits, labels, top_k)}
 
 
-def _print_prediction(photo: Path, prediction: dict[str, Any]) -> None:
+def _print_prediction(photo: str, prediction: dict[str, Any]) -> None:
     print(printable(photo))
     if "error" in prediction:
         print(f"  {printable(prediction['error']['message'])}")
     for score in prediction.get("classes", []):
         print(f"  {score['probability']:6.1%}  {score['label']}")
+
+
+def _shown(photo: str) -> str:
+    """A path as text: bytes that are not UTF-8 are escaped, as in `\\xff`."""
+    return os.fsencode(photo).decode("utf-8", "backslashreplace")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
