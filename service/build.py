@@ -53,8 +53,11 @@ def load_network(settings: Settings) -> Network:
     set_threads(_threads(settings))
     checkpoint = load_checkpoint(settings.checkpoint)
     prepared = _prepare_each(checkpoint, settings)
+    description = describe(checkpoint, prepared)
+    if settings.model_name is not None:
+        description = description.model_copy(update={"name": settings.model_name})
     return Network(
-        describe(checkpoint, prepared),
+        description,
         checkpoint.preprocess,
         {str(each.device): _runner(each, settings) for each in prepared},
         {str(each.device): driver_name(each.device) for each in prepared if each.device.type == "cuda"},

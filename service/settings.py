@@ -17,6 +17,7 @@ Count = Annotated[int, Field(ge=1)]
 MAX_THREADS = 1024  # torch ends with a segmentation fault at a hundred times that; those above the cores are not used
 MAX_SHOWN = 60  # characters of a wrong value that the message repeats
 DEVICE = r"\s*(auto|cpu(:\d{1,3})?|cuda(:\d{1,3})?)\s*"
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"  # one segment of a URL, and what Kubernetes allows as a name
 ADDRESS = r"\s*[^\s,]+\s*"
 ORIGIN = r"\s*(\*|[a-z][a-z0-9+.-]*://[^\s,/*A-Z]+)\s*"  # as browsers send it: in lower case, without a path
 HOST_NAME = r"\s*(\*\.)?([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])\s*"
@@ -33,7 +34,13 @@ class Settings(BaseModel):
 
     checkpoint: Path | None = Field(
         None,
-        description="checkpoint: .safetensors, official .pth or PaddleClas .pdparams; default: the embedded one",
+        description="checkpoint: .safetensors, official .pth or PaddleClas .pdparams, or a folder that holds one; "
+        "default: the embedded one",
+    )
+    model_name: str | None = Field(
+        None,
+        pattern=MODEL_NAME,
+        description="name of the model in URLs, answers and metrics; default: the checkpoint's",
     )
     device: str = Field(
         "auto",
@@ -47,6 +54,7 @@ class Settings(BaseModel):
         description="addresses to listen on, separated by commas; 0.0.0.0: all of IPv4, ::: of IPv6 and IPv4",
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    uds: Path | None = Field(None, description="path of a Unix socket to listen on, instead of host and port")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_THREADS)] = Field(
         "auto", description="cores that one batch may use on the CPU; auto: all that this process may use"
     )
@@ -93,7 +101,7 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the log tells")
     log_format: Literal["text", "json"] = Field("text", description="lines for people, or a JSON object each")
 
-    @field_validator("checkpoint", "api_key_file", mode="before")
+    @field_validator("checkpoint", "api_key_file", "uds", mode="before")
     @classmethod
     def _names_a_file(cls, path: object) -> object:
         if path == "":
@@ -161,11 +169,11 @@ def check_files(settings: Settings) -> None:
     """Open the files that options name, which is quick, so that a wrong name is reported before anything slow.
 
     Raises:
-        SettingsError: a file is missing, a folder, or not readable.
+        SettingsError: a file is missing, a folder, or not readable. The checkpoint may be a folder.
     """
     for name in ("checkpoint", "api_key_file"):
         path: Path | None = getattr(settings, name)
-        if path is not None:
+        if path is not None and not (name == "checkpoint" and path.is_dir()):
             try:
                 path.open("rb").close()
             except (OSError, ValueError) as error:

@@ -287,15 +287,37 @@ def test_truncated_file_raises_checkpoint_error(tiny: Checkpoint, tmp_path: Path
 
 
 def test_file_that_is_not_a_checkpoint_raises_checkpoint_error(tmp_path: Path) -> None:
-    """A text file, an empty file and a directory."""
+    """A text file and a missing file."""
     (tmp_path / "text").write_text("hello, hello")
     for path, message in (
         (tmp_path / "text", "neither a safetensors file nor a torch checkpoint"),
         (tmp_path / "nothing", "cannot be read: No such file"),
-        (tmp_path, "cannot be read: Is a directory"),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(path)
+
+
+def test_folder_with_one_checkpoint_loads_it(tmp_path: Path, tiny_path: Path) -> None:
+    """Other files, hidden files and folders do not count."""
+    for name in ("README.md", ".hidden.pth"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "old.pth").mkdir()
+    (tmp_path / "model.safetensors").symlink_to(tiny_path)
+    assert load_checkpoint(tmp_path).name == "tiny"
+
+
+def test_folder_without_one_checkpoint_raises_an_error_that_lists_its_files(tmp_path: Path) -> None:
+    """None, other files only, and several checkpoints."""
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*it is empty"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "labels.txt").write_text("")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*it holds labels\.txt, sub/"):
+        load_checkpoint(tmp_path)
+    for name in ("a.pth", "b.safetensors"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(CheckpointError, match=r"2 checkpoints, not one: a\.pth, b\.safetensors"):
+        load_checkpoint(tmp_path)
 
 
 def changed_state(tiny: Checkpoint, change: str) -> dict[Any, Any]:

@@ -118,12 +118,20 @@ def test_a_wrong_value_is_not_repeated_at_length() -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named_with_its_option(tmp_path: Path) -> None:
-    """Missing, or a folder; before anything slow."""
-    for name in ("checkpoint", "api_key_file"):
+    """Missing, or a folder where only a file will do; before anything slow."""
+    none = tmp_path / "none"
+    for name, path in (("checkpoint", none), ("api_key_file", none), ("api_key_file", tmp_path)):
         flag = "--" + name.replace("_", "-")
-        for path in (tmp_path, tmp_path / "none"):
-            with pytest.raises(SettingsError, match=f"{flag} .*cannot be read"):
-                check_files(read_settings({name: str(path)}, {}))
+        with pytest.raises(SettingsError, match=f"{flag} .*cannot be read"):
+            check_files(read_settings({name: str(path)}, {}))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "a b", "a?", "é", "x" * 254, "a\n"])
+def test_a_model_name_is_one_segment_of_a_url(name: str) -> None:
+    """`/v2/models/<name>` must reach the model."""
+    with pytest.raises(SettingsError, match="--model-name cannot be"):
+        read_settings({"model_name": name}, {})
+    assert read_settings({"model_name": "flowers-v2.1_x"}, {}).model_name == "flowers-v2.1_x"
 
 
 def test_settings_do_not_change() -> None:

@@ -1,8 +1,11 @@
 """Where the server listens: IPv4, IPv6, both, and addresses that it cannot have."""
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -11,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rednet.service.system.sockets import bind, url
+from rednet.service.system.sockets import bind, bind_unix, passed_sockets, remove_unix, url
 from tests.conftest import encoded, photo
 from tests.http_helpers import predict
-from tests.servers import REDNET, ServerProcess
+from tests.servers import PATIENCE_S, REDNET, ServerProcess, is_ready, wait_until
 
 
 def has_ipv6() -> bool:
@@ -113,3 +116,99 @@ def test_a_dual_stack_server_answers_both_families(tiny_path: Path) -> None:
                 while client.get("/readyz").status_code != 200:
                     time.sleep(0.05)
                 assert predict(client, encoded(photo())).status_code == 200
+
+
+def listens_at(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def test_a_server_on_a_unix_socket_answers_under_its_own_name(tiny_path: Path, tmp_path: Path) -> None:
+    """A socket file that a killed server left is replaced; a second server is refused; the file is gone at the end.
+
+    The server takes the one checkpoint in a folder, and the model's name from an option.
+    """
+    path = tmp_path / "rednet.sock"
+    bind_unix(path).close()  # as after `kill -9`: nothing listens there
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_path.parent, folder)
+    command = [REDNET, "serve", "--uds", path, "--checkpoint", folder, "--model-name", "flowers", "--decoders", "1"]
+    running = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+            client.timeout = httpx.Timeout(PATIENCE_S)
+            wait_until(lambda: listens_at(path), "the socket")  # httpx would leak sockets while it is refused
+            wait_until(lambda: is_ready(client), "the server")
+            assert predict(client, encoded(photo())).json()["model"] == "flowers"
+            assert client.get("/v1/model").json()["name"] == "flowers"
+            assert client.get("/v2/models/flowers/ready").status_code == 200
+            assert client.get("/v2/models/tiny/ready").status_code == 404
+            assert 'name="flowers"' in client.get("/metrics").text
+            second = subprocess.run([REDNET, "serve", "--uds", path], capture_output=True, text=True, check=False)
+            assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+            assert "another process listens there" in second.stderr
+            if curl := shutil.which("curl"):
+                asked = [curl, "--silent", "--unix-socket", str(path), "http://localhost/readyz"]
+                assert b"ready" in subprocess.run(asked, capture_output=True, check=True).stdout
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(PATIENCE_S) == 0
+    finally:
+        running.kill()
+        running.wait()
+    assert not path.exists()
+
+
+def test_a_path_that_cannot_be_a_socket_is_refused(tmp_path: Path) -> None:
+    """A file stays as it was; a folder that does not exist and a path that is too long are named."""
+    (tmp_path / "file").write_text("mine")
+    for path, message in (
+        (tmp_path / "file", "a file of that name exists"),
+        (tmp_path / "no" / "x", "No such file"),
+        (tmp_path / ("x" * 120), "too long"),
+    ):
+        with pytest.raises(OSError, match=f"cannot listen on .*{message}"):
+            bind_unix(path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_socket_of_another_server_is_not_removed(tmp_path: Path) -> None:
+    """One that was started since, under the same name."""
+    path = tmp_path / "x.sock"
+    with closing(bind_unix(path)):
+        inode = path.lstat().st_ino
+        remove_unix(path, inode + 1)
+        assert path.exists()
+        remove_unix(path, inode)
+        assert not path.exists()
+
+
+def test_a_socket_from_the_service_manager_is_used(tiny_path: Path) -> None:
+    """By systemd's protocol: descriptor 3, announced in the environment."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        descriptor, port = listening.fileno(), listening.getsockname()[1]
+        manager = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), "
+        manager += "LISTEN_FDS='1'); os.execv(sys.argv[2], sys.argv[2:])"
+        options = [str(REDNET), "serve", "--checkpoint", str(tiny_path), "--decoders", "1"]
+        command = [sys.executable, "-c", manager, str(descriptor), *options]
+        running = subprocess.Popen(command, stderr=subprocess.DEVNULL, pass_fds=[descriptor])
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+            wait_until(lambda: is_ready(client), "the server")
+            assert predict(client, encoded(photo())).status_code == 200
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(PATIENCE_S) == 0
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_passed_sockets_must_be_for_this_process_and_listen() -> None:
+    """Variables for another process are ignored; both ways they are gone for child processes."""
+    for process in ("2", "x"):
+        environment = {"LISTEN_PID": process, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
+        assert passed_sockets(environment) == []
+        assert environment == {"HOME": "/"}
+    with pytest.raises(OSError, match=r"descriptor \d+ \(LISTEN_FDS\)"):
+        passed_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "100000"})

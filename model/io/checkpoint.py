@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rednet.model.images.preprocess import Preprocess
 from rednet.model.inference.activation_ranges import validate_ranges
+from rednet.model.io.checkpoint_folder import checkpoint_in
 from rednet.model.io.labels import Label, imagenet_labels, numbered_labels, unique_labels
 from rednet.model.io.output_files import write_atomically
 from rednet.model.io.paddle import PaddleError, read_pdparams
@@ -74,7 +75,8 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
     """Load a checkpoint. The format is recognised by the first bytes; nothing in the file is executed.
 
     Args:
-        path: our `.safetensors`, an official `.pth`, or a PaddleClas `.pdparams`; None: the embedded checkpoint.
+        path: our `.safetensors`, an official `.pth`, a PaddleClas `.pdparams`, or a folder that holds one of them;
+            None: the embedded checkpoint.
 
     Returns:
         A network in evaluation mode on the CPU, with its labels and preprocessing. What the file does not contain is
@@ -93,7 +95,9 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
             return load_checkpoint(embedded)
     path = Path(path)
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if path.is_dir():
+            path = _checkpoint_in(path)
+        if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file")  # opening a pipe would block
         with path.open("rb") as file:
             start = file.read(9)
@@ -108,6 +112,13 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
     except UntrustedError as error:
         raise CheckpointError(f"{path} {error}") from error
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    try:
+        return checkpoint_in(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = False, replace: bool = True) -> None:

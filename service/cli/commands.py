@@ -2,6 +2,7 @@
 instant."""
 
 import argparse
+import atexit
 import io
 import json
 import os
@@ -16,13 +17,22 @@ from rednet.service.system.terminal import printable
 def serve(options: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(options).items() if name != "run"}
     settings = read_settings(flags, os.environ)
+    from rednet.model.io.checkpoint_folder import checkpoint_in
     from rednet.service.http.api_keys import read_keys
-    from rednet.service.system.sockets import bind
+    from rednet.service.system.sockets import bind, bind_unix, passed_sockets, remove_unix
 
     check_files(settings)
     # Whatever can fail at once fails before PyTorch is imported.
+    if settings.checkpoint is not None and settings.checkpoint.is_dir():
+        settings = settings.model_copy(update={"checkpoint": checkpoint_in(settings.checkpoint)})
     keys = read_keys(settings.api_key_file) if settings.api_key_file else None
-    sockets = bind(settings.host, settings.port)
+    sockets = passed_sockets(os.environ)
+    if sockets and settings.uds is not None:
+        raise ValueError(f"--uds {settings.uds}: the service manager has already passed a socket to listen on")
+    if not sockets:
+        sockets = [bind_unix(settings.uds)] if settings.uds else bind(settings.host, settings.port)
+        if settings.uds:
+            atexit.register(remove_unix, settings.uds, settings.uds.lstat().st_ino)
     from rednet.service.main import serve as run_server
 
     return run_server(settings, sockets, keys)

@@ -2,8 +2,14 @@
 once."""
 
 import errno
+import os
 import socket
-from collections.abc import Sequence
+import stat
+from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+FIRST_PASSED = 3  # the first descriptor that a service manager passes
 
 
 def bind(hosts: str, port: int) -> Sequence[socket.socket]:
@@ -31,10 +37,80 @@ def bind(hosts: str, port: int) -> Sequence[socket.socket]:
     return sockets
 
 
+def bind_unix(path: Path) -> socket.socket:
+    """Bind a Unix socket, in place of one that a server left behind. Its permissions follow from the umask.
+
+    It listens at once: clients wait until the server is there, and another server can tell that this one is starting.
+
+    Raises:
+        OSError: another process listens there, the path is something else than a socket, or it cannot be used.
+    """
+    is_socket = False
+    with suppress(OSError):  # binding reports what is wrong with the path
+        if is_socket := stat.S_ISSOCK(path.lstat().st_mode):
+            _remove_stale(path)
+    bound = socket.socket(socket.AF_UNIX)
+    try:
+        bound.bind(str(path))
+        bound.listen(socket.SOMAXCONN)
+    except OSError as error:
+        bound.close()
+        reason = error.strerror or error  # a path that is too long has no number
+        if error.errno == errno.EADDRINUSE:
+            reason = "another process listens there" if is_socket else "a file of that name exists"
+        raise OSError(f"cannot listen on {path}: {reason}") from None
+    return bound
+
+
+def remove_unix(path: Path, inode: int) -> None:
+    """Remove the file of a Unix socket, unless it has become another one: of a server that was started since."""
+    with suppress(OSError):
+        if path.lstat().st_ino == inode:
+            path.unlink()
+
+
+def passed_sockets(environment: MutableMapping[str, str]) -> Sequence[socket.socket]:
+    """The listening sockets that a service manager passed (socket activation); usually none.
+
+    The variables are removed from the environment, so that child processes do not take them for theirs.
+
+    Raises:
+        OSError: a descriptor is not a stream socket.
+    """
+    process, count = environment.pop("LISTEN_PID", None), environment.pop("LISTEN_FDS", "0")
+    environment.pop("LISTEN_FDNAMES", None)
+    # In a container the variable names PID 1, from which this process has been forked.
+    if process not in (str(os.getpid()), "1") or not count.isdecimal():
+        return []
+    sockets = []
+    for descriptor in range(FIRST_PASSED, FIRST_PASSED + int(count)):
+        try:
+            os.set_inheritable(descriptor, False)
+            passed = socket.socket(fileno=descriptor)
+        except OSError as error:
+            raise OSError(f"descriptor {descriptor} (LISTEN_FDS) cannot be used: {error.strerror}") from None
+        if passed.type != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(f"descriptor {descriptor} (LISTEN_FDS) is not a stream socket that listens")
+        sockets.append(passed)
+    return sockets
+
+
 def url(bound: socket.socket) -> str:
     """The address of a bound socket, as clients write it."""
+    if bound.family == socket.AF_UNIX:
+        return f"unix:{bound.getsockname()}"
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket's file that no process listens on any more."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # a full queue of connections is a process, too
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
 
 
 def _resolve(host: str) -> Sequence[tuple[socket.AddressFamily, str]]:
