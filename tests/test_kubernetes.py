@@ -1,0 +1,166 @@
+"""The Kubernetes manifests and the systemd units, checked without a cluster against schemas and the real server."""
+
+import copy
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.servers import ServerProcess
+
+pytest.importorskip("kubernetes_validate")
+
+from tests.kubernetes import FOLDER, ROOT, Manifest, build, containers, problems
+
+KUSTOMIZATIONS = sorted(path.parent.name for path in FOLDER.glob("*/kustomization.yaml"))
+OFFERED = "sum(rate(rednet_offered_seconds_total"
+
+
+@pytest.fixture
+def answers(server: ServerProcess) -> Callable[[str], bool]:
+    """Whether a real server answers a path with success."""
+    return lambda path: server.client.get(path).status_code == 200
+
+
+def whole(name: str) -> list[Manifest]:
+    """The manifests of a kustomization with those that it is applied beside."""
+    return build(FOLDER / name) + (build(FOLDER / "base") if name == "monitoring" else [])
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_manifests_have_no_problems(name: str, answers: Callable[[str], bool]) -> None:
+    """Schemas are strict; ports, probes, selectors, arguments and the grace period fit the image and each other."""
+    assert problems(whole(name), answers) == []
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_every_manifest_belongs_to_a_kustomization(name: str) -> None:
+    """Files that nothing names would not be checked; adapter-rule.yaml is for another program."""
+    named = yaml.safe_load((FOLDER / name / "kustomization.yaml").read_text())["resources"]
+    files = {path.name for path in (FOLDER / name).glob("*.yaml")} - {"kustomization.yaml", "adapter-rule.yaml"}
+    assert files == {each for each in named if not each.startswith("../")}
+
+
+def change(manifests: Sequence[Manifest], kind: str, path: str, value: Any) -> list[Manifest]:
+    """The manifests with one value set; None removes it."""
+    changed = copy.deepcopy(list(manifests))
+    at: Any = next(each for each in changed if each["kind"] == kind)
+    *parents, last = [int(part) if part.isdecimal() else part for part in path.split("/")]
+    for part in parents:
+        at = at[part]
+    if value is None:
+        del at[last]
+    else:
+        at[last] = value
+    return changed
+
+
+POD, RUNTIME = "spec/template/spec/containers/0", "spec/containers/0"
+PLANTED = [
+    # an unknown key
+    ("base", "Deployment", f"{POD}/readynessProbe", {}),
+    ("keda", "ScaledObject", "spec/cooldown", 1),
+    ("kserve", "InferenceService", "spec/predictor/model/storageURI", "x"),
+    ("kserve", "ClusterServingRuntime", f"{RUNTIME}/port", 1),
+    ("monitoring", "PodMonitor", "spec/endpoints", []),
+    # a wrong type
+    ("base", "Deployment", f"{POD}/ports/0/containerPort", "8000"),
+    ("hpa", "HorizontalPodAutoscaler", "spec/maxReplicas", "8"),
+    ("keda", "ScaledObject", "spec/triggers/0/metadata/threshold", 0.7),
+    ("kserve", "InferenceService", "spec/predictor/minReplicas", "1"),
+    ("kserve", "ClusterServingRuntime", "spec/multiModel", "no"),
+    # a wrong path of a probe
+    ("base", "Deployment", f"{POD}/readinessProbe/httpGet/path", "/healthz"),
+    ("base", "Deployment", f"{POD}/readinessProbe/httpGet/path", "/livez"),
+    ("kserve", "ClusterServingRuntime", f"{RUNTIME}/livenessProbe/httpGet/path", "/v2/live"),
+    # a missing selector, or one that selects nothing
+    ("base", "Deployment", "spec/selector", None),
+    ("base", "Service", "spec/selector", None),
+    ("base", "PodDisruptionBudget", "spec/selector/matchLabels", {"app": "rednet"}),
+    ("monitoring", "PodMonitor", "spec/selector", None),
+    # ports that differ
+    ("base", "Deployment", f"{POD}/ports/0/containerPort", 8080),
+    ("base", "Service", "spec/ports/0/targetPort", 8080),
+    ("base", "NetworkPolicy", "spec/ingress/0/ports/0/port", "web"),
+    ("kserve", "ClusterServingRuntime", f"{RUNTIME}/ports/0/containerPort", 8080),
+    ("kserve", "ClusterServingRuntime", f"{RUNTIME}/readinessProbe/httpGet/port", 8080),
+    # names of other resources, options, and time to drain
+    ("hpa", "HorizontalPodAutoscaler", "spec/scaleTargetRef/name", "server"),
+    ("kserve", "InferenceService", "spec/predictor/model/runtime", "rednet"),
+    ("base", "Deployment", f"{POD}/args/1", "--log-formt"),
+    ("base", "Deployment", "spec/template/spec/terminationGracePeriodSeconds", 30),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "path", "value"), PLANTED)
+def test_a_planted_mistake_is_found(
+    name: str, kind: str, path: str, value: Any, answers: Callable[[str], bool]
+) -> None:
+    """Each is one change to manifests that have no problems."""
+    assert problems(change(whole(name), kind, path, value), answers)
+
+
+def test_autoscalers_follow_offered_seconds() -> None:
+    """Backlog cannot exceed the deadline, so it is no signal under overload; 0.7 is the share of time to be busy."""
+    (scaled,) = [each for each in build(FOLDER / "keda") if each["kind"] == "ScaledObject"]
+    metadata = scaled["spec"]["triggers"][0]["metadata"]
+    assert metadata["query"].startswith(OFFERED)
+    assert metadata["threshold"] == "0.7"
+    (service,) = [each for each in build(FOLDER / "kserve") if each["kind"] == "InferenceService"]
+    external = service["spec"]["predictor"]["autoScaling"]["metrics"][0]["external"]
+    assert external["metric"]["query"].startswith(OFFERED)
+    assert external["target"]["averageValue"] == "0.7"
+    (autoscaler,) = [each for each in build(FOLDER / "hpa") if each["kind"] == "HorizontalPodAutoscaler"]
+    pods = autoscaler["spec"]["metrics"][0]["pods"]
+    (rule,) = yaml.safe_load((FOLDER / "hpa" / "adapter-rule.yaml").read_text())["rules"]
+    assert (pods["metric"]["name"], pods["target"]["averageValue"]) == (rule["name"]["as"], "700m")
+    assert rule["seriesQuery"].startswith("rednet_offered_seconds_total{")
+
+
+@pytest.mark.parametrize("name", ["base", "gpu", "kserve"])
+def test_containers_are_confined(name: str) -> None:
+    """No root, no writing outside volumes, no capabilities."""
+    for manifest in build(FOLDER / name):
+        for container in containers(manifest):
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            pod = manifest["spec"].get("template", {}).get("spec", {}).get("securityContext", {})
+            assert (context | pod)["runAsNonRoot"] is True
+
+
+def test_the_gpu_overlay_asks_for_a_gpu() -> None:
+    """With the image that holds CUDA."""
+    (deployment,) = [each for each in build(FOLDER / "gpu") if each["kind"] == "Deployment"]
+    (container,) = containers(deployment)
+    assert container["image"].endswith("-cuda")
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container["args"][-2:] == ["--device", "cuda"]
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is absent: it comes from Debian (kubernetes-client)")
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_kubectl_builds_the_same_manifests(name: str) -> None:
+    """The checks above see what would be applied."""
+    done = subprocess.run(["kubectl", "kustomize", str(FOLDER / name)], capture_output=True, text=True, check=True)
+
+    def key(manifest: Manifest) -> str:
+        return f"{manifest['kind']} {manifest['metadata']['name']}"
+
+    assert sorted(yaml.safe_load_all(done.stdout), key=key) == sorted(build(FOLDER / name), key=key)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is absent")
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    """`systemd-analyze verify` knows every directive; the program's path is set to one that exists."""
+    for path in (ROOT / "deploy" / "systemd").iterdir():
+        text = path.read_text().replace("/opt/rednet/bin/rednet", "/bin/true")
+        (tmp_path / path.name).write_text(text)
+    units = sorted(tmp_path.iterdir())
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
