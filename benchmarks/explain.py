@@ -55,7 +55,7 @@ def rows(what: str, times: Mapping[str, list[float]]) -> list[dict[str, object]]
 
 def network(prepared: Prepared, batch: int) -> list[dict[str, object]]:
     """Batches of which every image has the same map."""
-    runner = PreparedRunner(prepared, largest=batch)
+    runner = PreparedRunner(prepared, max_batch_size=batch)
     side = prepared.preprocess.crop
     images = list(np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rednet.service.cost_table import SAFETY_FACTOR
-from rednet.service.engine.batcher import ANSWER_S, Batcher
+from rednet.service.engine.batcher import RESPONSE_S, Batcher
 from rednet.service.errors import DeadlineExceeded, Internal, ServiceError
 from rednet.service.types import Inference, Job
 
@@ -71,7 +71,7 @@ def test_wake_time_is_the_earliest_deadline_within_the_window() -> None:
     assert batcher.wake_at() is None
     batcher.add(job(1, deadline=90.0))
     batcher.add(job(2, deadline=20.0))
-    assert batcher.wake_at() == 20.0 - ANSWER_S
+    assert batcher.wake_at() == 20.0 - RESPONSE_S
     assert [job.id for job in batcher.expire(20.0)] == [2]
     assert batcher.wake_at() == 50.0
 
@@ -82,7 +82,7 @@ def test_batching_window_ends_early_enough_for_the_earliest_deadline() -> None:
     batcher.batch_s = lambda images: 2.0 * images
     batcher.add(job(1, deadline=90.0))
     batcher.add(job(2, deadline=20.0))
-    due = 20.0 - SAFETY_FACTOR * 4.0 - ANSWER_S
+    due = 20.0 - SAFETY_FACTOR * 4.0 - RESPONSE_S
     assert batcher.wake_at() == due
     assert batcher.next_batch(due - 0.001) == []
     assert [job.id for job in batcher.next_batch(due)] == [2, 1]
@@ -146,7 +146,7 @@ class Interleavings(RuleBasedStateMachine):
     def run_batch(self, fails: bool) -> None:
         self.expire()
         batch = self.batcher.next_batch(self.now)
-        urgent_at = min((self.jobs[id_].deadline for id_ in self.queued), default=0.0) - ANSWER_S
+        urgent_at = min((self.jobs[id_].deadline for id_ in self.queued), default=0.0) - RESPONSE_S
         waited = bool(self.queued) and self.jobs[self.queued[0]].enqueued + 2.0 <= self.now
         due = len(self.queued) >= 3 or waited or (bool(self.queued) and urgent_at <= self.now)
         urgent = sorted(self.queued, key=lambda id_: self.jobs[id_].deadline)[:3]

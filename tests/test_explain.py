@@ -60,7 +60,7 @@ def backend(request: pytest.FixtureRequest, net: RedNet) -> RecordingBackend:
 
 @pytest.fixture
 def runner(backend: RecordingBackend, net: RedNet) -> PreparedRunner:
-    return PreparedRunner(Prepared(backend, SQUARE, net.head.fc.weight.detach(), CPU, "fp32", 0.0), largest=8)
+    return PreparedRunner(Prepared(backend, SQUARE, net.head.fc.weight.detach(), CPU, "fp32", 0.0), max_batch_size=8)
 
 
 def kernels_of(net: RedNet, pixels: Tensor) -> list[Tensor]:

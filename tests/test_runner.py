@@ -19,7 +19,7 @@ SQUARE = Preprocess(resize=72, crop=64)
 def test_batches_launched_behind_one_another_get_their_own_answers(tiny_path: Path, device: str) -> None:
     """Whatever the order in which they are waited for, and however memory is used again meanwhile."""
     prepared = prepare(load_checkpoint(tiny_path).net, SQUARE, device, "fp32")
-    runner = PreparedRunner(prepared, largest=8)
+    runner = PreparedRunner(prepared, max_batch_size=8)
     assert max(runner.warm_up(lambda _: None).seconds) == 8
     batches = [photos(size, 64, 64) + size for size in (1, 5, 8, 3, 8, 2)]
     launched = [runner.launch(list(batch.numpy())) for batch in batches]
@@ -40,6 +40,8 @@ def test_a_device_without_memory_says_so_in_one_way() -> None:
         def __call__(self, pixels: torch.Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
             raise torch.OutOfMemoryError
 
-    runner = PreparedRunner(Prepared(Full(), SQUARE, torch.empty(0), torch.device("cpu"), "fp32", 0.0), largest=8)
+    runner = PreparedRunner(
+        Prepared(Full(), SQUARE, torch.empty(0), torch.device("cpu"), "fp32", 0.0), max_batch_size=8
+    )
     with pytest.raises(MemoryError, match="more memory"):
         runner.launch([np.zeros((3, 64, 64), np.uint8)] * 3)

@@ -259,7 +259,7 @@ def test_refusals_and_deadlines_are_those_of_v1() -> None:
 def test_photos_and_their_normalised_pixels_have_the_same_features(tiny_path: Path) -> None:
     """Each in a batch of its own; a batch of both would be a bug."""
     checkpoint = load_checkpoint(tiny_path)
-    runner = PreparedRunner(prepare(checkpoint.net, checkpoint.preprocess, "cpu"), largest=4)
+    runner = PreparedRunner(prepare(checkpoint.net, checkpoint.preprocess, "cpu"), max_batch_size=4)
     photos, pixels = [PREPROCESS.pixels(photo(0)), PREPROCESS.pixels(photo(1))], normalised(0, 1)
     as_photos, as_pixels = runner.launch(photos).wait(), runner.launch(list(pixels)).wait()
     np.testing.assert_allclose(as_photos.features, as_pixels.features, rtol=1e-3, atol=1e-4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rednet.service.engine import watchdog as hang_watch
-from rednet.service.engine.watchdog import HUNG_FACTOR, MAX_GAP_S, HangWatch
+from rednet.service.engine.watchdog import HUNG_FACTOR, MAX_GAP_S, Watchdog
 from tests.conftest import encoded, photo
 from tests.http_helpers import PNG
 from tests.servers import ServerProcess, wait_until
@@ -29,55 +29,55 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     return clock
 
 
-def observe(watch: HangWatch, clock: Time, seconds: float, step_s: float = 0.1) -> bool:
+def observe(watch: Watchdog, clock: Time, seconds: float, step_s: float = 0.1) -> bool:
     for _ in range(round(seconds / step_s)):
         clock.now += step_s
-        watch.look()
+        watch.check()
     return watch.hung
 
 
 def test_watchdog_reports_work_after_its_time_limit(clock: Time) -> None:
     """The limit is the minimum for short work, and otherwise a multiple of the predicted time."""
-    watch = HangWatch(threading.current_thread(), hung_s=30.0)
+    watch = Watchdog(threading.current_thread(), hung_s=30.0)
     watch.begin(expected_s=0.1)
-    watch.look()
+    watch.check()
     assert not observe(watch, clock, 29)
     watch.end()
-    watch.look()
+    watch.check()
     watch.begin(expected_s=10.0)
-    watch.look()
+    watch.check()
     assert not observe(watch, clock, HUNG_FACTOR * 10 - 1)
     assert observe(watch, clock, 2)
 
 
 def test_watchdog_limit_is_ten_times_longer_when_compiling(clock: Time) -> None:
     """Work that may compile gets ten times the minimum."""
-    watch = HangWatch(threading.current_thread(), hung_s=30.0)
-    watch.begin(0.1, patience=10.0)
-    watch.look()
+    watch = Watchdog(threading.current_thread(), hung_s=30.0)
+    watch.begin(0.1, factor=10.0)
+    watch.check()
     assert not observe(watch, clock, 299)
     assert observe(watch, clock, 2)
 
 
 def test_watchdog_measures_each_piece_of_work_separately(clock: Time) -> None:
     """A busy device does not look hung, however rarely the watchdog runs."""
-    watch = HangWatch(threading.current_thread(), hung_s=2.0)
+    watch = Watchdog(threading.current_thread(), hung_s=2.0)
     for _ in range(100):
         watch.begin(0.01)
         assert not observe(watch, clock, 1.0)
         watch.end()
     clock.now += 1000
-    assert not watch.look()
+    assert not watch.check()
 
 
 def test_watchdog_ignores_time_in_which_the_process_was_suspended(clock: Time) -> None:
     """One second of an hour's suspension within a batch is counted."""
-    watch = HangWatch(threading.current_thread(), hung_s=30.0)
+    watch = Watchdog(threading.current_thread(), hung_s=30.0)
     watch.begin(0.1)
-    watch.look()
+    watch.check()
     assert not observe(watch, clock, 10)
     clock.now += 3600
-    assert not watch.look()
+    assert not watch.check()
     assert not observe(watch, clock, 30 - 10 - MAX_GAP_S - 1)
     assert observe(watch, clock, 2)
 

@@ -1,21 +1,21 @@
-"""The queue, as pure state: no clock, no thread, no tensor. Time is an argument."""
+"""Queues jobs and cuts them into batches. Pure state: no clock, no threads, no tensors; time is an argument."""
 
 from collections.abc import Callable  # noqa: TC003  (types are imported plainly throughout)
 
 from rednet.service.cost_table import SAFETY_FACTOR
 from rednet.service.types import Job
 
-ANSWER_S = 0.01  # what waking up and sending an answer take
+RESPONSE_S = 0.01  # to wake up and send the response
 
 
 class Batcher:
-    """Jobs, cut into batches: those with the earliest deadline first, and of those the oldest.
+    """Queues jobs and cuts batches. Jobs with the earliest deadline come first; of those, the oldest.
 
     Args:
-        max_batch_size: no batch is larger. May be set again at any time.
-        max_wait_s: how long a batch that is not full may wait for more, counted from its oldest job. 0: not at all; a
-            batch is cut whenever the device can take one, and grows only while the device is busy. A batch does not
-            wait so long that a job in it would miss its deadline.
+        max_batch_size: may be changed at any time.
+        max_wait_s: how long a batch that is not full may wait for more jobs, counted from its oldest job. 0: a batch is
+            cut whenever the device can take one, and grows only while the device is busy. A batch never waits so long
+            that a job in it would miss its deadline.
     """
 
     def __init__(self, max_batch_size: int, max_wait_s: float = 0.0) -> None:
@@ -24,7 +24,7 @@ class Batcher:
                 f"max_batch_size must be at least 1 and max_wait_s at least 0: {max_batch_size}, {max_wait_s}"
             )
         self.max_batch_size = max_batch_size
-        self.batch_s: Callable[[int], float] = lambda _: 0.0  # predicted time of a batch; may be set at any time
+        self.batch_s: Callable[[int], float] = lambda _: 0.0  # predicted time of a batch; may be changed at any time
         self._max_wait_s = max_wait_s
         self._jobs: dict[int, Job] = {}  # by id, oldest first
 
@@ -37,46 +37,46 @@ class Batcher:
         self._jobs[job.id] = job
 
     def cancel(self, job_id: int) -> Job | None:
-        """Take a job out; None if it is no longer here."""
+        """Remove and return a job; None if it is not queued any more."""
         return self._jobs.pop(job_id, None)
 
     def expire(self, now: float) -> list[Job]:
-        """Take out every job whose deadline has passed."""
+        """Remove and return all jobs whose deadline has passed."""
         late = [job for job in self._jobs.values() if job.deadline <= now]
         for job in late:
             del self._jobs[job.id]
         return late
 
     def next_batch(self, now: float) -> list[Job]:
-        """Take out the batch to run now; empty if there is none yet. Expire first: it does not look at deadlines.
+        """Remove and return the batch to run now; empty if none is due. Does not check deadlines: call `expire` first.
 
-        A batch holds pixels of one kind, that of the most urgent job: float32 pixels beside photos would turn the whole
-        batch to float32, which takes longer.
+        All pixels of a batch have the dtype of the most urgent job: uint8 pixels in a batch with float32 pixels would
+        be converted to float32, which takes longer.
         """
         if not self._jobs or now < self._due():
             return []
         jobs = sorted(self._jobs.values(), key=lambda job: job.deadline)
-        kind = jobs[0].pixels.dtype
-        batch = [job for job in jobs if job.pixels.dtype == kind][: self.max_batch_size]
+        dtype = jobs[0].pixels.dtype
+        batch = [job for job in jobs if job.pixels.dtype == dtype][: self.max_batch_size]
         for job in batch:
             del self._jobs[job.id]
         return batch
 
     def clear(self) -> list[Job]:
-        """Take out everything."""
+        """Remove and return all jobs."""
         jobs, self._jobs = list(self._jobs.values()), {}
         return jobs
 
     def wake_at(self) -> float | None:
-        """When `expire` or `next_batch` will have something to do although nothing arrives; None: never."""
+        """The time at which `expire` or `next_batch` has work to do even if no job arrives; None: never."""
         if not self._jobs:
             return None
         return min(self._due(), *(job.deadline for job in self._jobs.values()))
 
     def _due(self) -> float:
-        """When the next batch may be cut."""
+        """The time at which the next batch may be cut."""
         oldest = next(iter(self._jobs.values())).enqueued
         if self._max_wait_s == 0 or len(self._jobs) >= self.max_batch_size:
             return oldest
         urgent = min(job.deadline for job in self._jobs.values())
-        return min(oldest + self._max_wait_s, urgent - SAFETY_FACTOR * self.batch_s(len(self._jobs)) - ANSWER_S)
+        return min(oldest + self._max_wait_s, urgent - SAFETY_FACTOR * self.batch_s(len(self._jobs)) - RESPONSE_S)

@@ -1,7 +1,7 @@
-"""One thread that owns the batcher and the device: schedule, launch, answer. Others hand it messages.
+"""The engine: one thread that owns the batcher and the device. Other threads send it messages.
 
-A device that computes by itself (a GPU) is given the next batch shortly before it has finished one, so that it never
-waits for the host; one that computes in the call (a CPU) has always finished.
+An asynchronous device (a GPU) is given its next batch shortly before it has finished the current one, so that it never
+waits for the host. A synchronous one (a CPU) has always finished.
 """
 
 import itertools
@@ -14,25 +14,27 @@ from collections.abc import Callable
 from rednet.service.cost_table import CostTable
 from rednet.service.engine.batcher import Batcher
 from rednet.service.engine.executor import Executor
-from rednet.service.engine.watchdog import HangWatch
+from rednet.service.engine.watchdog import Watchdog
 from rednet.service.errors import DeadlineExceeded, DeviceFailed, Draining, ServiceError
 from rednet.service.types import EngineEvents, ExplainSpec, Inference, Job, ModelRunner, Pixels, State
 
 log = logging.getLogger(__name__)
 
-# A first batch of a new size compiles kernels and grows memory pools: it may take that many times `hung_s` at least.
-WARM_UP_PATIENCE = 10.0
+WARM_UP_FACTOR = 10.0  # a warm-up batch may take that many times `hung_s`: it compiles kernels and grows memory pools
 HUNG_S = 30.0
 
 
 class Engine:
     """Runs batches of images through the network.
 
+    A job is queued in the batcher, then in flight on the device, then completed. Its state is starting during warm-up,
+    then ready, and failed if the device hangs or the thread raises.
+
     Args:
-        load: makes the runner; called, like everything of the runner's, on the engine's thread.
-        batcher: the queue; nobody else may touch it. Warm-up decides how large its batches are.
-        events: told what happens.
-        hung_s: a batch that takes longer, and far longer than it should, is taken for one that never ends.
+        load: creates the runner. Called on the engine's thread, like all methods of the runner.
+        batcher: the queue, used only by this engine. Warm-up sets its batch size.
+        events: notified of batches and dropped images.
+        hung_s: a batch that takes longer than this, and far longer than predicted, counts as hung.
     """
 
     def __init__(
@@ -43,41 +45,41 @@ class Engine:
         self._events = events
         self._inbox: queue.SimpleQueue[Job | int | None] = queue.SimpleQueue()  # a job, an id to cancel, None: stop
         self._ids = itertools.count()
-        self._closing = threading.Lock()  # held while a message is sent, and while the engine decides to read no more
+        self._closing = threading.Lock()  # held to send a message, and to decide that no more messages are read
         self._closed = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._state = State.STARTING
-        self._watch = HangWatch(self._thread, hung_s)
-        self._executor = Executor(events, self._answer, self._shrink)
-        self._cut: dict[int, Job] = {}  # jobs of batches, until they are answered
+        self._watchdog = Watchdog(self._thread, hung_s)
+        self._executor = Executor(events, self._complete, self._limit_batch_size)
+        self._in_flight: dict[int, Job] = {}  # jobs in batches that are not completed
         batcher.batch_s = self._executor.predicted_s
 
     @property
     def state(self) -> State:
-        """Where it is in its life; failed also when a batch takes so long that the device must hang.
+        """The engine's state. It is also failed if a batch takes so long that the device must hang.
 
-        Whether it does is found by those who ask: a server does so ten times a second.
+        Hangs are only detected when this property is read, which the server does ten times a second.
         """
-        return State.FAILED if self._watch.look() else self._state
+        return State.FAILED if self._watchdog.check() else self._state
 
     @property
     def costs(self) -> CostTable:
-        """The measured time of batches; empty before warm-up has ended."""
+        """The measured times of batches; empty before warm-up has ended."""
         return self._executor.costs
 
     @property
     def slowdown(self) -> float:
-        """Running estimate of how much longer than that batches take."""
+        """Running estimate of the factor by which batches take longer than measured."""
         return self._executor.slowdown
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """End the thread after the batch that is running; what is still queued is answered with `Draining`.
+        """Stop the thread after the current batch; queued jobs are answered with `Draining`.
 
-        Nothing waits for a warm-up: it has no answer for anybody.
+        Does not wait for a warm-up to end, as no job is waiting for it.
         """
         self._send(None)
         self._thread.join(0.0 if timeout_s is not None and self._state is State.STARTING else timeout_s)
@@ -89,18 +91,18 @@ class Engine:
         reply: Callable[[Inference | ServiceError], None],
         explain: ExplainSpec | None = None,
     ) -> int:
-        """Queue an image; `reply` is called exactly once, unless it is cancelled. Returns the id to cancel it by."""
+        """Queue an image; returns an id for `cancel`. `reply` is called exactly once, unless the image is cancelled."""
         job = Job(next(self._ids), pixels, time.monotonic(), deadline, reply, explain)
         if not self._send(job):
             reply(self._why_closed())
         return job.id
 
     def backlog_s(self, images: int) -> float:
-        """Predicted time for so many images."""
+        """Predicted time to run `images` images."""
         return self.costs.queue_s(images) * self.slowdown
 
     def cancel(self, job_id: int) -> None:
-        """Drop an image, if its batch has not been cut; nobody waits for its answer any more."""
+        """Drop an image if its batch has not been cut yet."""
         self._send(job_id)
 
     def _send(self, message: Job | int | None) -> bool:
@@ -112,8 +114,8 @@ class Engine:
     def _run(self) -> None:
         try:
             runner = self._load()
-            self._executor.costs = runner.warm_up(lambda expected_s: self._watch.begin(expected_s, WARM_UP_PATIENCE))
-            self._watch.end()
+            self._executor.costs = runner.warm_up(lambda expected_s: self._watchdog.begin(expected_s, WARM_UP_FACTOR))
+            self._watchdog.end()
             self._batcher.max_batch_size = self.costs.max_batch_size
             self._state = State.READY
             log.info("ready")
@@ -122,7 +124,7 @@ class Engine:
             self._executor.finish(runner)
         except BaseException:
             self._state = State.FAILED
-            log.exception("the engine has failed")
+            log.exception("the engine failed")
         finally:
             self._close()
 
@@ -136,19 +138,19 @@ class Engine:
         if late:
             self._events.dropped("queue", len(late))
         now = time.monotonic()
-        if now < self._executor.due():
+        if now < self._executor.next_due():
             return
-        self._watch.begin(self.costs.batch_s(self.costs.max_batch_size))
+        self._watchdog.begin(self.costs.batch_s(self.costs.max_batch_size))
         batch = self._batcher.next_batch(now)
-        self._cut.update((job.id, job) for job in batch)
+        self._in_flight.update((job.id, job) for job in batch)
         self._executor.run(runner, batch)
-        self._watch.end()
+        self._watchdog.end()
 
     def _receive(self) -> None:
-        """Take in all messages; where there is nothing to do, wait for one, or until there is."""
+        """Handle all messages. Wait for one, or until there is other work to do."""
         wake_at = self._batcher.wake_at()
-        if (look_at := self._executor.look_at()) is not None:
-            wake_at = look_at
+        if (poll_at := self._executor.poll_at()) is not None:
+            wake_at = poll_at
         try:
             self._handle(self._inbox.get(timeout=None if wake_at is None else max(0.0, wake_at - time.monotonic())))
             while True:
@@ -166,15 +168,15 @@ class Engine:
             case None:
                 self._stopping = True
 
-    def _answer(self, job: Job, outcome: Inference | ServiceError) -> None:
-        del self._cut[job.id]
+    def _complete(self, job: Job, outcome: Inference | ServiceError) -> None:
+        del self._in_flight[job.id]
         job.reply(outcome)
 
-    def _shrink(self, largest: int) -> None:
-        self._batcher.max_batch_size = min(self._batcher.max_batch_size, largest)
+    def _limit_batch_size(self, max_batch_size: int) -> None:
+        self._batcher.max_batch_size = min(self._batcher.max_batch_size, max_batch_size)
 
     def _close(self) -> None:
-        """From here on nothing is accepted; nothing that was accepted stays unanswered."""
+        """Accept no more jobs, and answer all that were accepted."""
         with self._closing:
             self._closed = True
         while True:
@@ -182,7 +184,7 @@ class Engine:
                 self._handle(self._inbox.get_nowait())
             except queue.Empty:
                 break
-        for job in (*self._cut.values(), *self._batcher.clear()):
+        for job in (*self._in_flight.values(), *self._batcher.clear()):
             job.reply(self._why_closed())
 
     def _why_closed(self) -> ServiceError:

@@ -1,4 +1,4 @@
-"""Batches on the device: launched, waited for, and every job in them answered."""
+"""Runs batches on the device: launches them, waits for the results and completes every job."""
 
 import logging
 import time
@@ -13,15 +13,16 @@ log = logging.getLogger(__name__)
 
 SMOOTHING = 0.2  # weight of the newest batch in running estimates
 
-# How long before a device has finished a batch it gets the next one: for predictions and wake-ups that come late. What
-# arrives after that waits for one batch more; a device that waits for the host loses as much for everybody.
-LEAD_S, LEAD_SHARE = 0.001, 0.1
-LOOK_SHARE = 0.25  # of the time of a batch, after which the engine looks whether it is over already
-LARGEST_SLOWDOWN = 10.0  # more in one batch is an accident, not a rule
+# The device gets its next batch this long before it is expected to finish the current one, as predictions and wake-ups
+# may be late. A longer lead makes images that arrive after the launch wait for another batch; with a shorter one the
+# device may wait for the host, which delays all images.
+MIN_LEAD_S, LEAD_SHARE = 0.001, 0.1
+POLL_SHARE = 0.25  # of a batch's time, after which the engine checks whether the batch has already finished
+MAX_SLOWDOWN = 10.0  # of one batch in the running estimate; more is an outlier
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
+class InFlightBatch:
     """A batch on the device."""
 
     jobs: Sequence[Job]
@@ -30,127 +31,128 @@ class Flight:
 
 
 class Executor:
-    """Runs batches on one device, at most one at a time but for the moment in which the next one is launched.
+    """Runs batches on one device, one at a time except that the next one is launched before the current one ends.
 
     Args:
-        events: told of every batch that has run.
-        answer: called with each job and what came of it.
-        shrink: called with the largest batch size that may still fit, after memory has ended.
+        events: notified of every batch that has run.
+        complete: called with each job and its outcome.
+        limit_batch_size: called with a new limit after the device has run out of memory.
     """
 
     def __init__(
         self,
         events: EngineEvents,
-        answer: Callable[[Job, Inference | ServiceError], None],
-        shrink: Callable[[int], None],
+        complete: Callable[[Job, Inference | ServiceError], None],
+        limit_batch_size: Callable[[int], None],
     ) -> None:
-        self.costs = CostTable()  # set when warm-up has ended
-        self.slowdown = 1.0  # running estimate of how much longer than that batches take
-        self._events, self._answer, self._shrink = events, answer, shrink
-        self._launch_s = 0.0  # running estimate of what it takes to launch a batch while another one runs
-        self._flight: Flight | None = None  # what the device works on
-        self._landed = time.monotonic()  # when it had finished the one before
+        self.costs = CostTable()  # set after warm-up
+        self.slowdown = 1.0  # running estimate of the factor by which batches take longer than measured
+        self._events, self._complete_job, self._limit_batch_size = events, complete, limit_batch_size
+        self._launch_s = 0.0  # running estimate of the time to launch a batch while another one runs
+        self._in_flight: InFlightBatch | None = None
+        self._last_completed = time.monotonic()  # end of the batch before
 
     def predicted_s(self, images: int) -> float:
-        """The time of a batch of so many images."""
+        """The predicted time of a batch."""
         return self.costs.batch_s(images) * self.slowdown
 
-    def due(self) -> float:
-        """When the device wants its next batch: until then the one in the queue can grow."""
-        if self._flight is None or self._flight.running.done():
+    def next_due(self) -> float:
+        """The time at which the device needs its next batch. Until then the batch in the queue can grow."""
+        if self._in_flight is None or self._in_flight.running.done():
             return 0.0
-        predicted_s = self.predicted_s(len(self._flight.jobs))
-        lead_s = self._launch_s + max(LEAD_S, LEAD_SHARE * predicted_s)
-        return self._began(self._flight) + predicted_s - lead_s
+        predicted_s = self.predicted_s(len(self._in_flight.jobs))
+        lead_s = self._launch_s + max(MIN_LEAD_S, LEAD_SHARE * predicted_s)
+        return self._started(self._in_flight) + predicted_s - lead_s
 
-    def look_at(self) -> float | None:
-        """When to look at the batch that is running, which may be over sooner than predicted; None: none is."""
-        if self._flight is None:
+    def poll_at(self) -> float | None:
+        """The time to check whether the batch in flight has finished, perhaps earlier than predicted; None: no batch is
+        in flight."""
+        if self._in_flight is None:
             return None
-        look_s = max(LEAD_S, LOOK_SHARE * self.costs.batch_s(len(self._flight.jobs)))
-        return min(self.due(), time.monotonic() + look_s)
+        poll_s = max(MIN_LEAD_S, POLL_SHARE * self.costs.batch_s(len(self._in_flight.jobs)))
+        return min(self.next_due(), time.monotonic() + poll_s)
 
     def run(self, runner: ModelRunner, batch: Sequence[Job]) -> None:
-        """Launch a batch, if it is not empty, and finish the one before it."""
+        """Launch a batch, unless it is empty, and finish the one before it."""
         launched = self._launch(runner, batch) if batch else None
         self.finish(runner)
-        self._flight = launched
+        self._in_flight = launched
 
     def finish(self, runner: ModelRunner) -> None:
-        """Wait for what the device works on, if it does."""
-        flight, self._flight = self._flight, None
-        if flight:
-            self._land(runner, flight)
+        """Wait for the batch in flight, if any."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight:
+            self._complete(runner, in_flight)
 
-    def _began(self, flight: Flight) -> float:
-        """When the device came to a batch: it runs one after the other."""
-        return max(flight.launched, self._landed)
+    def _started(self, batch: InFlightBatch) -> float:
+        """When the device began to compute a batch: batches run one after the other."""
+        return max(batch.launched, self._last_completed)
 
-    def _launch(self, runner: ModelRunner, batch: Sequence[Job]) -> Flight | None:
-        """Give a batch to the device; None if that is over already."""
+    def _launch(self, runner: ModelRunner, batch: Sequence[Job]) -> InFlightBatch | None:
+        """Launch a batch; returns None if it has already been completed."""
         launched = time.monotonic()
         try:
             specs = {index: job.explain for index, job in enumerate(batch) if job.explain is not None}
             running = runner.launch([job.pixels for job in batch], specs)
-            over = running.done()
+            is_done = running.done()
         except DeviceLost:
             raise
-        except Exception as error:  # noqa: BLE001  (whatever it is, it is logged, and its neighbours go on)
-            self.finish(runner)  # first come, first answered
-            self._halve(runner, batch, error)
+        except Exception as error:  # noqa: BLE001  (any error is logged, and other jobs continue)
+            self.finish(runner)  # earlier jobs are answered first
+            self._bisect_failed_batch(runner, batch, error)
             return None
-        flight = Flight(batch, running, launched)
-        if over:
-            self._land(runner, flight)
+        in_flight = InFlightBatch(batch, running, launched)
+        if is_done:
+            self._complete(runner, in_flight)
             return None
         self._launch_s += (time.monotonic() - launched - self._launch_s) * SMOOTHING
-        return flight
+        return in_flight
 
-    def _land(self, runner: ModelRunner, flight: Flight) -> None:
-        """Wait for a batch and answer every job in it."""
-        jobs = flight.jobs
+    def _complete(self, runner: ModelRunner, batch: InFlightBatch) -> None:
+        """Wait for a batch and complete every job in it."""
+        jobs = batch.jobs
         try:
-            output = flight.running.wait()
+            output = batch.running.wait()
             _check(output, jobs)
         except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001  (as above)
-            self._halve(runner, jobs, error)
+            self._bisect_failed_batch(runner, jobs, error)
             return
-        landed = time.monotonic()
-        began = self._began(flight)
-        inference_s = landed - began
-        queue_s = [began - job.enqueued for job in jobs]
+        completed = time.monotonic()
+        started = self._started(batch)
+        inference_s = completed - started
+        queue_s = [started - job.enqueued for job in jobs]
         for index, job in enumerate(jobs):
             if not output.finite(index):
-                log.warning("the network's answer for one image is not finite")
-                self._answer(job, NumericalOverflow())
+                log.warning("the network's output for one image is not finite")
+                self._complete_job(job, NumericalOverflow())
                 continue
             logits, features, grid = output.logits[index], output.features[index], output.grids.get(index)
-            self._answer(job, Inference(logits, features, queue_s[index], inference_s, len(jobs), grid))
-        ratio = min(LARGEST_SLOWDOWN, inference_s / max(self.costs.batch_s(len(jobs)), 1e-6))
+            self._complete_job(job, Inference(logits, features, queue_s[index], inference_s, len(jobs), grid))
+        ratio = min(MAX_SLOWDOWN, inference_s / max(self.costs.batch_s(len(jobs)), 1e-6))
         self.slowdown += (ratio - self.slowdown) * SMOOTHING
-        starved_s = max(0.0, began - max(self._landed, min(job.enqueued for job in jobs)))
-        self._landed = landed
+        starved_s = max(0.0, started - max(self._last_completed, min(job.enqueued for job in jobs)))
+        self._last_completed = completed
         self._events.batch_done(queue_s, inference_s, starved_s)
 
-    def _halve(self, runner: ModelRunner, batch: Sequence[Job], error: Exception) -> None:
-        """Run the halves of a batch that failed, one after the other, until what fails is alone."""
-        if len(batch) == 1:
+    def _bisect_failed_batch(self, runner: ModelRunner, jobs: Sequence[Job], error: Exception) -> None:
+        """Run the halves of a failed batch, one after the other, and so on until the image that fails is alone."""
+        if len(jobs) == 1:
             log.error("the network failed on one image", exc_info=error)
-            self._answer(batch[0], Internal())
+            self._complete_job(jobs[0], Internal())
             return
-        log.warning("a batch of %d failed; running its halves", len(batch), exc_info=error)
-        half = len(batch) // 2
-        if isinstance(error, MemoryError):  # it would fail every time
-            self._shrink(half)
-        for part in (batch[:half], batch[half:]):
-            if flight := self._launch(runner, part):
-                self._land(runner, flight)
+        log.warning("a batch of %d failed; running its halves", len(jobs), exc_info=error)
+        half = len(jobs) // 2
+        if isinstance(error, MemoryError):  # batches of this size would fail every time
+            self._limit_batch_size(half)
+        for part in (jobs[:half], jobs[half:]):
+            if in_flight := self._launch(runner, part):
+                self._complete(runner, in_flight)
 
 
 def _check(output: RunnerOutput, jobs: Sequence[Job]) -> None:
     if not len(output.logits) == len(output.features) == len(jobs):
-        raise RuntimeError(f"this is a bug: {len(output.logits)} answers for {len(jobs)} images")
+        raise RuntimeError(f"this is a bug: {len(output.logits)} outputs for {len(jobs)} images")
     if output.grids.keys() != {index for index, job in enumerate(jobs) if job.explain is not None}:
-        raise RuntimeError("this is a bug: maps for other images than those that asked for one")
+        raise RuntimeError("this is a bug: the output has maps for other images than those that requested one")

@@ -1,4 +1,4 @@
-"""Pixels to the device and answers back."""
+"""Copies pixels to the device and outputs back to the host."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,19 +13,19 @@ from rednet.service.types import DeviceLost, Floats, Pixels, RunnerOutput, Runni
 
 
 @contextmanager
-def named_errors() -> Iterator[None]:
-    """Torch's errors of devices as those that `ModelRunner` names."""
+def translated_errors() -> Iterator[None]:
+    """Translate torch's device errors to those that `ModelRunner` declares."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise MemoryError("the batch needs more memory than the device has") from error
-    except torch.AcceleratorError as error:  # after one of these every call fails
+    except torch.AcceleratorError as error:  # every later call fails, too
         raise DeviceLost(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A batch that has run when it comes back."""
+    """A batch that has already run when `launch` returns."""
 
     output: RunnerOutput
 
@@ -36,8 +36,8 @@ class Finished:
         return self.output
 
 
-class Direct:
-    """For the CPU, where everything is in place already."""
+class HostTransfer:
+    """For the CPU, where the network computes in the host's memory."""
 
     def upload(self, pixels: Sequence[Pixels]) -> Tensor:
         return torch.from_numpy(np.stack(pixels))
@@ -47,8 +47,8 @@ class Direct:
 
 
 @dataclass(frozen=True, slots=True)
-class InFlight:
-    """A batch whose answers are on their way into memory of the host."""
+class PendingDownload:
+    """A batch whose outputs are being copied to the host."""
 
     logits: Tensor
     features: Tensor
@@ -56,19 +56,19 @@ class InFlight:
     arrived: torch.cuda.Event
 
     def done(self) -> bool:
-        with named_errors():
+        with translated_errors():
             return bool(self.arrived.query())
 
     def wait(self) -> RunnerOutput:
-        with named_errors():
+        with translated_errors():
             self.arrived.synchronize()
         return RunnerOutput(self.logits.numpy(), self.features.numpy(), _arrays(self.grids))
 
 
-class Overlapped:
-    """For a CUDA device: pixels travel while it computes another batch, and nothing waits for anything else.
+class CudaTransfer:
+    """For a CUDA device: pixels are copied on a stream of their own while the device computes another batch.
 
-    Both ways lead through pinned memory, which torch keeps and hands out again once a transfer is over.
+    Both directions use pinned memory, which torch caches and reuses after each transfer.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,7 +83,7 @@ class Overlapped:
         with torch.cuda.stream(self._uploads):
             uploaded = host.to(self._device, non_blocking=True)
         computing.wait_stream(self._uploads)
-        uploaded.record_stream(computing)  # its memory is not to be used again before the computation has read it
+        uploaded.record_stream(computing)  # its memory must not be reused before the computation has read it
         return uploaded
 
     def download(self, output: Output, grids: Mapping[int, Tensor]) -> Running:
@@ -91,7 +91,7 @@ class Overlapped:
         grids = {index: grid.to("cpu", non_blocking=True) for index, grid in grids.items()}
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self._device))
-        return InFlight(logits, features, grids, arrived)
+        return PendingDownload(logits, features, grids, arrived)
 
 
 def _arrays(grids: Mapping[int, Tensor]) -> dict[int, Floats]:
