@@ -1,10 +1,10 @@
-"""What can go wrong with a request. Codes are stable and part of the contract; HTTP statuses are not known here."""
+"""The errors of a request. Codes are stable and part of the API; `http/statuses.py` maps errors to HTTP statuses."""
 
 from typing import ClassVar, Self
 
 
 class ServiceError(Exception):
-    """Base of all of them; the message is meant for the caller."""
+    """Base class of all errors. The message is sent to the client."""
 
     code: ClassVar[str]
 
@@ -13,7 +13,7 @@ class ServiceError(Exception):
         self.message = message
 
     def with_message(self, message: str) -> Self:
-        """A copy with another message. The error itself may be shared, and must not change."""
+        """A copy with another message. Errors may be shared and must not be modified."""
         error = type(self).__new__(type(self))
         error.__dict__.update(self.__dict__, message=message)
         error.args = (message,)
@@ -21,79 +21,79 @@ class ServiceError(Exception):
 
 
 class MalformedRequest(ServiceError):
-    """The body or a parameter cannot be understood."""
+    """The body or a parameter is invalid."""
 
     code = "malformed_request"
 
 
 class UriTooLong(ServiceError):
-    """The request target is longer than any that the server has an answer for."""
+    """The request target is longer than any valid one."""
 
     code = "uri_too_long"
 
 
 class HeadersTooLarge(ServiceError):
-    """One header, or the request's head as a whole, is too large."""
+    """A header, or the head of the request as a whole, is too large."""
 
     code = "headers_too_large"
 
 
 class RequestTimeout(ServiceError):
-    """The request's body did not arrive in time."""
+    """The body of the request did not arrive in time."""
 
     code = "request_timeout"
 
 
 class Unauthorized(ServiceError):
-    """The caller has shown no key of the server's."""
+    """The request has no valid API key."""
 
     code = "unauthorized"
 
     def __init__(self) -> None:
-        super().__init__("this server wants an API key: Authorization: Bearer <key>")
+        super().__init__("this server requires an API key: Authorization: Bearer <key>")
 
 
 class NotFound(ServiceError):
-    """There is nothing of that name."""
+    """The requested resource does not exist."""
 
     code = "not_found"
 
 
 class PayloadTooLarge(ServiceError):
-    """More bytes, pixels or images than the server takes."""
+    """The request has more bytes, pixels or images than the server accepts."""
 
     code = "payload_too_large"
 
 
 class UnsupportedMediaType(ServiceError):
-    """Not an image, or of a format that is not served."""
+    """The data is not an image, or its format is not supported."""
 
     code = "unsupported_media_type"
 
 
 class UnreadableImage(ServiceError):
-    """The format is known, the data is broken."""
+    """The format is supported, but the data is damaged."""
 
     code = "unreadable_image"
 
 
 class NumericalOverflow(ServiceError):
-    """The network's numbers overflow on this image: what it computes is infinite or not a number."""
+    """The network's activations overflow on this image, so that its outputs are infinite or NaN."""
 
     code = "numerical_overflow"
 
     def __init__(self) -> None:
-        super().__init__("the network's answer for this image is not finite: its values overflow")
+        super().__init__("the network's output for this image is not finite: its activations overflow")
 
 
 class DeadlineExceeded(ServiceError):
-    """The caller's deadline passed before there was an answer."""
+    """The deadline passed before the request was answered."""
 
     code = "deadline_exceeded"
 
 
 class Internal(ServiceError):
-    """A defect of the server. The log says what happened; the answer does not."""
+    """An unexpected error in the server. The details are in the log and not in the response."""
 
     code = "internal"
 
@@ -102,11 +102,11 @@ class Internal(ServiceError):
 
 
 class Refused(ServiceError):
-    """The server takes no work right now.
+    """The server does not accept the request now.
 
     Attributes:
-        retry_after_s: when it is worth trying again.
-        reason: why, as a label of `rednet_refused_total`.
+        retry_after_s: time after which the client should try again.
+        reason: label value for `rednet_refused_total`.
     """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -116,12 +116,12 @@ class Refused(ServiceError):
 
 
 class Overloaded(Refused):
-    """There is no capacity now: the queue, slow decoding or memory is full, or the answer would come too late."""
+    """The server has no capacity: the queue, slow decoding or memory is full, or the response would be too late."""
 
     code = "overloaded"
 
     def for_short_deadline(self) -> Self:
-        """This error, counted as the fault of a deadline that even an idle server would miss."""
+        """This error, counted under another reason: even an idle server would miss the deadline."""
         self.reason = "short_deadline"
         return self
 
@@ -133,7 +133,7 @@ class NotReady(Refused):
 
 
 class DecoderUnavailable(Refused):
-    """No decoder process can finish the image right now, which is not the image's fault."""
+    """No decoder process can decode the image now. The image is not the cause."""
 
     code = "decoder_unavailable"
 
@@ -142,7 +142,7 @@ class DecoderUnavailable(Refused):
 
 
 class DeviceFailed(Refused):
-    """The device hangs or has failed. This process ends; another server, or its successor, answers."""
+    """The device hangs or has failed, and the process is about to exit. A restarted server can answer."""
 
     code = "device_failed"
 
@@ -151,7 +151,7 @@ class DeviceFailed(Refused):
 
 
 class Draining(Refused):
-    """The server is about to stop."""
+    """The server is shutting down."""
 
     code = "draining"
 

@@ -17,7 +17,7 @@ def test_gpu_metrics_are_absent_without_a_driver(caplog: pytest.LogCaptureFixtur
     registry = CollectorRegistry()
     with caplog.at_level(logging.WARNING):
         watch_gpus(registry, {"cuda": "GPU-0"})
-    assert "no metrics of memory and utilisation" in caplog.text
+    assert "no metrics of device memory and utilisation" in caplog.text
     assert list(registry.collect()) == []
     assert [family.samples for family in GpuCollector({"cuda": "GPU-0"}).collect()] == [[], []]
 

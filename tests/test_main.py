@@ -27,7 +27,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     environment = {"REDNET_MAX_QUEU": "5", "PATH": ""}
     misspelt = subprocess.run([REDNET, "serve"], capture_output=True, text=True, check=False, env=environment)
     assert (misspelt.returncode, misspelt.stderr.count("\n")) == (2, 1)
-    assert "REDNET_MAX_QUEU is no option" in misspelt.stderr
+    assert "REDNET_MAX_QUEU is not an option" in misspelt.stderr
 
 
 def test_sigterm_answers_what_was_accepted_and_exits_0(tiny_path: Path) -> None:

@@ -27,12 +27,12 @@ def test_every_option_is_a_flag_and_a_variable() -> None:
             read_settings({}, {variable: "3"})
         except SettingsError as error:  # of those whose value cannot be 3
             message = str(error)
-        assert "is no option" not in message
+        assert "is not an option" not in message
 
 
 def test_a_misspelt_variable_is_an_error() -> None:
     """It would otherwise be ignored in silence, which is the worst a server can do with an option."""
-    with pytest.raises(SettingsError, match=r"REDNET_PROT is no option.*REDNET_PORT"):
+    with pytest.raises(SettingsError, match=r"REDNET_PROT is not an option.*REDNET_PORT"):
         read_settings({}, {"REDNET_PROT": "80"})
 
 

@@ -1,4 +1,4 @@
-"""The command line: what may be written on it."""
+"""The command line of `rednet`."""
 
 import argparse
 import atexit
@@ -16,11 +16,18 @@ from rednet.service.system.terminal import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `rednet`; returns the exit status: 0 done, 1 partly or wholly failed, 2 asked for the impossible."""
-    if arguments is None:  # the process is ours
+    """Run `rednet`.
+
+    Args:
+        arguments: of the command line; None: those of this process, which is then set up and ended as a command.
+
+    Returns:
+        The exit status: 0: success, 1: partial or complete failure, 2: invalid arguments or files.
+    """
+    if arguments is None:
         open_standard_streams()
         fork_if_init()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding that lacks a letter is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):  # terminals may lack some characters
         sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
@@ -30,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None and run.__name__ == "serve":
             _end(status)
         return status
-    except BrokenPipeError:  # `rednet predict ... | head`: whoever read has seen enough
+    except BrokenPipeError:  # as in `rednet predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:  # what users can mend; anything else is a defect and shows its trace
+    except (ValueError, OSError) as error:  # errors that users can fix; others are bugs and show a traceback
         print(f"rednet: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -41,19 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end(status: int) -> None:
-    """End the process without taking the interpreter apart. The engine's thread may still be inside torch, in a long
-    batch or in warm-up, and C++ aborts a process that is taken apart under a running thread.
+    """Exit without finalising the interpreter. The engine's thread may still be inside torch, in a long batch or in
+    warm-up, and the C++ runtime aborts a process that is finalised while such a thread runs.
     """
     logging.shutdown()
-    atexit._run_exitfuncs()  # the log's writer has the last lines
+    atexit._run_exitfuncs()  # writes the last log lines
     os._exit(status)
 
 
 def open_standard_streams() -> None:
-    """Open standard input, output and error where the process was started without them.
+    """Open standard input, output and error if the process was started without them.
 
-    The next file or socket would get their numbers: the event loop would read it as standard input, or a log line
-    would be written into it.
+    Otherwise the next file or socket would get one of their descriptors, and log lines would be written into it.
     """
     for descriptor, mode in enumerate(("r", "w", "w")):
         try:
@@ -68,7 +74,7 @@ def open_standard_streams() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # As PID 1 the process forks before anything slow is imported: `settings` needs Pydantic.
+    # Imported here because a process that is PID 1 forks before any slow import: `settings` needs Pydantic.
     from rednet.service.cli import commands
     from rednet.service.settings import add_flags
 
@@ -76,10 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rednet {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = _command(subparsers, commands.serve, "answer requests over HTTP; every option is also REDNET_<OPTION>")
+    serve = _command(subparsers, commands.serve, "serve over HTTP; every option is also a variable REDNET_<OPTION>")
     add_flags(serve)
 
-    predict = _command(subparsers, commands.predict, "classify photos, or folders of them, without a server")
+    predict = _command(subparsers, commands.predict, "classify photos, or folders of photos, without a server")
     predict.add_argument(
         "paths", nargs="+", metavar="PATH", type=Path, help="a photo, a folder, or - for a list on standard input"
     )
@@ -93,42 +99,46 @@ def _parser() -> argparse.ArgumentParser:
     _add_force(predict)
     add_flags(predict, ("device", "precision", "threads"))
 
-    info = _command(subparsers, commands.info, "what a checkpoint is and what would run it here")
+    info = _command(subparsers, commands.info, "describe a checkpoint, and the backend that would run it here")
     _add_checkpoint(info)
     _add_json(info)
 
-    convert = _command(subparsers, commands.convert, "an official .pth or PaddleClas .pdparams checkpoint into ours")
+    convert = _command(subparsers, commands.convert, "convert an official .pth or PaddleClas .pdparams checkpoint")
     convert.add_argument("input", metavar="IN", type=Path)
     convert.add_argument("output", metavar="OUT.safetensors", type=Path)
-    convert.add_argument("--depth", type=int, metavar="N", help="refuse anything but RedNet-N")
-    convert.add_argument(
-        "--labels", type=Path, metavar="F", help="names of the classes: JSON, CSV, or text, one a line"
-    )
+    convert.add_argument("--depth", type=int, metavar="N", help="fail unless the checkpoint is a RedNet-N")
+    convert.add_argument("--labels", type=Path, metavar="F", help="class names: JSON, CSV, or text with one per line")
     _add_force(convert)
 
-    quantize = _command(subparsers, commands.quantize, "int8 scales from a folder of photos, stored with the weights")
+    quantize = _command(
+        subparsers, commands.quantize, "calibrate int8 scales on photos, and store them with the weights"
+    )
     quantize.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    quantize.add_argument("photos", metavar="PHOTOS", type=Path, help="a folder; sub-folders are searched, too")
+    quantize.add_argument("photos", metavar="PHOTOS", type=Path, help="a folder, searched with its subfolders")
     _add_output(quantize)
+    _add_training_commands(subparsers)
+    return parser
 
-    train = _command(subparsers, commands.train, "train on DATA_DIR/train/<class>/*; resumes after a kill")
+
+def _add_training_commands(subparsers: Any) -> None:
+    from rednet.service.cli import commands
+
+    train = _command(subparsers, commands.train, "train on DATA_DIR/train/<class>/*; resumes an interrupted run")
     train.add_argument("data", metavar="DATA_DIR", type=Path)
-    train.add_argument("--from", dest="start", type=Path, metavar="F", help="a checkpoint to begin with (fine-tuning)")
+    train.add_argument("--from", dest="start", type=Path, metavar="F", help="checkpoint to fine-tune")
     _add_output(train)
     _add_recipe(train)
     _add_device(train)
 
-    evaluate = _command(subparsers, commands.evaluate, "accuracy on DATA_DIR/val/<class>/*")
+    evaluate = _command(subparsers, commands.evaluate, "measure accuracy on DATA_DIR/val/<class>/*")
     evaluate.add_argument("data", metavar="DATA_DIR", type=Path)
     _add_checkpoint(evaluate)
-    evaluate.add_argument("--confusion", type=Path, metavar="F.png", help="draw which classes are taken for which")
+    evaluate.add_argument("--confusion", type=Path, metavar="F.png", help="draw a confusion matrix")
     _add_force(evaluate)
-    evaluate.add_argument(
-        "--precision", default="auto", metavar="P", help="auto, fp32, bf16, fp16, int8 (default: auto)"
-    )
+    precisions = "auto, fp32, bf16, fp16 or int8 (default: auto)"
+    evaluate.add_argument("--precision", default="auto", metavar="P", help=precisions)
     _add_device(evaluate)
     _add_json(evaluate)
-    return parser
 
 
 def _command(subparsers: Any, run: Callable[[argparse.Namespace], int], description: str) -> argparse.ArgumentParser:
@@ -138,18 +148,16 @@ def _command(subparsers: Any, run: Callable[[argparse.Namespace], int], descript
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, metavar="F", help="default: the embedded one")
+    parser.add_argument("--checkpoint", type=Path, metavar="F", help="checkpoint file (default: the embedded one)")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="F", help="the checkpoint to write (.safetensors)"
-    )
+    parser.add_argument("--output", required=True, type=Path, metavar="F", help="checkpoint to write (.safetensors)")
     _add_force(parser)
 
 
 def _add_force(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace a file that exists; without it that is an error")
+    parser.add_argument("--force", action="store_true", help="replace an existing file, which is an error otherwise")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -163,19 +171,19 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.MAX_SIZE`
 
 RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
-    # The fields of `rednet.model.training.recipe.Recipe`, which would import torch: two seconds for a `--help`.
+    # The fields of `rednet.model.training.recipe.Recipe`, which imports torch: `--help` would take two seconds.
     ("--depth", 26, "26, 38, 50, 101 or 152"),
-    ("--base-channels", 64, "width of the network; 64 is the paper's"),
+    ("--base-channels", 64, "width of the network; the paper uses 64"),
     ("--epochs", 20, "passes over the photos"),
-    ("--size", 176, "pixels of the largest training crops; the network is served at 8/7 of it or a little more"),
+    ("--size", 176, "largest training crop in pixels; inference uses about 8/7 of it"),
     ("--batch-size", 64, "photos per step"),
-    ("--learning-rate", 2e-3, "at its peak; with --from it is 0.0003, unless given"),
-    ("--warmup-epochs", 2.0, "until the peak is reached"),
-    ("--weight-decay", 0.05, "on weight matrices"),
+    ("--learning-rate", 2e-3, "peak learning rate; 0.0003 with --from, unless given"),
+    ("--warmup-epochs", 2.0, "epochs until the learning rate reaches its peak"),
+    ("--weight-decay", 0.05, "weight decay of weight matrices"),
     ("--label-smoothing", 0.1, "share of the target spread over all classes"),
-    ("--mixup", 0.1, "how much photos are blended into one another; 0: not at all"),
-    ("--precision", "auto", "auto, fp32 or bf16: of the activations"),
-    ("--seed", 0, "order, crops and first weights follow from it"),
+    ("--mixup", 0.1, "alpha of mixup; 0: no mixup"),
+    ("--precision", "auto", "auto, fp32 or bf16: precision of the activations"),
+    ("--seed", 0, "seed of data order, crops and initial weights"),
 )
 
 

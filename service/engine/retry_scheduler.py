@@ -4,7 +4,7 @@ import math
 
 MIN_RETRY_AFTER_S = 1  # HTTP allows whole seconds only
 MAX_RETRY_AFTER_S = 120  # predictions are worth little beyond this
-SAFETY_FACTOR = 1.2  # slots are that much longer than predicted, as predictions are not exact
+SPACING_FACTOR = 1.2  # slots are that much longer than predicted, as predictions are not exact
 PHASES = 4  # number of schedules, one for each quarter of a second
 # Shares of the time in which the server has work. From BUSY_LOAD on, Retry-After may be as long as MAX_RETRY_AFTER_S.
 # Below IDLE_LOAD, reserved slots are ignored: their clients have not come back.
@@ -38,7 +38,7 @@ class RetryScheduler:
         slot_s = math.ceil(max(MIN_RETRY_AFTER_S, wait_s, free - now))
         longest_s = int(MAX_RETRY_AFTER_S * min(1.0, max(0.0, (load - IDLE_LOAD) / (BUSY_LOAD - IDLE_LOAD))))
         if slot_s <= MAX_RETRY_AFTER_S:
-            self._taken_until[phase] = free + SAFETY_FACTOR * work_s * PHASES
+            self._taken_until[phase] = free + SPACING_FACTOR * work_s * PHASES
         if slot_s <= max(MIN_RETRY_AFTER_S, longest_s):
             return slot_s
         self._without_slot += 1  # spread such requests evenly over the second half of the schedule

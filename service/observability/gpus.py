@@ -1,4 +1,4 @@
-"""What the driver knows of CUDA devices, through NVML."""
+"""Metrics of CUDA devices, read through NVML."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -12,39 +12,35 @@ log = logging.getLogger(__name__)
 
 
 class GpuCollector(Collector):
-    """Memory and utilisation of devices, read whenever they are scraped.
+    """Memory and utilisation of devices, read on every scrape.
 
     Args:
-        uuids: the driver's name of each device (`GPU-...`), by the name that the metrics give it.
+        uuids: the driver's name of each device (`GPU-...`), by its name in the metrics.
     """
 
     def __init__(self, uuids: Mapping[str, str]) -> None:
         self._uuids = uuids
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        used = GaugeMetricFamily(
-            "rednet_device_memory_bytes", "Memory of the device in use, by whomever.", labels=("device",)
-        )
-        busy = GaugeMetricFamily(
-            "rednet_device_utilization_ratio",
-            "Share of the last moments in which the device was computing, by whomever's order.",
-            labels=("device",),
-        )
+        text = "Memory of the device in use by all processes."
+        used = GaugeMetricFamily("rednet_device_memory_bytes", text, labels=("device",))
+        text = "Share of the recent past in which the device was computing, for any process."
+        busy = GaugeMetricFamily("rednet_device_utilization_ratio", text, labels=("device",))
         for device, uuid in self._uuids.items():
             try:
                 handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
                 used.add_metric((device,), pynvml.nvmlDeviceGetMemoryInfo(handle).used)
                 busy.add_metric((device,), pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-            except pynvml.NVMLError:  # a part of a device (MIG) has no utilisation; what it has is told
-                log.debug("NVML has nothing on %s", device, exc_info=True)
+            except pynvml.NVMLError:  # a part of a device (MIG) has no utilisation; its memory is reported
+                log.debug("NVML has no values for %s", device, exc_info=True)
         return used, busy
 
 
 def watch_gpus(registry: CollectorRegistry, uuids: Mapping[str, str]) -> None:
-    """Add the devices to the metrics, if the driver can be asked; a container may not be allowed to."""
+    """Add the devices to the metrics, if the driver is accessible: a container may not be allowed to use it."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        log.warning("no metrics of memory and utilisation: %s", error)
+        log.warning("no metrics of device memory and utilisation: %s", error)
         return
     registry.register(GpuCollector(uuids))

@@ -1,4 +1,4 @@
-"""Logs on standard error, for people or as JSON, each line with what is known of the request it belongs to."""
+"""Logs to standard error as text or JSON. Lines include the id and other values of the request they belong to."""
 
 import atexit
 import logging
@@ -13,12 +13,12 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from rednet.service.observability.log_writer import LogWriter
 
-_known: ContextVar[dict[str, str | float]] = ContextVar("known")  # of the request that is being answered
+_request_values: ContextVar[dict[str, str | float]] = ContextVar("request_values")
 
 
 def configure(level: str, log_format: Literal["text", "json"]) -> LogWriter:
-    """Send everything to standard error: what comes through `logging`, and structlog's own lines, of which there is one
-    for every request, and which take half as long. Returns what writes it, until the process ends."""
+    """Send the lines of `logging` and structlog to standard error. The access log uses structlog directly, which takes
+    half as long per line. Returns the writer, which works until the process exits."""
     writer = LogWriter(sys.stderr.fileno())
     atexit.register(writer.close)
     stream = cast("TextIO", writer)
@@ -26,9 +26,9 @@ def configure(level: str, log_format: Literal["text", "json"]) -> LogWriter:
         colors=False, pad_event_to=0, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
     )
     render: Processor = structlog.processors.JSONRenderer(_json) if log_format == "json" else text
-    known: list[Processor] = [structlog.processors.TimeStamper(fmt="iso"), structlog.stdlib.add_log_level, _add_known]
+    shared: list[Processor] = [structlog.processors.TimeStamper(fmt="iso"), structlog.stdlib.add_log_level, _add_values]
     structlog.configure(
-        processors=[*known, render],
+        processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
@@ -36,7 +36,7 @@ def configure(level: str, log_format: Literal["text", "json"]) -> LogWriter:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*known, structlog.stdlib.add_logger_name],
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
@@ -55,25 +55,25 @@ def _json(event: EventDict, **_: object) -> str:
     return orjson.dumps(event, default=str).decode()
 
 
-def _add_known(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    return {**event, **_known.get({})}
+def _add_values(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    return {**event, **_request_values.get({})}
 
 
 def new_id() -> str:
-    """For a request that has none."""
+    """An id for a request without one."""
     return f"{random.getrandbits(128):032x}"
 
 
 def begin_request(request_id: str) -> None:
-    """From here on lines belong to this request."""
-    _known.set({"request_id": request_id})
+    """Mark all following log lines of this context as belonging to a request."""
+    _request_values.set({"request_id": request_id})
 
 
 def note(**values: str | float) -> None:
-    """Show these values on the further lines of this request, its last one above all."""
-    _known.get().update(values)
+    """Add values to the following log lines of this request, in particular to its line in the access log."""
+    _request_values.get().update(values)
 
 
 def note_ms(**times_s: float) -> None:
-    """The same for times in seconds, as milliseconds: `queue=0.012` is shown as `queue_ms=12.0`."""
+    """Add times in seconds as milliseconds: `queue=0.012` becomes `queue_ms=12.0`."""
     note(**{f"{name}_ms": round(1000 * time_s, 2) for name, time_s in times_s.items()})

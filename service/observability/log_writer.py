@@ -1,4 +1,4 @@
-"""Log lines on their way to a file descriptor, which may block, fail, or be read by nobody."""
+"""Writes log lines to a file descriptor without blocking, even if nothing reads from it."""
 
 import logging
 import os
@@ -8,18 +8,18 @@ import time
 
 log = logging.getLogger(__name__)
 
-MAX_PENDING_CHARS = 4_000_000  # some 10,000 requests; more is dropped
-# After a write lines are collected for so long: one wake-up and one system call for all of them, which saves the
-# event loop's thread a hundred times a second what a line costs.
+MAX_PENDING_CHARS = 4_000_000  # the lines of some 10,000 requests; more are dropped
+# After each write, lines are collected for this time and then written with one wake-up and one system call. Without it,
+# the event loop's thread would pay for a wake-up with every line.
 COLLECT_S = 0.02
-CLOSE_TIMEOUT_S = 2.0  # how long the end of the process waits for a log that is not read
+CLOSE_TIMEOUT_S = 2.0  # for pending lines to be written when the process exits
 
 
 class LogWriter:
-    """What loggers need of a text stream. `write` never blocks and never fails: a thread writes to the descriptor.
+    """A text stream for loggers whose `write` never blocks and never fails: a thread writes to the descriptor.
 
-    Lines that do not fit into memory, and lines that the descriptor does not take (its reader is gone, the disk is
-    full), are dropped and counted. When lines are written again, one of them says how many are missing.
+    Lines that exceed the limit on memory, and lines that cannot be written (the reader is gone, the disk is full), are
+    dropped and counted. Once writing works again, a warning reports how many lines were dropped.
 
     Args:
         descriptor: blocking or not.
@@ -51,10 +51,10 @@ class LogWriter:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing: whoever logs must not wait."""
+        """Do nothing: logging must not block."""
 
     def close(self) -> None:
-        """Wait until everything is written, but not for ever. What comes later is still accepted."""
+        """Wait until all lines are written, for a limited time. Later lines are still accepted."""
         self._closing = True
         self._written.wait(CLOSE_TIMEOUT_S)
 
@@ -82,7 +82,7 @@ class LogWriter:
             return
         if self.dropped > self._reported:
             missing, self._reported = self.dropped - self._reported, self.dropped
-            log.warning("%d log lines were dropped: nothing read them, or they could not be written", missing)
+            log.warning("%d log lines were dropped: they could not be written, or not fast enough", missing)
 
     def _write_some(self, data: memoryview) -> int:
         try:

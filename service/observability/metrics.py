@@ -1,6 +1,7 @@
-"""What Prometheus sees. All times in seconds."""
+"""Prometheus metrics. All times are in seconds."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -26,81 +27,56 @@ Stage = Literal["decode", "queue", "inference", "draw", "respond"]
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of their own.
+
+    Label cardinality is bounded: `endpoint` is the route template, or `unmatched`.
+    """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every first one, which nobody asked for
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
-        self._requests = Histogram(
-            "rednet_request_duration_seconds",
-            "Time from the end of a request's head to the end of its answer, as far as the server sends it.",
-            ("endpoint", "status"),
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
-        stages = Histogram(
-            "rednet_stage_duration_seconds",
-            "Time of one image in one stage; respond: of one answer being encoded.",
-            ("stage",),
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        duration = partial(Histogram, buckets=LATENCY_BUCKETS, registry=self.registry)
+
+        text = "Time from the end of a request's head until the server has sent the response."
+        self._requests = duration("rednet_request_duration_seconds", text, ("endpoint", "status"))
+        text = "Time of one image in a stage; for the stage respond, of encoding one response."
+        stages = duration("rednet_stage_duration_seconds", text, ("stage",))
         self._stages = {stage: stages.labels(stage) for stage in get_args(Stage)}
-        self._batch_size = Histogram(
-            "rednet_batch_size", "Images in a batch that ran.", buckets=BATCH_BUCKETS, registry=registry
-        )
-        self._queue_depth = Gauge("rednet_queue_depth", "Images accepted and not yet answered.", registry=registry)
-        self._inflight = Gauge("rednet_inflight_requests", "Requests being worked on.", registry=registry)
-        self._backlog = Gauge("rednet_backlog_seconds", "Predicted time to work off the queue.", registry=registry)
-        self._images = Counter(
-            "rednet_images", "Images answered, by what came of them.", ("endpoint", "outcome"), registry=registry
-        )
-        self._refused = Counter("rednet_refused", "Requests refused before any work.", ("reason",), registry=registry)
-        self._short_deadlines = Counter(
-            "rednet_short_deadline_exceeded",
-            "Requests answered 504 whose own deadline, by X-Request-Timeout-Ms, was shorter than the server's.",
-            registry=registry,
-        )
-        self._cancelled = Counter(
-            "rednet_cancelled",
-            "Images not decoded, or not run, because their caller had left or their deadline had passed, by stage.",
-            ("stage",),
-            registry=registry,
-        )
-        self._busy = Counter("rednet_device_busy_seconds", "Time spent on batches.", ("device",), registry=registry)
-        self._starved = Counter(
-            "rednet_device_starved_seconds",
-            "Time with nothing to do although an image of the next batch was there.",
-            ("device",),
-            registry=registry,
-        )
-        self._ready = Gauge("rednet_ready", "1 while requests are taken.", registry=registry)
-        self._model = Gauge(
-            "rednet_model_info",
-            "1; the labels say what is served.",
-            ("name", "architecture", "device", "precision"),
-            registry=registry,
-        )
-        self._deviation = Gauge(
-            "rednet_selfcheck_deviation_ratio",
-            "Relative distance from the plain network's answers, by the check at start.",
-            registry=registry,
-        )
+        text = "Images per batch."
+        self._batch_size = Histogram("rednet_batch_size", text, buckets=BATCH_BUCKETS, registry=self.registry)
+        self._queue_depth = gauge("rednet_queue_depth", "Images accepted and not yet answered.")
+        self._inflight = gauge("rednet_inflight_requests", "Requests in progress.")
+        self._backlog = gauge("rednet_backlog_seconds", "Predicted time to process the queue.")
+        self._images = counter("rednet_images", "Images answered, by outcome.", ("endpoint", "outcome"))
+        self._refused = counter("rednet_refused", "Requests refused before any work.", ("reason",))
+        text = "Requests answered with 504 whose X-Request-Timeout-Ms was shorter than the server's own timeout."
+        self._short_deadlines = counter("rednet_short_deadline_exceeded", text)
+        text = "Images dropped before a stage because the client had disconnected or the deadline had passed."
+        self._cancelled = counter("rednet_cancelled", text, ("stage",))
+        self._busy = counter("rednet_device_busy_seconds", "Time the device spent on batches.", ("device",))
+        text = "Time the device was idle although an image of its next batch had arrived."
+        self._starved = counter("rednet_device_starved_seconds", text, ("device",))
+        self._ready = gauge("rednet_ready", "1 while requests are accepted.")
+        text = "Always 1; the labels describe the model."
+        self._model = gauge("rednet_model_info", text, ("name", "architecture", "device", "precision"))
+        text = "Relative deviation of the backend from the reference output in the self-check at start."
+        self._deviation = gauge("rednet_selfcheck_deviation_ratio", text)
 
     def watch(self, client: EngineClient, state: Callable[[], State]) -> None:
-        """Read the gauges from the client whenever they are scraped."""
+        """Read gauges from the client on every scrape."""
         self._queue_depth.set_function(lambda: client.queue_depth)
         self._backlog.set_function(lambda: client.backlog_s)
         self._ready.set_function(lambda: state() is State.READY)
-        text = "Predicted device time of all images that were asked for, refused ones included. Its rate is the load."
-        self.registry.register(_Observed("rednet_offered_seconds", text, lambda: client.offered_s))
+        text = "Predicted device time of all requested images, including refused ones. The rate is the offered load."
+        self.registry.register(_CallbackCounter("rednet_offered_seconds", text, lambda: client.offered_s))
 
     def watch_log(self, dropped: Callable[[], int]) -> None:
-        """Read how many log lines were dropped whenever that is scraped."""
-        text = "Log lines that were not written: nothing read them, or writing failed."
-        self.registry.register(_Observed("rednet_log_lines_dropped", text, dropped))
+        """Read the number of dropped log lines on every scrape."""
+        text = "Log lines dropped because they could not be written, or not fast enough."
+        self.registry.register(_CallbackCounter("rednet_log_lines_dropped", text, dropped))
 
     def model(self, model: ModelBody) -> None:
         self._model.labels(model.name, model.architecture, model.device, model.precision).set(1)
@@ -140,8 +116,8 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _Observed(Collector):
-    """A counter whose value is read when it is scraped."""
+class _CallbackCounter(Collector):
+    """A counter whose value is read on every scrape."""
 
     def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
         self._name, self._text, self._read = name, text, read
@@ -151,7 +127,7 @@ class _Observed(Collector):
 
 
 class DeviceEvents:
-    """The `EngineEvents` of one device."""
+    """Records the `EngineEvents` of one device."""
 
     def __init__(self, metrics: Metrics, device: str) -> None:
         self._metrics, self._device = metrics, device

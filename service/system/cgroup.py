@@ -1,21 +1,21 @@
-"""CPU and memory limits of this process's control groups (cgroup v1 and v2).
+"""Reads the CPU and memory limits of this process's control groups (cgroup v1 and v2).
 
-A group's limit holds for all groups below it. So every group counts from this process's own up to the mount point: a
-systemd slice limits the services in it, a Kubernetes pod its containers.
+A limit applies to all groups below it, so that all groups count from this process's own up to the mount point: a
+systemd slice limits its services, a Kubernetes pod its containers.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path("/")  # tests pass the root of a file tree of their own
+ROOT = Path("/")  # tests pass another file tree
 
-# cgroup v1 reports "no limit" as the largest multiple of a page that fits 63 bits. No machine has half of that.
+# cgroup v1 reports "no limit" as the largest multiple of a page that fits in 63 bits. No machine has half of that.
 V1_NO_MEMORY_LIMIT = 1 << 62
 
 
 def cpu_limit(root: Path = ROOT) -> float | None:
-    """CPU time that this process may use, in cores; None: not limited."""
+    """CPU limit of this process, in cores; None: not limited."""
     limits: list[float] = []
     for group in _groups("cpu", root):
         match _numbers(group / "cpu.max"), _numbers(group / "cpu.cfs_quota_us"), _numbers(group / "cpu.cfs_period_us"):
@@ -25,9 +25,9 @@ def cpu_limit(root: Path = ROOT) -> float | None:
 
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:
-    """Memory that all processes of this process's group may use together; None: not limited.
+    """Memory limit of this process's group, shared by all processes in it; None: not limited.
 
-    `memory.high` counts, too: the kernel does not kill a group above it, but slows it down until it hardly runs.
+    `memory.high` counts as well: the kernel does not kill a group above it, but slows it down until it hardly runs.
     """
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
     limits = [limit for group in _groups("memory", root) for name in names for limit in _numbers(group / name)]
@@ -35,7 +35,7 @@ def memory_limit_bytes(root: Path = ROOT) -> int | None:
 
 
 def _numbers(file: Path) -> list[int]:
-    """The numbers in a file; none where it is absent or says "max"."""
+    """The numbers in a file; none if it is missing or contains "max"."""
     try:
         return [int(word) for word in file.read_text().split()]
     except (OSError, ValueError):
@@ -43,7 +43,7 @@ def _numbers(file: Path) -> list[int]:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Directories of the groups whose limits hold for this process, in the v1 hierarchy of the controller and in v2."""
+    """Directories of the groups whose limits apply to this process, in the controller's v1 hierarchy and in v2."""
     paths: dict[str, str] = {}  # of this process's groups, by kind of hierarchy
     for line in _lines(root / "proc/self/cgroup"):  # "4:cpu,cpuacct:/docker/1f0c", v2: "0::/user.slice/rednet.service"
         match line.split(":", 2):
@@ -69,10 +69,10 @@ def _lines(file: Path) -> list[str]:
 
 
 def _below(path: str, top: str) -> Path:
-    """A group's path, relative to the one that is mounted.
+    """The path of a group, relative to the mounted group.
 
-    A container that shares the host's cgroup namespace sees the host's path, but only its own group is mounted.
-    From a group outside of the namespace or of the mount, only the mounted one is visible.
+    A container that shares the host's cgroup namespace sees the host's path, but only its own group is mounted. If the
+    group is outside the namespace or the mount, only the mounted group is visible.
     """
     group = Path(path.removesuffix(" (deleted)"))
     if ".." in group.parts or not group.is_relative_to(top):
@@ -81,5 +81,5 @@ def _below(path: str, top: str) -> Path:
 
 
 def _unescape(field: str) -> str:
-    """mountinfo writes blanks and backslashes as octal numbers."""
+    """Decode the octal escapes that mountinfo uses for blanks and backslashes."""
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)

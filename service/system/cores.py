@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""Counts the cores that this process may use."""
 
 import os
 from math import ceil
@@ -7,9 +7,9 @@ from rednet.service.system.cgroup import cpu_limit
 
 
 def usable_cores() -> int:
-    """The cores that the system schedules it on, or fewer where its control group has less time than that.
+    """The number of cores in the CPU affinity, or fewer if the control group limits CPU time to less.
 
-    More threads than this would wait for each other while the system holds some of them back.
+    If there were more threads, some of them would be throttled, and the others would wait for them.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,5 +1,4 @@
-"""The sockets that the server listens on. They are bound before anything slow, so that a port in use is reported at
-once."""
+"""Binds the server's sockets. This happens before anything slow, so that a port in use is reported at once."""
 
 import errno
 import os
@@ -13,15 +12,15 @@ FIRST_PASSED = 3  # the first descriptor that a service manager passes
 
 
 def bind(hosts: str, port: int) -> Sequence[socket.socket]:
-    """Bind a TCP socket to each address; the kernel refuses connections until the server listens.
+    """Bind a TCP socket to each address. The kernel refuses connections until the server listens.
 
     Args:
-        hosts: addresses or names, separated by commas. A name may have several addresses. `::` is IPv4, too, unless
-            an IPv4 address is named beside it.
-        port: 0: a free one, the same for all of them.
+        hosts: addresses or names, separated by commas. A name may have several addresses. `::` includes IPv4, unless
+            an IPv4 address is listed as well.
+        port: the same for all addresses; 0: any free port.
 
     Raises:
-        OSError: an address is in use, or not this machine's. The message names it.
+        OSError: an address is in use, or does not belong to this machine. The message names it.
     """
     addresses = [address for host in hosts.split(",") for address in _resolve(host.strip())]
     families = {family for family, _ in addresses}
@@ -96,7 +95,7 @@ def passed_sockets(environment: MutableMapping[str, str]) -> Sequence[socket.soc
 
 
 def url(bound: socket.socket) -> str:
-    """The address of a bound socket, as clients write it."""
+    """The URL of a bound socket."""
     if bound.family == socket.AF_UNIX:
         return f"unix:{bound.getsockname()}"
     host, port = bound.getsockname()[:2]
@@ -118,14 +117,14 @@ def _resolve(host: str) -> Sequence[tuple[socket.AddressFamily, str]]:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not the name of a host"
+        reason = error.strerror if isinstance(error, OSError) else "not a valid host name"
         raise OSError(f"--host {host}: {reason}") from None
     addresses = [(family, str(address[0])) for family, _, _, _, address in found]
     return [each for each in addresses if len(addresses) == 1 or _is_here(*each)] or addresses
 
 
 def _is_here(family: socket.AddressFamily, host: str) -> bool:
-    """Whether this machine has an address: "localhost" is ::1, too, where IPv6 is switched off."""
+    """Whether this machine has an address. "localhost" resolves to ::1 even if IPv6 is disabled."""
     try:
         with socket.socket(family) as probe:
             probe.bind((host, 0))
@@ -138,7 +137,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int, v6_only: bool) -> 
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         bound = socket.socket(family)
-    except OSError as error:  # no IPv6 here
+    except OSError as error:  # IPv6 is not available
         raise OSError(f"cannot listen on {shown}: {error.strerror}") from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -147,6 +146,6 @@ def _bind(family: socket.AddressFamily, host: str, port: int, v6_only: bool) -> 
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        reason = "another process listens there" if error.errno == errno.EADDRINUSE else error.strerror
+        reason = "another process is listening there" if error.errno == errno.EADDRINUSE else error.strerror
         raise OSError(f"cannot listen on {shown}: {reason}") from None
     return bound

@@ -1,10 +1,10 @@
-"""Text for a terminal or a pipe, from names and messages of any characters. Imports nothing that takes time."""
+"""Makes arbitrary text safe to print. Imports nothing slow."""
 
 import os
 
 
 def printable(value: object) -> str:
-    """Text with everything escaped that a terminal would obey, or that is not UTF-8 in the name of a file.
+    """Escape control characters, which a terminal would obey, and bytes of file names that are not UTF-8.
 
     >>> printable("a\\x1b[2J\\udcff")
     'a\\\\x1b[2J\\\\xff'
@@ -16,6 +16,6 @@ def printable(value: object) -> str:
 
 def _escaped(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as Python holds it in names of files
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
