@@ -1,4 +1,4 @@
-"""From a body to what it holds, whatever its format."""
+"""Parsing a body into images and options, for every format."""
 
 import json
 from dataclasses import asdict
@@ -18,7 +18,7 @@ LIMITS = BodyLimits.of(4, asdict(PREPROCESS))
 
 
 def test_body_format_decides_how_a_body_is_parsed() -> None:
-    """The same JSON is refused by `/v1` without a type, and an infer request for `/v2`."""
+    """`/v1` rejects JSON without a type, and `/v2` reads it as an infer request."""
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["AAAA"]}
     body = json.dumps({"inputs": [tensor], "id": "7"}).encode()
     with pytest.raises(UnsupportedMediaType, match="application/json"):
@@ -31,8 +31,8 @@ def test_body_format_decides_how_a_body_is_parsed() -> None:
     assert infer.infer.id == "7"
 
 
-def test_one_unusable_pixel_tensor_leaves_the_others_usable() -> None:
-    """Its error stands in its place."""
+def test_invalid_pixel_tensor_has_its_own_error() -> None:
+    """The other images of the request are usable."""
     pixels = np.zeros((2, 3, 32, 32), np.float32)
     pixels[0] = np.nan
     size = {"binary_data_size": pixels.nbytes}
@@ -44,8 +44,8 @@ def test_one_unusable_pixel_tensor_leaves_the_others_usable() -> None:
     np.testing.assert_array_equal(np.asarray(second), pixels[1])
 
 
-def test_pixels_that_a_photo_could_have_pass() -> None:
-    """Normalised like photos, also with the overshoot of a sharpening filter, or random ones for a first try."""
+def test_plausible_pixel_values_are_accepted() -> None:
+    """Normalised photos, including overshoot of sharpening filters, and random values for a first try."""
     pixels = PREPROCESS.normalise(torch.from_numpy(PREPROCESS.pixels(photo()))).numpy()
     noise = np.random.default_rng(0).normal(size=pixels.shape)
     for values in (pixels, 1.5 * pixels, noise):
@@ -54,8 +54,8 @@ def test_pixels_that_a_photo_could_have_pass() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -20.0])
-def test_pixels_that_no_photo_has_are_refused(value: float) -> None:
-    """A single one: the network would overflow, and its batch fail."""
+def test_implausible_pixel_values_are_rejected(value: float) -> None:
+    """One such value could overflow the network and fail its batch."""
     pixels = np.zeros((3, 32, 32), np.float32)
     pixels[1, 2, 3] = value
     with pytest.raises(MalformedRequest, match=r"between -10\.6 and 10\.6"):
@@ -63,7 +63,7 @@ def test_pixels_that_no_photo_has_are_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 31), (3, 64, 64), (1, 32, 32), (0, 32, 32), (3, 0, 0)])
-def test_pixels_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
-    """Only the checkpoint's own crop is one that its batches can hold."""
+def test_pixel_tensor_of_another_size_is_rejected(shape: tuple[int, ...]) -> None:
+    """Batches hold images of the checkpoint's crop size only."""
     with pytest.raises(MalformedRequest, match=r"\[3, 32, 32\] for each image"):
         check_pixels(np.zeros(shape, np.float32), LIMITS)

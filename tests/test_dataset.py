@@ -1,4 +1,4 @@
-"""Training folders as people and systems leave them: what is a photo, what a class, and what is said of the rest."""
+"""Image folders: which files are photos, which folders are classes, and what is reported about the rest."""
 
 import os
 import subprocess
@@ -38,8 +38,9 @@ def names(folder: Path, classes: list[str] | None = None) -> list[str]:
     return [str(each.path.relative_to(folder)) for each in read_folder(folder, classes).photos]
 
 
-def test_folders_without_photos_are_no_classes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What macOS, Synology and people leave behind; training says which, and how much it found, before it begins."""
+def test_folders_without_photos_are_not_classes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """macOS, Synology and people leave such folders. Training lists them, and the number of photos, before it
+    begins."""
     (data / "train" / "__MACOSX").mkdir()
     (data / "train" / "__MACOSX" / "._0.png").write_bytes(b"\0\x05\x16\x07")
     (data / "train" / "@eaDir").mkdir()
@@ -55,7 +56,7 @@ def test_folders_without_photos_are_no_classes(data: Path, capsys: pytest.Captur
 
 
 def test_photos_are_recognised_by_content(data: Path) -> None:
-    """Files of other extensions, or none, that begin like a served format; text and HEIC are counted and named."""
+    """A file of a served format with any extension is a photo. Text and HEIC files are counted and named."""
     folder = data / "train"
     for name, file_format in (("a.jfif", "JPEG"), ("b", "PNG"), ("c.JPE", "JPEG"), ("d.img", "WEBP"), ("e.x", "BMP")):
         add(folder / "tench" / name, 1, file_format)
@@ -80,7 +81,7 @@ def test_photos_are_recognised_by_content(data: Path) -> None:
 
 
 def test_photos_outside_class_folders_are_counted(data: Path) -> None:
-    """Directly in the folder, or one level too deep."""
+    """They are directly in the folder, or one level too deep."""
     add(data / "train" / "stray.png")
     add(data / "train" / "tench" / "more" / "deep" / "1.png")
     found = read_folder(data / "train")
@@ -92,15 +93,15 @@ def test_photos_outside_class_folders_are_counted(data: Path) -> None:
     ]
 
 
-def test_photos_all_one_level_too_deep_are_an_error_that_says_so(tmp_path: Path) -> None:
-    """An archive unpacked into a folder of its own name."""
+def test_photos_one_level_too_deep_are_an_error(tmp_path: Path) -> None:
+    """As in an archive that was unpacked into a folder of its own name; the message says so."""
     add(tmp_path / "train" / "train" / "tench" / "0.png")
     with pytest.raises(PhotoError, match=r"has no photos.*1 photos in subfolders of class folders"):
         read_folder(tmp_path / "train")
 
 
-def test_system_and_hidden_files_are_not_mentioned(data: Path) -> None:
-    """They are in any folder that a file manager has shown."""
+def test_system_and_hidden_files_are_not_reported(data: Path) -> None:
+    """File managers create them in any folder."""
     for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", "Icon\r"):
         (data / "train" / "tench" / name).write_bytes(b"x")
     (data / "train" / ".cache").mkdir()
@@ -110,7 +111,7 @@ def test_system_and_hidden_files_are_not_mentioned(data: Path) -> None:
 
 
 def test_class_name_in_nfc_and_nfd_is_one_class(tmp_path: Path) -> None:
-    """macOS decomposes names, Linux does not; also within one folder, and for a trained network."""
+    """macOS decomposes names, Linux does not. It holds within one folder and for a trained network, too."""
     decomposed = unicodedata.normalize("NFD", CAFE)
     assert decomposed != CAFE
     for name in (CAFE, decomposed, "tea"):
@@ -125,8 +126,8 @@ def test_class_name_in_nfc_and_nfd_is_one_class(tmp_path: Path) -> None:
     assert main(["evaluate", str(tmp_path), "--checkpoint", str(tmp_path / "x.safetensors")]) == 0
 
 
-def test_class_names_that_differ_in_case_are_refused(data: Path) -> None:
-    """One folder on macOS and Windows, two on Linux: between train and val as within one."""
+def test_class_names_that_differ_only_in_case_are_rejected(data: Path) -> None:
+    """They are one folder on macOS and Windows, and two on Linux, within a split or between train and val."""
     (data / "val" / "tench").rename(data / "val" / "Tench")
     with pytest.raises(PhotoError, match="'tench' and 'Tench', which differ only in case"):
         read_folder(data / "val", ["church", "tench"])
@@ -135,8 +136,8 @@ def test_class_names_that_differ_in_case_are_refused(data: Path) -> None:
         read_folder(data / "train")
 
 
-def test_names_that_are_not_utf8_are_classes_and_photos(tmp_path: Path) -> None:
-    """As Linux allows: the class has an escaped name, training, resuming and evaluation work."""
+def test_names_that_are_not_utf8_are_supported(tmp_path: Path) -> None:
+    """Linux allows them. The class has an escaped name; training, resuming and evaluation work."""
     for split in ("train", "val"):
         for name in (b"caf\xe9", b"tea\x1b[2J"):
             for index in range(2):
@@ -148,7 +149,7 @@ def test_names_that_are_not_utf8_are_classes_and_photos(tmp_path: Path) -> None:
 
 
 def test_links_are_followed_once(data: Path) -> None:
-    """To class folders and photos; a loop ends, a broken link is an unreadable photo."""
+    """Links to class folders and photos work. A loop ends, and a broken link is an unreadable photo."""
     (data / "elsewhere").mkdir()
     add(data / "elsewhere" / "9.png")
     (data / "train" / "linked").symlink_to(data / "elsewhere")
@@ -163,15 +164,15 @@ def test_links_are_followed_once(data: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_pipe_named_like_a_photo_is_not_opened(data: Path) -> None:
-    """Opening it would wait for a writer for ever."""
+    """Opening it would block until a writer opens it."""
     os.mkfifo(data / "train" / "tench" / "pipe.jpg")
     os.mkfifo(data / "train" / "tench" / "pipe")
     assert len(read_folder(data / "train").photos) == 6
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become somebody else")
-def test_folder_that_may_not_be_read_is_named_to_its_reader(data: Path) -> None:
-    """Not left out in silence. Root may read anything, so a process of another user tries."""
+def test_folder_without_read_permission_is_an_error(data: Path) -> None:
+    """It is not silently left out. The test runs a process of another user, because root may read any folder."""
     forbidden = data / "train" / "tench"
     forbidden.chmod(0)
     for folder in (data, *data.parents):
@@ -187,8 +188,8 @@ def test_folder_that_may_not_be_read_is_named_to_its_reader(data: Path) -> None:
     assert f"{forbidden} cannot be read: Permission denied" in said
 
 
-def test_every_unreadable_photo_is_named_before_the_first_epoch(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In val as in train, cut off at the end as at the start; nothing is written."""
+def test_unreadable_photos_are_listed_before_the_first_epoch(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In train and val, damaged at the start or truncated at the end. Nothing is written."""
     whole = encoded(photo(3, 200, 160), "JPEG")
     (data / "val" / "church" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (data / "train" / "tench" / "none.jpg").write_bytes(b"")
@@ -200,8 +201,8 @@ def test_every_unreadable_photo_is_named_before_the_first_epoch(data: Path, caps
     assert not (data / "x.safetensors").exists()
 
 
-def test_headers_alone_are_read_of_very_many_photos(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is no photo is found, one that is cut off is not; and a long list of problems is cut short."""
+def test_only_headers_are_checked_in_large_datasets(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is not a photo is found, a truncated one is not, and a long list of problems is shortened."""
     whole = encoded(photo(3, 200, 160), "JPEG")
     cut = data / "cut.jpg"
     cut.write_bytes(whole[: len(whole) // 2])
@@ -212,23 +213,23 @@ def test_headers_alone_are_read_of_very_many_photos(data: Path, monkeypatch: pyt
         check_photos([Photo(cut, 0)] * 300)
 
 
-def test_classes_without_validation_photos_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_without_validation_photos_are_reported(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their accuracy stays unknown."""
     (data / "val" / "tench" / "0.png").unlink()
     assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 0
     assert "classes without validation photos: tench" in capsys.readouterr().err
 
 
-def test_class_folder_that_fits_two_classes_is_refused(data: Path) -> None:
+def test_folder_that_matches_two_classes_is_rejected(data: Path) -> None:
     """A network whose ids are not unique cannot be evaluated by folder names."""
     with pytest.raises(PhotoError, match="several classes with this id"):
         read_folder(data / "val", ["church", "tench", "church"])
 
 
-def test_evaluate_and_quantize_read_folders_in_the_same_way(
+def test_evaluate_and_quantize_read_the_same_photos_as_train(
     data: Path, tiny_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By content, with a word on what is left out."""
+    """They recognise photos by content and report what is left out."""
     assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 0
     add(data / "val" / "church" / "1.jfif", 1, "JPEG")
     (data / "val" / "church" / "2.heic").write_bytes(b"x")

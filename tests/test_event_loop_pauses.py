@@ -1,4 +1,4 @@
-"""No request holds the event loop for long: the loop's own longest pause, for every shape of request."""
+"""No request blocks the event loop for long: the longest pause is measured for every kind of request."""
 
 import re
 import socket
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 LONGEST_S = 0.005
-ATTEMPTS = 4  # a request that holds the loop does so every time; whatever else happens on a machine does not
+ATTEMPTS = 4  # a request that blocks the loop does so every time, unlike other events on the machine
 SIZE = 32_000_000
 GROWTH_MB = 40
 STATUS = re.compile(rb"HTTP/1\.1 (\d+) ")
@@ -29,7 +29,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 
 
 class WatchedServer:
-    """`tests.watched_server` in a process of its own."""
+    """`tests.watched_server` in its own process."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.watched_server"]
@@ -41,7 +41,7 @@ class WatchedServer:
         return self.process.stdout.readline()
 
     def longest_pause_s(self) -> float:
-        """Since the last call."""
+        """The longest pause since the last call."""
         self.say("")
         return float(self._line())
 
@@ -51,13 +51,13 @@ class WatchedServer:
         self.process.stdin.flush()
 
     def answer(self, sent: Sent) -> int:
-        """Send a request, read all of the answer, and return its status."""
+        """Send a request, receive the whole response, and return its status."""
         with socket.create_connection(("127.0.0.1", self._port), timeout=PATIENCE_S) as connection:
             try:
                 for piece in sent.raw():
                     connection.sendall(piece)
             except ConnectionError:
-                pass  # refused before all of it was sent
+                pass  # rejected before all of it was sent
             received = bytearray()
             while not (found := LENGTH.search(received)) or b"\r\n\r\n" not in received:
                 received += self._received(connection)
@@ -97,12 +97,12 @@ def server() -> Iterator[WatchedServer]:
 
 
 def pause_s(server: WatchedServer, sent: Sent) -> float:
-    """How long one request holds the loop at most, beyond what the machine does to an idle server meanwhile."""
+    """The longest time that one request blocks the loop, less the longest pause of the idle server afterwards."""
     server.longest_pause_s()
     started = time.monotonic()
     status = server.answer(sent)
     assert status < 500 or status == 504, (sent.name, status)
-    time.sleep(0.02)  # what the request leaves behind is part of it
+    time.sleep(0.02)  # includes cleaning up after the request
     pause_s, took_s = server.longest_pause_s(), time.monotonic() - started
     if pause_s <= LONGEST_S:
         return pause_s
@@ -111,7 +111,7 @@ def pause_s(server: WatchedServer, sent: Sent) -> float:
 
 
 def check(server: WatchedServer, requests: Iterator[Sent]) -> None:
-    """No answer is a defect, and no request holds the loop in every one of several attempts."""
+    """No response is a 500, and no request blocks the loop in all of several attempts."""
     slow: list[str] = []
     for sent in requests:
         pauses_s = [pause_s(server, sent)]
@@ -123,22 +123,22 @@ def check(server: WatchedServer, requests: Iterator[Sent]) -> None:
     assert not slow, "\n".join(slow)
 
 
-def test_pause_watch_sees_a_held_loop(server: WatchedServer) -> None:
-    """The measure itself."""
+def test_pause_watch_detects_a_blocked_event_loop(server: WatchedServer) -> None:
+    """Checks the measurement itself."""
     server.longest_pause_s()
     server.say("hold")
     wait_until(lambda: server.longest_pause_s() > HELD_S / 2, "the pause")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_request_holds_the_event_loop(server: WatchedServer, kind: str) -> None:
-    """Bodies of 32 MB and heads of 60 kB, of every shape that the parsers know, right and wrong."""
+def test_event_loop_is_not_blocked_by_any_request(server: WatchedServer, kind: str) -> None:
+    """Bodies of 32 MB and heads of 60 kB, of every kind that the parsers support, valid and invalid."""
     check(server, corpus(SIZE)[kind])
 
 
 @needs_shared
-def test_no_known_case_holds_the_event_loop(server: WatchedServer) -> None:
-    """Every file that once was answered wrongly or cost much, as an image, as JSON and in a form."""
+def test_event_loop_is_not_blocked_by_regression_files(server: WatchedServer) -> None:
+    """Every file of the corpus of earlier defects, as an image, as JSON and in a form."""
 
     def requests() -> Iterator[Sent]:
         for path in sorted((SHARED / "cases").glob("*/*")):
@@ -154,8 +154,8 @@ def test_no_known_case_holds_the_event_loop(server: WatchedServer) -> None:
     check(server, requests())
 
 
-def test_memory_is_given_back_after_large_bodies(server: WatchedServer) -> None:
-    """After bursts of them the server's resident memory returns near to where it was, refused ones included."""
+def test_memory_is_released_after_large_bodies(server: WatchedServer) -> None:
+    """After bursts of accepted and rejected bodies, the server's resident memory returns close to its initial value."""
     before_mb = server.resident_mb()
     with ThreadPoolExecutor(8) as pool:
         for kind in ("raw", "form", "binary") * 3:

@@ -1,4 +1,4 @@
-"""Names of classes."""
+"""Class names: label files and the names of class folders."""
 
 import json
 from pathlib import Path
@@ -18,27 +18,27 @@ from rednet.model.io.labels import Label, labels_of
         ("\ufeffcat\ndog\n\n", [Label("cat", "cat"), Label("dog", "dog")]),
     ],
 )
-def test_labels_are_read_from_the_usual_files(tmp_path: Path, text: str, expected: list[Label]) -> None:
+def test_labels_are_read_from_common_file_formats(tmp_path: Path, text: str, expected: list[Label]) -> None:
     """A mapping, pairs, names, or plain text."""
     (tmp_path / "labels").write_text(text)
     assert read_labels(tmp_path / "labels") == expected
 
 
 @pytest.mark.parametrize("content", [b"[1, 2]", b"[[1, 2]]", b"{", b"\xff\xfe", b'{"a": 1}'])
-def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
-    """With a message that names the file."""
+def test_invalid_label_file_is_rejected(tmp_path: Path, content: bytes) -> None:
+    """The message names the file."""
     (tmp_path / "labels").write_bytes(content)
     with pytest.raises(ValueError, match="labels"):
         read_labels(tmp_path / "labels")
 
 
-def test_folders_named_by_wordnet_get_imagenets_names() -> None:
-    """Others keep their own."""
+def test_wordnet_folder_names_get_imagenet_names() -> None:
+    """Other folders keep their own names."""
     assert labels_of(["n01440764", "cats"]) == [Label("n01440764", "tench"), Label("cats", "cats")]
 
 
 TRAINED = [Label(f"n{index}", f"thing {index}") for index in range(12)]
-SHUFFLED = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]  # as text sorts numbers
+SHUFFLED = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]  # in text order
 
 
 def renamed(tmp_path: Path, content: object, suffix: str = "json", current: list[Label] = TRAINED) -> list[Label]:
@@ -61,8 +61,8 @@ def renamed(tmp_path: Path, content: object, suffix: str = "json", current: list
         ("\n".join(["name\tindex", *(f"name {index}\t{index}" for index in SHUFFLED)]), "tsv"),
     ],
 )
-def test_names_with_an_index_go_to_that_class(tmp_path: Path, content: object, suffix: str) -> None:
-    """Not by their place in the file; ids of a trained network stay."""
+def test_labels_with_indices_are_assigned_by_index(tmp_path: Path, content: object, suffix: str) -> None:
+    """The order in the file has no effect, and the ids of a trained network stay."""
     assert renamed(tmp_path, content, suffix) == [Label(f"n{index}", f"name {index}") for index in range(12)]
 
 
@@ -72,8 +72,8 @@ def test_keras_class_index_gives_ids_and_names(tmp_path: Path) -> None:
     assert renamed(tmp_path, content) == [Label(f"w{index}", f"name {index}") for index in range(12)]
 
 
-def test_names_with_an_id_go_to_the_class_of_that_id(tmp_path: Path) -> None:
-    """In any order, from a file that may name more; also where folders are called by numbers, which are not indices."""
+def test_labels_with_ids_are_assigned_by_id(tmp_path: Path) -> None:
+    """The file may have any order and more ids. Folders that are named by numbers are ids, not indices."""
     content = {f"n{index}": f"name {index}" for index in reversed(range(20))}
     assert renamed(tmp_path, content) == [Label(f"n{index}", f"name {index}") for index in range(12)]
     folders = [Label(id_, id_) for id_ in sorted(map(str, range(1, 13)))]
@@ -83,8 +83,8 @@ def test_names_with_an_id_go_to_the_class_of_that_id(tmp_path: Path) -> None:
     assert renamed(tmp_path, csv_rows, "csv")[3] == Label("n3", "name 3")
 
 
-def test_names_alone_keep_the_ids(tmp_path: Path) -> None:
-    """By place; only where ids are a guess do names take their place, unless two classes have the same name."""
+def test_labels_without_ids_are_assigned_by_position(tmp_path: Path) -> None:
+    """The ids stay. Names replace ids only if those are guesses and the names are unique."""
     names = [f"name {index}" for index in range(12)]
     assert renamed(tmp_path, names) == [Label(f"n{index}", f"name {index}") for index in range(12)]
     path = tmp_path / "labels.json"
@@ -94,7 +94,7 @@ def test_names_alone_keep_the_ids(tmp_path: Path) -> None:
 
 
 def test_synset_lines_are_ids_and_names(tmp_path: Path) -> None:
-    """As in ImageNet's own lists; a comma in a plain line belongs to the name."""
+    """As in ImageNet's own lists. A comma in a plain line belongs to the name."""
     (tmp_path / "synsets.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
     assert read_labels(tmp_path / "synsets.txt")[0] == Label("n01440764", "tench, Tinca tinca")
     (tmp_path / "plain.txt").write_text("tench, Tinca tinca\n7 up\n")
@@ -119,20 +119,20 @@ def test_synset_lines_are_ids_and_names(tmp_path: Path) -> None:
         ("[" * 100_000, "cannot be used"),
     ],
 )
-def test_labels_that_do_not_name_each_class_once_are_refused(tmp_path: Path, content: object, message: str) -> None:
-    """Missing, doubled, too few, empty: nothing is guessed."""
+def test_labels_that_do_not_match_the_classes_are_rejected(tmp_path: Path, content: object, message: str) -> None:
+    """Labels are not guessed if some are missing, duplicate or empty."""
     with pytest.raises(ValueError, match=message):
         renamed(tmp_path, content)
 
 
 def test_labels_in_utf16_are_read(tmp_path: Path) -> None:
-    """PowerShell writes it by default."""
+    """PowerShell writes UTF-16 by default."""
     (tmp_path / "labels").write_bytes("Katze\r\nHündin\r\n".encode("utf-16"))
     assert [label.name for label in read_labels(tmp_path / "labels")] == ["Katze", "Hündin"]
 
 
 def test_control_characters_in_labels_are_escaped(tmp_path: Path) -> None:
-    """What terminals obey does not reach them, and one name is one spelling."""
+    """Terminal control sequences are not printed, and names are normalised to one spelling."""
     assert [label.name for label in renamed(tmp_path, ["a\x1b[2J", "cafe\u0301"], current=TRAINED[:2])] == [
         "a\\x1b[2J",
         "caf\u00e9",

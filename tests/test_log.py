@@ -1,4 +1,4 @@
-"""What the log of a server says, for people and for programs."""
+"""The log of a server, as text and as JSON."""
 
 import json
 import re
@@ -20,7 +20,7 @@ KEY, STRANGE = "the-key-0123456789", "strange-0123456789"
 
 @pytest.fixture(scope="module", params=["text", "json"])
 def running(request: pytest.FixtureRequest, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server that wants a key, and the format of its log."""
+    """A server that requires a key, and the format of its log."""
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text(KEY)
     options = ("--checkpoint", tiny_path, "--api-key-file", path, "--log-format", request.param)
@@ -30,21 +30,21 @@ def running(request: pytest.FixtureRequest, tiny_path: Path, tmp_path_factory: p
 
 
 def line(server: ServerProcess, request_id: str) -> str:
-    """The one line about a request."""
+    """The access log line of a request."""
     wait_until(lambda: request_id in server.log, "the request's line")
     (found,) = [each for each in server.log.splitlines() if request_id in each]
     return found
 
 
 def fields(found: str, log_format: str) -> dict[str, str]:
-    """What a line says, as text whatever the format."""
+    """The fields of a line, as text for both formats."""
     if log_format == "json":
         return {name: str(value) for name, value in json.loads(found).items()}
     return dict(part.split("=", 1) for part in found.split() if "=" in part)
 
 
-def test_an_answer_is_one_line_with_its_times(running: tuple[ServerProcess, str]) -> None:
-    """Endpoint, status, images, the time of every stage and the batch size, by the request's id."""
+def test_access_log_has_one_line_per_request_with_stage_durations(running: tuple[ServerProcess, str]) -> None:
+    """Endpoint, status, number of images, duration of each stage, and batch size, by request id."""
     server, log_format = running
     files = [("f", ("a.png", encoded(photo(1)))), ("f", ("b.png", TEXT))]
     assert server.client.post("/v1/predict", files=files, headers={"X-Request-Id": "id-of-two"}).status_code == 200
@@ -55,8 +55,8 @@ def test_an_answer_is_one_line_with_its_times(running: tuple[ServerProcess, str]
     assert 0 < sum(stages) <= float(said["duration_ms"])
 
 
-def test_a_failure_is_one_line_too(running: tuple[ServerProcess, str]) -> None:
-    """With what was known by then; what was not is absent, and nothing of an earlier request is left over."""
+def test_access_log_of_a_failed_request_has_known_fields_only(running: tuple[ServerProcess, str]) -> None:
+    """Unknown fields are absent, and no value of an earlier request is left over."""
     server, log_format = running
     assert predict(server.client, TEXT, **{"X-Request-Id": "id-of-text"}).status_code == 415
     said = fields(line(server, "id-of-text"), log_format)
@@ -68,8 +68,8 @@ def test_a_failure_is_one_line_too(running: tuple[ServerProcess, str]) -> None:
     assert "images" not in said
 
 
-def test_no_key_is_ever_logged(running: tuple[ServerProcess, str]) -> None:
-    """Neither a right one nor a wrong one."""
+def test_api_keys_are_not_logged(running: tuple[ServerProcess, str]) -> None:
+    """Neither valid nor invalid ones."""
     server, _ = running
     headers = {"Authorization": f"Bearer {STRANGE}", "X-Request-Id": "id-of-stranger"}
     assert predict(server.client, encoded(photo()), **headers).status_code == 401
@@ -77,8 +77,8 @@ def test_no_key_is_ever_logged(running: tuple[ServerProcess, str]) -> None:
     assert "0123456789" not in server.log
 
 
-def test_probes_are_not_logged(running: tuple[ServerProcess, str]) -> None:
-    """They come every few seconds; at --log-level debug they would be."""
+def test_probes_are_not_logged_at_info_level(running: tuple[ServerProcess, str]) -> None:
+    """They arrive every few seconds; --log-level debug logs them."""
     server, _ = running
     for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"):
         assert server.client.get(path, headers={"X-Request-Id": "id-of-probe"}).status_code == 200
@@ -87,8 +87,8 @@ def test_probes_are_not_logged(running: tuple[ServerProcess, str]) -> None:
     assert "id-of-probe" not in server.log
 
 
-def test_every_line_has_the_format(running: tuple[ServerProcess, str]) -> None:
-    """Those of libraries as well: time, level, origin and event."""
+def test_log_lines_of_libraries_have_the_same_format(running: tuple[ServerProcess, str]) -> None:
+    """Time, level, logger and event."""
     server, log_format = running
     lines = server.log.splitlines()
     if log_format == "json":
@@ -99,8 +99,9 @@ def test_every_line_has_the_format(running: tuple[ServerProcess, str]) -> None:
         assert all(re.match(r"20\S+ \[(info|warning) *\] ", each) for each in lines)
 
 
-def test_a_log_that_nobody_takes_stops_no_answers(tiny_path: Path) -> None:
-    """As when the program that read standard error has ended: connections stay, and the server stops as asked."""
+def test_server_answers_when_the_log_pipe_is_closed(tiny_path: Path) -> None:
+    """As when the program that reads standard error has ended: connections stay open, and the server stops on
+    SIGTERM."""
     command = [str(REDNET), "serve", "--port", "0", "--checkpoint", str(tiny_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""Log lines to descriptors that block or fail, and servers whose log nobody reads."""
+"""The log writer on descriptors that block or fail, and servers whose log is not read."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ LINE = "x" * 99 + "\n"
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Both ends of a pipe: to read from, to write to."""
+    """The read end and the write end of a pipe."""
     ends = os.pipe()
     yield ends
     for end in ends:
@@ -42,8 +42,8 @@ def read_all(end: int, until: bytes) -> bytes:
     return data
 
 
-def test_lines_arrive_in_order(pipe: tuple[int, int]) -> None:
-    """From several threads, each thread's lines in its order, and none is cut."""
+def test_log_lines_of_several_threads_arrive_complete_and_in_order(pipe: tuple[int, int]) -> None:
+    """The lines of each thread keep their order."""
     writer = LogWriter(pipe[1])
     threads = [
         threading.Thread(target=lambda name=name: [writer.write(f"{name} {i}\n") for i in range(300)]) for name in "ab"
@@ -60,10 +60,10 @@ def test_lines_arrive_in_order(pipe: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_an_unread_log_blocks_nobody_and_its_gaps_are_counted(
+def test_unread_log_does_not_block_and_counts_dropped_lines(
     pipe: tuple[int, int], blocking: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Writing goes on at full speed; when the reader returns, every line is either there or counted as dropped."""
+    """When the reader continues, every line is either there or counted as dropped."""
     monkeypatch.setattr(log_writer, "CLOSE_TIMEOUT_S", 0.2)
     os.set_blocking(pipe[1], blocking)
     writer = LogWriter(pipe[1])
@@ -85,7 +85,7 @@ def test_an_unread_log_blocks_nobody_and_its_gaps_are_counted(
     assert b"and it goes on" in read_all(pipe[0], b"goes on\n")
 
 
-def test_a_log_without_a_reader_is_dropped_and_counted(pipe: tuple[int, int]) -> None:
+def test_log_lines_to_a_closed_pipe_are_counted_as_dropped(pipe: tuple[int, int]) -> None:
     """EPIPE, as after `rednet serve 2>&1 | head`."""
     os.close(pipe[0])
     writer = LogWriter(pipe[1])
@@ -95,8 +95,8 @@ def test_a_log_without_a_reader_is_dropped_and_counted(pipe: tuple[int, int]) ->
     writer.close()
 
 
-def test_a_full_disk_drops_lines_until_there_is_room(tmp_path: Path) -> None:
-    """ENOSPC, from the kernel's device for it; what is written after it, to a disk with room, arrives."""
+def test_log_lines_are_dropped_while_the_disk_is_full(tmp_path: Path) -> None:
+    """/dev/full returns ENOSPC. Later lines, to a disk with space, are written."""
     descriptor = os.open("/dev/full", os.O_WRONLY)
     try:
         writer = LogWriter(descriptor)
@@ -113,23 +113,24 @@ def test_a_full_disk_drops_lines_until_there_is_room(tmp_path: Path) -> None:
         os.close(descriptor)
 
 
-def test_text_that_is_not_unicode_is_written_escaped(pipe: tuple[int, int]) -> None:
-    """A file name with a byte that no encoding has must not end the log."""
+def test_log_text_that_is_not_unicode_is_escaped(pipe: tuple[int, int]) -> None:
+    """A file name with an undecodable byte does not end the log."""
     writer = LogWriter(pipe[1])
     writer.write("before \udcff after\n")
     assert read_all(pipe[0], b"\n") == b"before \\udcff after\n"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_a_server_with_an_unread_log_answers_and_stops(tiny_path: Path, log_format: str) -> None:
-    """`rednet serve 2>&1 | sleep 1000`: the pipe is full after some hundred requests. SIGTERM still ends it."""
+def test_server_with_an_unread_log_answers_and_stops(tiny_path: Path, log_format: str) -> None:
+    """With `rednet serve 2>&1 | sleep 1000`, the pipe is full after some hundred requests. SIGTERM still ends the
+    server."""
     command = [str(REDNET), "serve", "--port", "0", "--checkpoint", str(tiny_path), "--log-format", log_format]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
         assert process.stderr is not None
         found = (re.search(r"running on http://127.0.0.1:(\d+)", line) for line in process.stderr)
         port = next(int(each[1]) for each in found if each)
         with closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
-            for _ in range(600):  # with 128 characters each for an id: 150 kB, twice what a pipe holds
+            for _ in range(600):  # ids of 128 characters make 150 kB, twice the size of a pipe
                 connection.request("GET", "/v1/model", headers={"X-Request-Id": "i" * 128})
                 answer = connection.getresponse()
                 assert answer.status == 200
@@ -138,8 +139,8 @@ def test_a_server_with_an_unread_log_answers_and_stops(tiny_path: Path, log_form
         assert process.wait(60) == 0
 
 
-def test_a_server_on_a_full_disk_counts_what_it_cannot_log(tiny_path: Path) -> None:
-    """It answers, `/metrics` shows the number of lines, and it ends with status 0."""
+def test_server_on_a_full_disk_counts_dropped_log_lines(tiny_path: Path) -> None:
+    """It answers, `/metrics` shows the number of dropped lines, and it exits with status 0."""
     port = free_port()
     command = [str(REDNET), "serve", "--port", str(port), "--checkpoint", str(tiny_path)]
     with (

@@ -1,4 +1,4 @@
-"""A server from its start to its end, as a real process."""
+"""A server from start to end, as a real process."""
 
 import os
 import signal
@@ -14,11 +14,11 @@ from tests.conftest import encoded, photo
 from tests.http_helpers import assert_error, connected, occupy, predict
 from tests.servers import REDNET, FakeRunner, ServerProcess, ServerThread, wait_until
 
-UPLOAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc"  # which does not end
+UPLOAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc"  # an incomplete body
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    """One line on standard error, no trace, status 2: for a missing file and for a misspelt variable alike."""
+def test_server_that_cannot_start_reports_the_reason_in_one_line(tmp_path: Path) -> None:
+    """For a missing file and for a misspelt variable, without a traceback and with status 2."""
     missing = subprocess.run(
         [REDNET, "serve", "--checkpoint", tmp_path / "no"], capture_output=True, text=True, check=False
     )
@@ -30,8 +30,8 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert "REDNET_MAX_QUEU is not an option" in misspelt.stderr
 
 
-def test_sigterm_answers_what_was_accepted_and_exits_0(tiny_path: Path) -> None:
-    """Under load, no accepted request is lost: every caller gets an answer or a refusal that says when to retry."""
+def test_sigterm_under_load_loses_no_accepted_request(tiny_path: Path) -> None:
+    """Every client gets an answer or a 503 with Retry-After, and the exit status is 0."""
     with ServerProcess("--checkpoint", tiny_path) as running:
         outcomes: list[int | str] = []
         stop = threading.Event()
@@ -41,7 +41,7 @@ def test_sigterm_answers_what_was_accepted_and_exits_0(tiny_path: Path) -> None:
                 while not stop.is_set():
                     try:
                         response = predict(client, encoded(photo()))
-                    except httpx.ConnectError:  # the port is closed: this request was never accepted
+                    except httpx.ConnectError:  # the port is closed, so this request was not accepted
                         return
                     except httpx.TransportError as error:
                         outcomes.append(repr(error))
@@ -63,8 +63,8 @@ def test_sigterm_answers_what_was_accepted_and_exits_0(tiny_path: Path) -> None:
         assert set(outcomes) <= {200, 503}
 
 
-def test_while_it_drains_it_is_not_ready_and_takes_nothing_new() -> None:
-    """From the first moment; what was accepted is still answered."""
+def test_draining_server_is_not_ready_and_rejects_new_requests() -> None:
+    """Immediately after the signal. Accepted requests are still answered."""
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
         held = occupy(running, runner, pool)
@@ -80,8 +80,8 @@ def test_while_it_drains_it_is_not_ready_and_takes_nothing_new() -> None:
         running.wait_for_end()
 
 
-def test_when_the_drain_takes_too_long_everyone_is_told() -> None:
-    """A runner that hangs and an upload that does not end: 503 for both callers, and the server ends all the same."""
+def test_drain_timeout_answers_all_requests_with_503() -> None:
+    """With a hung runner and an incomplete upload, both clients get 503, and the server ends."""
     runner = FakeRunner()
     with ServerThread(runner, drain_timeout_s=0.5) as running, ThreadPoolExecutor(2) as pool:
         held = occupy(running, runner, pool)
@@ -97,16 +97,16 @@ def test_when_the_drain_takes_too_long_everyone_is_told() -> None:
         runner.go_on.set()
 
 
-def test_one_device_is_not_served_on_twice(tiny_path: Path) -> None:
-    """However it is spelt."""
+def test_duplicate_device_is_rejected(tiny_path: Path) -> None:
+    """In any spelling."""
     command = [str(REDNET), "serve", "--port", "0", "--checkpoint", str(tiny_path), "--device", "cpu, cpu:0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "names one device twice" in done.stderr
 
 
-def test_threads_beyond_the_cores_are_not_used(tiny_path: Path) -> None:
-    """A thousand are asked for: it serves, with as many as there are cores, and says so. More are refused."""
+def test_threads_are_limited_to_the_usable_cores(tiny_path: Path) -> None:
+    """With --threads 1000 the server uses as many threads as cores and logs it. Larger values are rejected."""
     with ServerProcess("--checkpoint", tiny_path, "--threads", 1000) as running:
         assert predict(running.client, encoded(photo())).status_code == 200
         assert f"using {os.cpu_count()}," in running.log
@@ -115,8 +115,9 @@ def test_threads_beyond_the_cores_are_not_used(tiny_path: Path) -> None:
     assert "--threads cannot be '100000'" in refused.stderr
 
 
-def test_a_second_signal_ends_it_at_once(tiny_path: Path) -> None:
-    """Ctrl-C twice never hangs, even with an upload that does not end; the status tells that it was cut short."""
+def test_second_signal_ends_the_server_immediately(tiny_path: Path) -> None:
+    """Ctrl-C twice does not hang, even with an incomplete upload. The exit status shows that the drain was cut
+    short."""
     with (
         ServerProcess("--checkpoint", tiny_path, "--drain-timeout-s", "600") as running,
         connected(running.url, UPLOAD),

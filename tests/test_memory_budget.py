@@ -1,4 +1,4 @@
-"""The memory budget of bodies and answers: bounds, the share of small bodies, and who makes room."""
+"""The memory budget of bodies and responses: bounds, the share of small bodies, and eviction of stalled uploads."""
 
 from contextlib import suppress
 
@@ -18,12 +18,12 @@ class Clock:
 
 
 def upload(lease: MemoryLease, revoked: list[MemoryLease]) -> MemoryLease:
-    """The lease of a body that is still arriving."""
+    """The lease of a body that is being received."""
     lease.on_revoke = lambda: revoked.append(lease)
     return lease
 
 
-def test_budget_is_given_back_at_the_end_of_a_request() -> None:
+def test_memory_is_released_at_the_end_of_a_request() -> None:
     """Also after an error."""
     budget = MemoryBudget(8 * MB)
     with suppress(RuntimeError), budget.lease() as lease:
@@ -34,8 +34,8 @@ def test_budget_is_given_back_at_the_end_of_a_request() -> None:
     assert budget.used == 0
 
 
-def test_full_budget_refuses_with_retry_after() -> None:
-    """What was claimed before stays."""
+def test_full_memory_budget_rejects_with_retry_after() -> None:
+    """Existing leases keep their memory."""
     budget = MemoryBudget(8 * MB)
     with budget.lease() as first, budget.lease() as second:
         first.take(6 * MB)
@@ -46,8 +46,8 @@ def test_full_budget_refuses_with_retry_after() -> None:
     assert budget.used == 0
 
 
-def test_small_bodies_have_a_share_that_large_ones_cannot_take() -> None:
-    """An eighth; it is open to whatever is small, and to nothing that has grown."""
+def test_small_bodies_have_a_reserved_share_of_the_budget() -> None:
+    """An eighth of the budget is only for leases that are small in total."""
     budget = MemoryBudget(80 * MB)
     with budget.lease() as large, budget.lease() as small, budget.lease() as growing:
         large.take(70 * MB)
@@ -61,14 +61,15 @@ def test_small_bodies_have_a_share_that_large_ones_cannot_take() -> None:
             growing.take(1)
 
 
-def test_stalled_upload_makes_room_under_pressure() -> None:
-    """The one that held the most for the longest; its memory is free at once, and its own next bytes are refused."""
+def test_stalled_upload_is_evicted_when_the_budget_is_full() -> None:
+    """The upload with the most memory over time is evicted. Its memory is free immediately, and its next bytes are
+    rejected."""
     clock, revoked = Clock(), list[MemoryLease]()
     budget = MemoryBudget(16 * MB, clock)
     with budget.lease() as stalled, budget.lease() as slow, budget.lease() as fresh:
         upload(stalled, revoked).take(10 * MB)
         upload(slow, revoked).take(3 * MB)
-        with pytest.raises(Overloaded):  # nobody has had the time to stall yet
+        with pytest.raises(Overloaded):  # within the grace time
             upload(fresh, revoked).take(4 * MB)
         assert revoked == [fresh]
     with budget.lease() as stalled, budget.lease() as slow, budget.lease() as fresh:
@@ -85,8 +86,8 @@ def test_stalled_upload_makes_room_under_pressure() -> None:
     assert budget.used == 0
 
 
-def test_complete_body_never_makes_room() -> None:
-    """Its caller is owed an answer, however long that takes."""
+def test_complete_body_is_never_evicted() -> None:
+    """Its request is being answered, however long that takes."""
     clock = Clock()
     budget = MemoryBudget(16 * MB, clock)
     with budget.lease() as complete, budget.lease() as fresh:
@@ -97,8 +98,8 @@ def test_complete_body_never_makes_room() -> None:
         assert not complete.revoked
 
 
-def test_upload_that_holds_the_most_gives_way_itself() -> None:
-    """A small one that is slower stays."""
+def test_upload_that_holds_the_most_is_rejected_itself() -> None:
+    """A smaller upload stays, even if it is slower."""
     clock, revoked = Clock(), list[MemoryLease]()
     budget = MemoryBudget(16 * MB, clock)
     with budget.lease() as slow, budget.lease() as greedy:

@@ -1,4 +1,4 @@
-"""Nothing is written over by accident, half-written, or by two at once."""
+"""Output files are not overwritten by accident, not left half-written, and not written by two processes at once."""
 
 import os
 import resource
@@ -48,10 +48,10 @@ def trained(data: Path, tmp_path: Path) -> Path:
     return tmp_path / "trained.safetensors"
 
 
-def test_existing_file_is_replaced_only_by_force(
+def test_existing_file_is_replaced_only_with_force(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By no command that writes one, and the message says how; with --force by every one."""
+    """By every command that writes a file. The message names --force."""
     for command in commands(data, trained, tmp_path / "there"):
         (tmp_path / "there").write_text("precious")
         assert main(command) == 2
@@ -62,10 +62,10 @@ def test_existing_file_is_replaced_only_by_force(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "there", "trained.safetensors"]
 
 
-def test_output_that_is_an_input_is_refused_even_by_force(
+def test_output_that_is_an_input_is_rejected_even_with_force(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Under its own name, by a link or by a second name of the same file."""
+    """By its own name, by a symbolic link, and by a hard link."""
     (tmp_path / "link").symlink_to(trained)
     (tmp_path / "second").hardlink_to(trained)
     before = trained.read_bytes()
@@ -81,7 +81,7 @@ def test_output_that_is_an_input_is_refused_even_by_force(
 def test_directory_device_and_pipe_are_never_replaced(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A rename would put a file in the place of /dev/null, for the whole machine."""
+    """A rename would replace /dev/null by a file, for the whole machine."""
     os.mkfifo(tmp_path / "pipe")
     device = Path("/dev/null").stat()
     for output in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
@@ -92,18 +92,18 @@ def test_directory_device_and_pipe_are_never_replaced(
     assert Path("/dev/null").stat() == device
 
 
-def test_name_that_is_too_long_is_refused_first(
+def test_output_name_that_is_too_long_is_rejected_before_the_work(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A name that just fits leaves no room for the files beside it; said before the work, not after it."""
+    """A name of the maximum length leaves no room for the suffix of temporary files."""
     for command in commands(data, trained, tmp_path / ("x" * 250)):
         assert main(command) == 2
         assert "File name too long" in (said := capsys.readouterr().err)
         assert "epoch" not in said
 
 
-def test_link_stands_for_what_it_points_to(trained: Path, tmp_path: Path) -> None:
-    """The link stays, the file behind it is replaced by force only; a link to nothing makes a new file."""
+def test_output_link_writes_to_its_target(trained: Path, tmp_path: Path) -> None:
+    """The link stays, and its target is replaced only with --force. A dangling link creates a new file."""
     (tmp_path / "real").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "new").symlink_to(tmp_path / "made")
@@ -116,9 +116,8 @@ def test_link_stands_for_what_it_points_to(trained: Path, tmp_path: Path) -> Non
         assert load_checkpoint(tmp_path / written).net.config.base_channels == 16
 
 
-def test_finished_training_is_not_done_again(data: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same recipe and photos: at once, and the file stays. Another recipe or other photos: an error, by --force a
-    new run."""
+def test_finished_training_is_not_repeated(data: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the same recipe and photos the file stays. With others it is an error, or with --force a new run."""
     before, command = trained.stat().st_mtime_ns, ["train", str(data), "--output", str(trained), *FLAGS]
     capsys.readouterr()
     assert main(command) == 0
@@ -134,8 +133,10 @@ def test_finished_training_is_not_done_again(data: Path, trained: Path, capsys: 
     assert trained.stat().st_mtime_ns > before
 
 
-def test_two_trainings_into_one_file_are_one(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second is refused while the first goes on, not when it was killed: then it resumes."""
+def test_second_training_into_the_same_file_is_rejected(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is rejected while the first one runs. If the first one was killed, the second one resumes it."""
     output = tmp_path / "x.safetensors"
     command = [
         "train",
@@ -163,8 +164,8 @@ def test_two_trainings_into_one_file_are_one(data: Path, tmp_path: Path, capsys:
     assert "unfinished run of another recipe" in capsys.readouterr().err
 
 
-def test_file_that_comes_up_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    """Between the check before the work and the end of it."""
+def test_file_created_during_the_work_is_not_replaced(tmp_path: Path) -> None:
+    """Existence is checked before the work and again at its end."""
     path = tmp_path / "x"
     check_output(path, replace=False)
     path.write_text("precious")
@@ -179,7 +180,7 @@ def test_file_that_comes_up_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 
 def limited(command: list[str], size: int) -> subprocess.CompletedProcess[str]:
-    """Run a command that can write files of so many bytes at most, as on a full disk."""
+    """Run a command that can write files up to a size only, as on a full disk."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -188,8 +189,8 @@ def limited(command: list[str], size: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
 
 
-def test_full_disk_loses_nothing(data: Path, trained: Path, tmp_path: Path) -> None:
-    """The old file stays whole, no half of the new one is left, and the message names the file."""
+def test_full_disk_keeps_the_old_file(data: Path, trained: Path, tmp_path: Path) -> None:
+    """No part of the new file is left, and the message names the file."""
     before = trained.read_bytes()
     output = tmp_path / "there"
     for arguments in commands(data, trained, output):
@@ -230,10 +231,10 @@ ABSURD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("flag", "value"), ABSURD)
-def test_absurd_value_of_a_training_option_is_refused_before_any_work(
+def test_training_option_out_of_range_is_rejected_before_the_work(
     flag: str, value: object, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2 and a line that names the option or its field, before a photo is looked for."""
+    """The status is 2, with one line that names the option or its field, before photos are searched."""
     assert main(["train", str(data), "--output", str(tmp_path / "x"), f"{flag}={value}"]) == 2
     said = capsys.readouterr().err
     assert flag.strip("-").replace("-", "_") in said
@@ -242,7 +243,7 @@ def test_absurd_value_of_a_training_option_is_refused_before_any_work(
 
 
 def test_every_number_of_the_recipe_is_bounded() -> None:
-    """So that no new field is forgotten."""
+    """A new field cannot be forgotten."""
     for name, value in vars(Recipe()).items():
         if isinstance(value, int | float) and name != "depth":
             fields: dict[str, Any] = {name: float("nan")}
@@ -250,16 +251,17 @@ def test_every_number_of_the_recipe_is_bounded() -> None:
                 Recipe(**fields)
 
 
-def test_absurd_top_k_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """Before the photo is read; up to the most classes a network can have, all of them are printed."""
+def test_top_k_out_of_range_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the photo is read. A value up to the maximum number of classes prints all classes."""
     with pytest.raises(SystemExit) as caught:
         main(["predict", "x.jpg", "--top-k", str(10**9)])
     assert caught.value.code == 2
     assert "must be at most 65536" in capsys.readouterr().err
 
 
-def test_accuracy_says_what_it_is_of(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
-    """Too few photos to hold some out: the validation photos monitor the training, and no temperature is fitted."""
+def test_reported_accuracy_names_its_photos(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    """With too few photos to hold some out, the validation photos monitor the training, and no temperature is
+    fitted."""
     provenance = load_checkpoint(trained).provenance
     assert provenance["held out"] == 0
     assert provenance["temperature"] == 1.0
@@ -271,10 +273,10 @@ def test_accuracy_says_what_it_is_of(capsys: pytest.CaptureFixture[str], trained
     assert f"of 2 {provenance['accuracy of']}" in said
 
 
-def test_names_of_any_bytes_do_not_stop_a_command(
+def test_predict_with_file_names_of_any_bytes(
     tiny_path: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    """Photos whose names are not UTF-8, or would command the terminal: all are answered, as text and as JSON."""
+    """Names that are not UTF-8 or contain terminal control sequences are printed as text and as JSON."""
     paths = [os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/a\xff.png", b"/b\x1b[2J\n.png", b"/c.png")]
     for path in paths:
         Path(path).write_bytes(encoded(photo()))
@@ -296,8 +298,8 @@ def test_names_of_any_bytes_do_not_stop_a_command(
     assert b"\x1b" not in said
 
 
-def test_terminal_without_the_letters_of_a_label_is_no_error(tiny_path: Path, tmp_path: Path) -> None:
-    """An ASCII terminal gets escapes."""
+def test_label_that_the_terminal_cannot_encode_is_escaped(tiny_path: Path, tmp_path: Path) -> None:
+    """On an ASCII terminal."""
     (tmp_path / "names.txt").write_text("caf\u00e9\nb\nc\nd\ne\n")
     (tmp_path / "a.png").write_bytes(encoded(photo()))
     output = str(tmp_path / "x.safetensors")

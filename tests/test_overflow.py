@@ -1,4 +1,4 @@
-"""Photos on which the network's float32 values overflow: a caller's error that disturbs nobody else."""
+"""Photos that overflow the network's float32 range: a client error without effect on other requests."""
 
 import re
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ NAN_PHOTO = SHARED / "cases" / "attacks" / "nan_photo.png"
 
 
 def checkerboard(cell: int = 4) -> bytes:
-    """A pattern far from the noise that the network's statistics come from."""
+    """A pattern far from the noise of the network's batch norm statistics."""
     y, x = np.mgrid[:SIDE, :SIDE]
     return encoded(Image.fromarray(((x // cell + y // cell) % 2 * 255).astype(np.uint8)).convert("RGB"))
 
 
 @pytest.fixture(scope="module")
 def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a network whose kernels grow with their input: a checkerboard squares them, layer by layer, past
-    the range of float32. Photos and the self-check's noise stay far below."""
+    """A server with a network whose kernels grow with their input: a checkerboard squares its values, layer by layer,
+    past the range of float32. Photos and the noise of the self-check stay far below."""
     net = lively(create_rednet("rednet26", num_classes=5, base_channels=16, stem_channels=32))
     for name, parameter in net.named_parameters():
         if name.endswith("conv2.conv.weight"):
@@ -43,15 +43,15 @@ def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 
 @pytest.mark.parametrize("endpoint", [PREDICT, "/v1/features", "/v1/explain", "/v1/explain?layer=stage2"])
-def test_an_overflowing_photo_is_422_numerical_overflow(fragile: ServerProcess, endpoint: str) -> None:
-    """On every endpoint, with a stable code, and as a warning in the log without a trace."""
+def test_overflowing_photo_is_422_numerical_overflow(fragile: ServerProcess, endpoint: str) -> None:
+    """On every endpoint, and as a warning without traceback in the log."""
     assert_error(fragile.client.post(endpoint, content=checkerboard()), 422, "numerical_overflow")
     assert fragile.client.post(endpoint, content=GOOD).status_code == 200
     assert "Traceback" not in fragile.log
 
 
-def test_an_overflowing_photo_has_an_error_in_its_place(fragile: ServerProcess) -> None:
-    """Beside photos that are answered as if it were absent; no answer holds NaN or null."""
+def test_overflowing_photo_among_others_has_its_own_error(fragile: ServerProcess) -> None:
+    """The other photos are answered as if it were absent, and no response holds NaN or null."""
     alone = predict(fragile.client, GOOD).json()["predictions"][0]
     files = [("f", ("f.png", data)) for data in (GOOD, checkerboard(), GOOD)]
     for endpoint in (PREDICT, "/v1/features"):
@@ -66,8 +66,8 @@ def test_an_overflowing_photo_has_an_error_in_its_place(fragile: ServerProcess) 
             assert one["probability"] == pytest.approx(other["probability"], abs=1e-6)
 
 
-def test_an_overflowing_photo_costs_its_batch_once(fragile: ServerProcess) -> None:
-    """Batches are not halved and run again for it: every image that is answered has run exactly once."""
+def test_overflowing_photo_does_not_repeat_its_batch(fragile: ServerProcess) -> None:
+    """The batch is not bisected: every answered image has run exactly once."""
     before = sample(fragile.client, "rednet_batch_size_sum")
     photos = [GOOD, checkerboard()] * 20
     with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=fragile.url, timeout=60) as client:
@@ -79,14 +79,14 @@ def test_an_overflowing_photo_costs_its_batch_once(fragile: ServerProcess) -> No
 
 @pytest.mark.skipif(not NAN_PHOTO.exists(), reason="../shared is absent: no photo that the embedded network fails on")
 @pytest.mark.parametrize(("precision", "status"), [("fp32", 422), pytest.param("int8", 200, marks=needs_int8)])
-def test_a_photo_made_against_the_embedded_network(precision: str, status: int) -> None:
-    """In float32 it overflows; int8 clips values to its scales, so that its answer is finite."""
+def test_adversarial_photo_overflows_the_embedded_network_in_float32_only(precision: str, status: int) -> None:
+    """Int8 clips values to its activation ranges, so its result is finite."""
     with ServerProcess("--precision", precision) as running:
         assert predict(running.client, NAN_PHOTO.read_bytes()).status_code == status
 
 
 def test_features_of_huge_values_are_normalized(fragile: ServerProcess) -> None:
-    """Their squares exceed float32, their length does not become infinite."""
+    """The squares of the values exceed float32, and the computed length is still finite."""
     data = encoded(Image.fromarray(red_and_blue()))
     (vector,) = fragile.client.post("/v1/features?normalize=true", content=data).json()["features"]
     (plain,) = fragile.client.post("/v1/features", content=data).json()["features"]

@@ -1,4 +1,4 @@
-"""Weights in the layout that PaddleClas publishes, and files that only look like it."""
+"""Weights in the format of PaddleClas, and files that only look like it."""
 
 import pickle
 import pickletools
@@ -17,7 +17,7 @@ from rednet.service.cli.parser import main
 
 
 def pdparams(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The network as PaddleClas names and turns its arrays."""
+    """The network with the array names and layouts of PaddleClas."""
     entries: dict[str, Any] = {}
     for key, tensor in checkpoint.net.state_dict().items():
         if key.endswith("num_batches_tracked"):
@@ -30,8 +30,8 @@ def pdparams(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_every_weight_arrives(tiny_path: Path, tmp_path: Path, protocol: int, ordered: bool) -> None:
-    """Bit for bit, for every protocol in use, through the command that users have."""
+def test_convert_pdparams_keeps_every_weight(tiny_path: Path, tmp_path: Path, protocol: int, ordered: bool) -> None:
+    """Bit for bit, for every pickle protocol in use, with `rednet convert`."""
     tiny = load_checkpoint(tiny_path)
     entries = pdparams(tiny)
     file = tmp_path / "RedNet.pdparams"
@@ -44,8 +44,8 @@ def test_every_weight_arrives(tiny_path: Path, tmp_path: Path, protocol: int, or
 
 
 @pytest.mark.parametrize("name", ["rednet26", "rednet38", "rednet50", "rednet101", "rednet152"])
-def test_every_depth_is_recognised(name: str, tmp_path: Path) -> None:
-    """By its arrays alone; a narrow one of each is enough for that."""
+def test_pdparams_of_every_depth_are_recognised(name: str, tmp_path: Path) -> None:
+    """The arrays alone determine the depth."""
     net = create_rednet(name, num_classes=7, base_channels=16, stem_channels=32).eval()
     file = tmp_path / "x.pdparams"
     file.write_bytes(pickle.dumps(pdparams(Checkpoint(net=net, labels=[], name="x")), 4))
@@ -53,7 +53,7 @@ def test_every_depth_is_recognised(name: str, tmp_path: Path) -> None:
 
 
 class Command:
-    """Would write a file, if unpickled as pickles are."""
+    """Unpickling it writes a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -62,8 +62,8 @@ class Command:
         return (Path.touch, (self.target,))
 
 
-def test_anything_but_arrays_is_refused_and_nothing_is_run(tmp_path: Path) -> None:
-    """A command anywhere in the file: beside arrays, inside a list, as a key."""
+def test_pdparams_with_other_objects_are_rejected_and_not_run(tmp_path: Path) -> None:
+    """A command may be anywhere in the file: next to arrays, inside a list, or as a key."""
     command = Command(tmp_path / "was-run")
     array = np.zeros(3, np.float32)
     for content in (command, {"a": command}, {"a": array, "b": [command]}, {command: array}):
@@ -86,14 +86,14 @@ def test_anything_but_arrays_is_refused_and_nothing_is_run(tmp_path: Path) -> No
         ({"a": np.zeros(3, [("x", "f4")])}, "not of plain numbers"),
     ],
 )
-def test_arrays_of_other_things_are_refused(content: Any, message: str) -> None:
-    """Only plain numbers, in a dict, under names."""
+def test_pdparams_other_than_a_dict_of_numeric_arrays_are_rejected(content: Any, message: str) -> None:
+    """Only numeric arrays in a dict with string keys are accepted."""
     with pytest.raises(PaddleError, match=message):
         read_pdparams(pickle.dumps(content, 4))
 
 
-def test_a_shape_that_its_bytes_do_not_fill_is_refused() -> None:
-    """A few bytes that claim to be a huge array cost nothing."""
+def test_pdparams_array_larger_than_its_bytes_is_rejected() -> None:
+    """A few bytes that claim to be a huge array allocate nothing."""
     honest = pickle.dumps({"a": np.zeros(200, np.float32)}, 4)
     assert read_pdparams(honest)["backbone..a"].shape == (200,)
     lying = honest.replace(b"K\xc8\x85", b"K\xc9\x85")
@@ -102,8 +102,8 @@ def test_a_shape_that_its_bytes_do_not_fill_is_refused() -> None:
         read_pdparams(lying)
 
 
-def test_every_damage_is_one_kind_of_error() -> None:
-    """Cut anywhere, or with any byte changed: read all the same, or refused with a PaddleError."""
+def test_damaged_pdparams_load_or_raise_paddle_error() -> None:
+    """Truncated anywhere, or with any byte changed."""
     content = pickle.dumps({"conv1.weight": np.ones((2, 3), np.float32), "fc.weight": np.ones((2, 2))}, 4)
     for position in range(len(content)):
         with pytest.raises(PaddleError):
@@ -116,8 +116,8 @@ def test_every_damage_is_one_kind_of_error() -> None:
     assert any(op.name == "REDUCE" for op, _, _ in pickletools.genops(content))
 
 
-def test_a_file_of_another_network_is_refused(tiny_path: Path, tmp_path: Path) -> None:
-    """Missing and misshapen arrays are named, as for every other format."""
+def test_pdparams_of_another_network_are_rejected(tiny_path: Path, tmp_path: Path) -> None:
+    """The error names missing arrays and those of the wrong shape."""
     file = tmp_path / "x.pdparams"
     entries = pdparams(load_checkpoint(tiny_path))
     del entries["layer2.0.bn1._mean"]

@@ -1,4 +1,4 @@
-"""The page: as it is sent, and as people use it, in a real browser."""
+"""The demo page: its files, and its use in a real browser."""
 
 import fnmatch
 import shutil
@@ -27,8 +27,8 @@ KEY = "correct-horse-battery"
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is absent: it comes from Debian")
 
 
-def test_the_page_is_kept_and_asked_for_again(server: ServerProcess) -> None:
-    """Each file has a type, and a tag by which a browser learns that nothing changed."""
+def test_page_files_have_a_type_and_an_etag(server: ServerProcess) -> None:
+    """A browser can revalidate its cached copy."""
     for path, media_type in (("/", "text/html"), ("/page/page.js", "text/javascript"), ("/page/style.css", "text/css")):
         first = server.client.get(path)
         assert first.status_code == 200
@@ -40,8 +40,8 @@ def test_the_page_is_kept_and_asked_for_again(server: ServerProcess) -> None:
     assert_error(server.client.get("/page/../routes/page.py"), 404, "not_found")
 
 
-def test_the_page_loads_nothing_from_elsewhere(server: ServerProcess) -> None:
-    """By its policy, which allows neither other hosts nor scripts or styles within the page."""
+def test_page_policy_forbids_other_hosts_and_inline_code(server: ServerProcess) -> None:
+    """The Content-Security-Policy allows neither other hosts nor inline scripts or styles."""
     policy = server.client.get("/").headers["content-security-policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == rules["frame-ancestors"] == "'none'"
@@ -49,15 +49,15 @@ def test_the_page_loads_nothing_from_elsewhere(server: ServerProcess) -> None:
     assert rules["img-src"] == "'self' blob:"
 
 
-def test_the_page_can_be_switched_off() -> None:
-    """Then there is nothing at its paths."""
+def test_page_can_be_disabled() -> None:
+    """Its paths are 404 then."""
     with ServerThread(FakeRunner(), page="off") as running:
         assert_error(running.client.get("/"), 404, "not_found")
         assert_error(running.client.get("/page/page.js"), 404, "not_found")
 
 
-def test_the_package_carries_the_page() -> None:
-    """Every file, and none that is large."""
+def test_package_contains_the_page() -> None:
+    """All files are in the package, and none is large."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = setuptools["package-data"]["rednet.service.http"]
     files = [path for path in PAGE.rglob("*") if path.is_file()]
@@ -76,7 +76,7 @@ def browser() -> Iterator[Browser]:
 
 
 def opened(browser: Browser, url: str, troubles: list[str], **options: Any) -> Page:
-    """The page in a fresh browser, which notes what goes wrong, and every request to anybody else."""
+    """The page in a new browser context, which records errors and requests to other hosts."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(20_000)
 
@@ -93,7 +93,7 @@ def opened(browser: Browser, url: str, troubles: list[str], **options: Any) -> P
 
 @pytest.fixture
 def page(browser: Browser, server: ServerProcess) -> Iterator[Page]:
-    """The page, which must not say a word in the browser's console."""
+    """The page, which must log nothing to the browser's console."""
     troubles: list[str] = []
     page = opened(browser, server.url, troubles)
     yield page
@@ -106,7 +106,7 @@ def file_of(data: bytes, name: str = "my photo.png") -> FilePayload:
 
 
 def assert_answered(page: Page, label: str = "thing") -> None:
-    """Five classes, and both heat-maps, which have loaded."""
+    """Five classes and both heat maps are shown, and the images have loaded."""
     expect(page.locator("#answer:not(.busy)")).to_be_visible()
     expect(page.locator("#classes button")).to_have_count(5)
     expect(page.locator("#classes button[aria-pressed=true]")).to_contain_text(label)
@@ -121,8 +121,8 @@ def maps(page: Page) -> Sequence[str | None]:
 
 
 @needs_chromium
-def test_a_photo_is_chosen_and_explained(page: Page) -> None:
-    """Classes as bars, two heat-maps, the time of each stage, and the commands that do the same."""
+def test_page_shows_predictions_and_heat_maps_of_a_chosen_photo(page: Page) -> None:
+    """Classes as bars, two heat maps, the duration of each stage, and the equivalent commands."""
     page.set_input_files("#file", file_of(encoded(photo())))
     assert_answered(page)
     shares = [float(text.rstrip("%")) for text in page.locator(".share").all_inner_texts()]
@@ -147,8 +147,8 @@ PIXELS = """async map => {
 
 @needs_chromium
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent")
-def test_the_commands_do_what_the_page_does(page: Page, tmp_path: Path) -> None:
-    """They run, and the pictures are those that the page shows, but for what PyTorch rounds otherwise."""
+def test_commands_of_the_page_give_the_same_results(page: Page, tmp_path: Path) -> None:
+    """They run, and their pictures equal those of the page, except for PyTorch's rounding."""
     data = encoded(photo())
     (tmp_path / "it's mine.png").write_bytes(data)
     page.set_input_files("#file", file_of(data, "it's mine.png"))
@@ -176,7 +176,7 @@ TRANSFER = """([bytes, kind]) => {
 
 @needs_chromium
 @pytest.mark.parametrize("kind", ["drop", "paste"])
-def test_a_photo_is_dropped_or_pasted(page: Page, kind: str) -> None:
+def test_page_accepts_dropped_and_pasted_photos(page: Page, kind: str) -> None:
     """Anywhere on the page."""
     page.evaluate(TRANSFER, [list(encoded(photo())), kind])
     assert_answered(page)
@@ -184,8 +184,8 @@ def test_a_photo_is_dropped_or_pasted(page: Page, kind: str) -> None:
 
 
 @needs_chromium
-def test_the_newest_choice_is_shown(page: Page) -> None:
-    """Whoever does not wait for an answer gets the one to what they chose last, with nothing of the others in it."""
+def test_page_shows_the_latest_choice_only(page: Page) -> None:
+    """A new choice before the response of the previous one is shown without parts of the other."""
     page.evaluate("""() => {
         for (const name of ["church", "tench"]) document.querySelector(`[data-photo="${name}.jpg"]`).click();
     }""")
@@ -204,8 +204,8 @@ def test_the_newest_choice_is_shown(page: Page) -> None:
 
 
 @needs_chromium
-def test_it_is_used_by_keyboard_alone(page: Page) -> None:
-    """A photo, another class, another stage, and how much of the maps shows."""
+def test_page_is_usable_with_the_keyboard(page: Page) -> None:
+    """A photo, another class, another stage, and the opacity of the maps are chosen."""
     page.keyboard.press("Tab")  # to the documentation
     expect(page.get_by_role("link", name="API documentation")).to_be_focused()
     page.keyboard.press("Tab")
@@ -238,8 +238,8 @@ def test_it_is_used_by_keyboard_alone(page: Page) -> None:
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
-def test_nobody_is_shut_out(browser: Browser, server: ServerProcess, scheme: str, width: int) -> None:
-    """axe finds nothing, in light and dark, on a desk and on a phone, where nothing is wider than the screen."""
+def test_page_is_accessible(browser: Browser, server: ServerProcess, scheme: str, width: int) -> None:
+    """axe finds no violations, in light and dark, on desktop and phone, and nothing is wider than the screen."""
     troubles: list[str] = []
     page = opened(browser, server.url, troubles, color_scheme=scheme, viewport={"width": width, "height": 740})
     page.evaluate((resources.files("axe_playwright_python") / "axe.min.js").read_text())
@@ -260,8 +260,8 @@ def test_nobody_is_shut_out(browser: Browser, server: ServerProcess, scheme: str
 
 
 @needs_chromium
-def test_scripts_within_the_page_do_not_run(browser: Browser, server: ServerProcess) -> None:
-    """Whatever might get one in there: the browser keeps to the policy, and says so."""
+def test_inline_scripts_do_not_run(browser: Browser, server: ServerProcess) -> None:
+    """The browser blocks and reports an injected script."""
     troubles: list[str] = []
     page = opened(browser, server.url, troubles)
     page.evaluate(
@@ -273,8 +273,8 @@ def test_scripts_within_the_page_do_not_run(browser: Browser, server: ServerProc
 
 
 @needs_chromium
-def test_a_damaged_photo_is_told_kindly(browser: Browser, server: ServerProcess) -> None:
-    """In words, beside no answer of an earlier photo; and the next one is answered."""
+def test_page_shows_the_error_of_a_damaged_photo(browser: Browser, server: ServerProcess) -> None:
+    """The result of the previous photo is not shown, and the next photo is answered."""
     troubles: list[str] = []
     page = opened(browser, server.url, troubles)
     page.set_input_files("#file", file_of(encoded(photo())))
@@ -291,8 +291,8 @@ def test_a_damaged_photo_is_told_kindly(browser: Browser, server: ServerProcess)
 
 
 @needs_chromium
-def test_a_key_is_asked_for_where_there_are_keys(browser: Browser, tiny_path: Path, tmp_path: Path) -> None:
-    """A wrong one is told; the right one is kept in the page only, and gone when that is loaded again."""
+def test_page_asks_for_a_key_when_required(browser: Browser, tiny_path: Path, tmp_path: Path) -> None:
+    """A wrong key is reported. The right one is kept in the page only, and gone after a reload."""
     keys = tmp_path / "keys"
     keys.write_text(KEY)
     with ServerProcess("--checkpoint", tiny_path, "--api-key-file", keys) as running:

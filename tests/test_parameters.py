@@ -1,4 +1,4 @@
-"""Query parameters that an endpoint does not have, on a real server."""
+"""Unknown query parameters, on a real server."""
 
 from collections.abc import Iterator
 
@@ -28,8 +28,8 @@ def running() -> Iterator[ServerThread]:
         ("/v1/explain?top=1", "this endpoint has class, group, layer"),
     ],
 )
-def test_unknown_query_parameter_is_400_with_the_nearest_name(running: ServerThread, path: str, message: str) -> None:
-    """Ignoring it would answer another question than the one that was asked."""
+def test_unknown_query_parameter_is_400_with_a_suggestion(running: ServerThread, path: str, message: str) -> None:
+    """If it were ignored, the response would not be what the client asked for."""
     response = running.client.post(path, content=encoded(photo()))
     assert_error(response, 400, "malformed_request")
     assert message in response.json()["error"]["message"]
@@ -37,14 +37,14 @@ def test_unknown_query_parameter_is_400_with_the_nearest_name(running: ServerThr
 
 @pytest.mark.parametrize("path", ["/v1/model?x=1", "/v2?x=1", "/v2/models/fake?x=1"])
 def test_unknown_query_parameter_of_a_get_endpoint_is_400(running: ServerThread, path: str) -> None:
-    """Also where there are none at all."""
+    """Also for endpoints without query parameters."""
     response = running.client.get(path)
     assert response.status_code == 400
     assert "this endpoint has none" in response.text
 
 
-def test_infer_takes_no_query_parameters(running: ServerThread) -> None:
-    """In the protocol's shape of errors."""
+def test_query_parameter_of_infer_is_400(running: ServerThread) -> None:
+    """The error body is that of the Open Inference Protocol."""
     response = running.client.post("/v2/models/fake/infer?top_k=1", content=b"{}")
     assert (response.status_code, response.json()["code"]) == (400, "malformed_request")
 
@@ -54,18 +54,18 @@ PROBES = ["/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"
 
 @pytest.mark.parametrize("path", [*PROBES, "/", "/page/style.css", "/docs", "/openapi.json"])
 def test_probes_and_pages_ignore_query_parameters(running: ServerThread, path: str) -> None:
-    """Probes and browsers add some against caches."""
+    """Probes and browsers add some to bypass caches."""
     assert running.client.get(f"{path}?t=1764264000").status_code == 200
 
 
 @pytest.mark.parametrize("query", ["", "?", "?&", "?top_k=1"])
-def test_known_query_parameters_are_served(running: ServerThread, query: str) -> None:
-    """An empty query has none."""
+def test_known_and_empty_query_parameters_are_accepted(running: ServerThread, query: str) -> None:
+    """An empty query string has no parameters."""
     assert running.client.post(f"/v1/predict{query}", content=encoded(photo())).status_code == 200
 
 
-def test_unauthorized_comes_before_unknown_parameter(tmp_path: object) -> None:
-    """Who has no key learns nothing else."""
+def test_missing_key_is_reported_before_an_unknown_query_parameter(tmp_path: object) -> None:
+    """A client without a key learns nothing else."""
     path = f"{tmp_path}/keys"
     with open(path, "w") as file:
         file.write("0123456789abcdef\n")

@@ -1,4 +1,4 @@
-"""Large bodies parsed in another process: the same results, its limits, and what happens when it ends."""
+"""The parser process for large bodies: the same results, its limits, and restarts."""
 
 import asyncio
 import base64
@@ -53,7 +53,7 @@ async def in_file(body: bytes) -> AsyncIterator[BodyFile]:
 
 
 def plain(parsed: ParsedBody) -> dict[str, object]:
-    """Everything in it, as values that can be compared; a copy."""
+    """A copy of all fields as values that can be compared."""
     images: list[object] = []
     for image in parsed.images:
         match image:
@@ -84,8 +84,8 @@ def parsed_here(body_format: BodyFormat, body: bytes) -> object:
         return type(error), error.message
 
 
-def test_parser_process_finds_what_parse_body_finds() -> None:
-    """In bodies of every shape: the same images, options and errors."""
+def test_parser_process_gives_the_results_of_parse_body() -> None:
+    """For bodies of every format: the same images, options and errors."""
 
     async def compare(parser: Parser) -> int:
         count = 0
@@ -98,8 +98,8 @@ def test_parser_process_finds_what_parse_body_finds() -> None:
     assert with_parser(compare) > 40
 
 
-def test_image_is_a_view_of_the_file_and_not_parsed() -> None:
-    """One raw image of any size costs nothing; what follows a small one in the heap is parsed at once, too."""
+def test_raw_image_is_not_parsed_in_the_process() -> None:
+    """A raw image of any size is a view of the file or of the memory."""
 
     async def check(parser: Parser) -> None:
         async with in_file(b"x" * 1_000_000) as file:
@@ -124,7 +124,7 @@ def test_image_is_a_view_of_the_file_and_not_parsed() -> None:
     ],
 )
 def test_small_body_that_is_costly_to_parse_goes_to_the_process(body_format: BodyFormat, body: bytes) -> None:
-    """Thousands of values or dozens of parts, whatever they weigh."""
+    """It has thousands of values or dozens of parts, whatever its size."""
 
     async def check(parser: Parser) -> None:
         assert parser.parse_quickly(body_format, body) is None
@@ -138,7 +138,7 @@ def test_small_body_that_is_costly_to_parse_goes_to_the_process(body_format: Bod
 
 
 def test_infer_options_cross_the_process_boundary() -> None:
-    """With binary images between them."""
+    """Together with binary images."""
     tail = struct.pack("<I", 3) + b"abc"
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(tail)}}
     outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
@@ -152,7 +152,7 @@ def test_infer_options_cross_the_process_boundary() -> None:
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **constants: int) -> None:
-    """Let parser processes begin with other constants, and pause where a file `pause` says so."""
+    """Start parser processes with other limits, which pause while a file `pause` exists."""
     lines = ["import rednet.service.parsing.worker as p"]
     lines += [f"p.{name} = {value}" for name, value in constants.items()]
     lines += ["p.main()"]
@@ -168,7 +168,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **constants: int) -
 
 
 def test_body_that_takes_too_long_to_parse_is_413(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its process is ended by the system; the next body is parsed."""
+    """The CPU limit ends its process, and the next body is parsed."""
     limited(monkeypatch, tmp_path, CPU_S=1, BYTES_PER_CPU_S=10**12, MEMORY_BYTES=8 * 10**9)
 
     async def check(parser: Parser) -> None:
@@ -190,7 +190,7 @@ def test_body_that_takes_too_much_memory_to_parse_is_413(monkeypatch: pytest.Mon
         error = await parsed_in_process(parser, BodyFormat("v2"), body)
         assert isinstance(error, tuple)
         assert error[0] is PayloadTooLarge
-        assert error[1].startswith("the body takes too much memory to parse")  # orjson crashes where memory ends
+        assert error[1].startswith("the body takes too much memory to parse")  # orjson crashes if an allocation fails
         assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
 
     with_parser(check)
@@ -204,7 +204,7 @@ SLOW = b'{"images": ["AAAA"], "x": [' + b"1," * 14_000_000 + b"1]}"
 
 
 async def child_of(parser: Parser, seen: Container[int] = ()) -> int:
-    """The process that parses a body now, other than those."""
+    """The process that parses a body now, except for those in `seen`."""
 
     def others() -> list[int]:
         return [child for child in children(parser._process.pid) if child not in seen] if parser._process else []
@@ -221,8 +221,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def killed(parser: Parser, times: int, signum: signal.Signals = signal.SIGKILL) -> object:
-    """What becomes of a body whose process is killed so many times."""
-    seen = set(children(parser._process.pid)) if parser._process else set()  # of earlier bodies, about to be reaped
+    """The result of a body whose process is killed several times."""
+    seen = (
+        set(children(parser._process.pid)) if parser._process else set()
+    )  # processes of earlier bodies, which are about to be reaped
     task = asyncio.create_task(parsed_in_process(parser, JSON_FORMAT, SLOW))
     for _ in range(times):
         seen.add(child := await child_of(parser, seen))
@@ -231,8 +233,9 @@ async def killed(parser: Parser, times: int, signum: signal.Signals = signal.SIG
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc, which is not here")
-def test_parser_killed_from_outside_is_tried_again_once() -> None:
-    """As when the system takes its memory: the body may not have been the reason. Twice is 503 with Retry-After."""
+def test_body_is_retried_once_when_its_parser_is_killed() -> None:
+    """The system may have killed it for lack of memory, so the body may be valid. The second time it is 503 with Retry-
+    After."""
 
     async def check(parser: Parser) -> None:
         assert await killed(parser, 1) == plain(ParsedBody([bytes(3)]))
@@ -245,8 +248,8 @@ def test_parser_killed_from_outside_is_tried_again_once() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc, which is not here")
 @pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGABRT])
-def test_body_that_crashes_its_parser_is_an_error_of_its_own(signum: signal.Signals) -> None:
-    """It is not tried again."""
+def test_body_that_crashes_its_parser_is_not_retried(signum: signal.Signals) -> None:
+    """The error says so."""
 
     async def check(parser: Parser) -> None:
         assert await killed(parser, 1, signum) == (
@@ -260,7 +263,7 @@ def test_body_that_crashes_its_parser_is_an_error_of_its_own(signum: signal.Sign
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc, which is not here")
 def test_parser_process_that_has_ended_is_replaced() -> None:
-    """Also while it parses: the body is tried again."""
+    """If it ends while parsing, the body is retried."""
 
     async def check(parser: Parser) -> None:
         assert await parsed_in_process(parser, JSON_FORMAT, BODY) == PLAIN
@@ -272,7 +275,7 @@ def test_parser_process_that_has_ended_is_replaced() -> None:
 
 
 def test_parser_process_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is ended after a while, and the body is tried again."""
+    """It is killed after a timeout, and the body is retried."""
 
     async def check(parser: Parser) -> None:
         await parsed_in_process(parser, JSON_FORMAT, BODY)
@@ -281,7 +284,7 @@ def test_parser_process_that_does_not_answer_is_replaced(monkeypatch: pytest.Mon
         stopped.send_signal(signal.SIGSTOP)
         end = parser._end
 
-        def end_patiently() -> None:  # the next process has to start first
+        def end_patiently() -> None:  # the next process must have started
             monkeypatch.setattr(parser_module, "REPLY_TIMEOUT_S", PATIENCE_S)
             end()
 
@@ -294,7 +297,7 @@ def test_parser_process_that_does_not_answer_is_replaced(monkeypatch: pytest.Mon
 
 
 def test_parser_that_cannot_be_started_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that has no memory left for a process says so, and goes on."""
+    """A server without memory for a process continues to run."""
     monkeypatch.setattr("sys.executable", "/nowhere/python")
 
     async def check(parser: Parser) -> None:
@@ -308,7 +311,7 @@ def test_parser_that_cannot_be_started_is_503(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc, which is not here")
 def test_cancelled_parse_ends_its_process() -> None:
-    """Who leaves must not occupy a core, or the turn of others."""
+    """A disconnected client must not occupy a core or the parser."""
 
     async def check(parser: Parser) -> None:
         for _ in range(3):
@@ -322,8 +325,8 @@ def test_cancelled_parse_ends_its_process() -> None:
     with_parser(check)
 
 
-def test_small_bodies_go_before_large_ones() -> None:
-    """Those that wait behind slow ones have their turn in the order of their size."""
+def test_waiting_bodies_are_parsed_smallest_first() -> None:
+    """Small bodies do not wait behind large ones that wait, too."""
 
     async def check(parser: Parser) -> None:
         order: list[str] = []
@@ -341,8 +344,8 @@ def test_small_bodies_go_before_large_ones() -> None:
     with_parser(check)
 
 
-def test_no_process_is_left_behind() -> None:
-    """Neither the parser's, nor those that it has forked."""
+def test_close_ends_all_parser_processes() -> None:
+    """The parser's process and those that it has forked."""
 
     async def check(parser: Parser) -> None:
         task = asyncio.create_task(parsed_in_process(parser, JSON_FORMAT, SLOW))

@@ -1,4 +1,4 @@
-"""Where the server listens: IPv4, IPv6, both, and addresses that it cannot have."""
+"""Listening addresses: IPv4, IPv6, both, and unavailable ones."""
 
 import os
 import shutil
@@ -32,8 +32,8 @@ def has_ipv6() -> bool:
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 
 
-def answers_at(bound: Sequence[socket.socket], stack: ExitStack) -> list[str]:
-    """Of 127.0.0.1, 127.0.0.2 and ::1, those where something listens."""
+def reachable(bound: Sequence[socket.socket], stack: ExitStack) -> list[str]:
+    """Those of 127.0.0.1, 127.0.0.2 and ::1 that accept connections."""
     for each in bound:
         stack.enter_context(closing(each))
         each.listen()
@@ -62,26 +62,26 @@ def answers_at(bound: Sequence[socket.socket], stack: ExitStack) -> list[str]:
     ],
 )
 def test_hosts_are_served_on_one_port(hosts: str, expected: list[str]) -> None:
-    """One address, several, all of IPv4, or everything: `::` is IPv4, too, unless IPv4 is named beside it."""
+    """One address, several, all of IPv4, or all: `::` includes IPv4 unless an IPv4 address is given, too."""
     with ExitStack() as stack:
-        assert answers_at(bind(hosts, 0), stack) == expected
+        assert reachable(bind(hosts, 0), stack) == expected
 
 
-def test_a_name_is_served_on_those_of_its_addresses_that_exist() -> None:
-    """localhost is ::1, too, except where IPv6 is off."""
+def test_host_name_is_served_on_its_available_addresses() -> None:
+    """localhost includes ::1 unless IPv6 is disabled."""
     with ExitStack() as stack:
-        assert "127.0.0.1" in answers_at(bind("localhost", 0), stack)
+        assert "127.0.0.1" in reachable(bind("localhost", 0), stack)
 
 
 @pytest.mark.parametrize("hosts", ["no.such.host.invalid", "192.0.2.1", "127.0.0.1,192.0.2.1", "1.2.3.4.5", "a b"])
-def test_an_address_of_another_machine_is_refused(hosts: str) -> None:
-    """The message names it; 192.0.2.0/24 belongs to documentation."""
+def test_address_of_another_machine_is_rejected(hosts: str) -> None:
+    """The message names it; 192.0.2.0/24 is reserved for documentation."""
     with pytest.raises(OSError, match=hosts.rpartition(",")[2]):
         bind(hosts, 0)
 
 
-def test_urls_have_brackets_around_ipv6() -> None:
-    """As clients write them."""
+def test_url_has_brackets_around_an_ipv6_address() -> None:
+    """Clients require them."""
     with closing(bind("127.0.0.1", 0)[0]) as bound:
         assert url(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
     if has_ipv6():
@@ -89,8 +89,9 @@ def test_urls_have_brackets_around_ipv6() -> None:
             assert url(bound) == f"http://[::1]:{bound.getsockname()[1]}"
 
 
-def test_a_port_in_use_is_reported_before_pytorch_is_imported(tiny_path: Path) -> None:
-    """Status 2 and one line that names the address; importing and preparing would take several times as long."""
+def test_port_in_use_is_reported_before_torch_is_imported(tiny_path: Path) -> None:
+    """The status is 2, with one line that names the address. Importing and preparing would take several times as
+    long."""
     command = [str(REDNET), "serve", "--checkpoint", str(tiny_path), "--port"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -107,7 +108,7 @@ def test_a_port_in_use_is_reported_before_pytorch_is_imported(tiny_path: Path) -
 
 
 @needs_ipv6
-def test_a_dual_stack_server_answers_both_families(tiny_path: Path) -> None:
+def test_dual_stack_server_answers_ipv4_and_ipv6(tiny_path: Path) -> None:
     """A real server with `--host ::`."""
     with ServerProcess("--checkpoint", tiny_path, "--host", "::", ready=False) as running:
         port = running.url.rpartition(":")[2]
