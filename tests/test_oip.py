@@ -1,4 +1,4 @@
-"""Infer requests of the Open Inference Protocol, hostile ones included, and answers."""
+"""Infer requests and responses of the Open Inference Protocol, valid and malicious."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ HUGE = [2**31, 2**32, 2**63, 2**64 - 1, 2**64, 10**400]
 
 
 def request(tail: bytes = b"", *, header_length: str | None = "", outputs: Any = None, **tensor: Any) -> ParsedBody:
-    """Parse a request with one input; a header length of "" stands for the right one."""
+    """Parse a request with one input. With a header length of "", the right one is used."""
     wanted = {"inputs": [tensor]} | ({} if outputs is None else {"outputs": outputs})
     header = json.dumps(wanted).encode()
     return parse_infer(str(len(header)) if header_length == "" else header_length, header + tail, MOST)
@@ -45,8 +45,8 @@ def pixel_tensor(shape: Any, **more: Any) -> dict[str, Any]:
 
 
 @given(st.lists(st.binary(max_size=30), min_size=1, max_size=MOST))
-def test_photos_come_out_as_they_went_in(data: list[bytes]) -> None:
-    """As binary elements and as base64 in JSON alike."""
+def test_photos_are_read_unchanged(data: list[bytes]) -> None:
+    """From binary elements and from base64 in JSON."""
     tail = photos(*data)
     assert request(tail, **photo_tensor(len(data), len(tail))).images == data
     texts = [base64.b64encode(each).decode() for each in data]
@@ -54,8 +54,8 @@ def test_photos_come_out_as_they_went_in(data: list[bytes]) -> None:
 
 
 @given(st.lists(st.floats(width=32), min_size=12, max_size=12))
-def test_pixels_come_out_as_they_went_in(values: list[float]) -> None:
-    """To the bit: from binary data, from a flat list and from one nested like the shape."""
+def test_pixels_are_read_unchanged(values: list[float]) -> None:
+    """Bit for bit, from binary data, from a flat list, and from nested lists."""
     array = np.array(values, "<f4").reshape(2, 3, 1, 2)
     tail = array.tobytes()
     ways = [request(tail, **pixel_tensor([2, 3, 1, 2], parameters={"binary_data_size": len(tail)}))]
@@ -65,8 +65,8 @@ def test_pixels_come_out_as_they_went_in(values: list[float]) -> None:
         np.testing.assert_array_equal(np.stack([np.asarray(image) for image in way.images]), array)
 
 
-def test_outputs_are_all_of_them_unless_some_are_named() -> None:
-    """And each is binary data if it says so, else if the request says so for all."""
+def test_all_outputs_are_returned_unless_some_are_named() -> None:
+    """Each output's own binary setting takes precedence over that of the request."""
     assert request(**ONE, header_length=None).infer == InferOptions(None, dict.fromkeys(OUTPUTS, False))
     named: list[dict[str, Any]] = [{"name": "features", "parameters": {"binary_data": False}}, {"name": "logits"}]
     assert list(options(request(**ONE, outputs=named)).outputs.items()) == [("features", False), ("logits", False)]
@@ -82,11 +82,11 @@ def test_outputs_are_all_of_them_unless_some_are_named() -> None:
     [
         (b"", photo_tensor(1, 0)),  # fewer elements than the shape says
         (photos(b"a", b"b"), photo_tensor(1, 10)),  # more
-        (photos(b"a"), photo_tensor(1, 4)),  # bytes beyond the size
-        (photos(b"a"), photo_tensor(1, 6)),  # a size beyond the bytes
-        (photos(b"abc")[:-1], photo_tensor(1, 6)),  # an element that is cut
-        (b"\xff\xff\xff\xff", photo_tensor(1, 4)),  # one that claims 4 GB
-        (b"\x01\0", photo_tensor(1, 2)),  # a length that is cut
+        (photos(b"a"), photo_tensor(1, 4)),  # more bytes than the size says
+        (photos(b"a"), photo_tensor(1, 6)),  # fewer bytes than the size says
+        (photos(b"abc")[:-1], photo_tensor(1, 6)),  # a truncated element
+        (b"\xff\xff\xff\xff", photo_tensor(1, 4)),  # an element that claims 4 GB
+        (b"\x01\0", photo_tensor(1, 2)),  # a truncated length
         *((b"", photo_tensor(1, size)) for size in (*HUGE, -1, 1.0, True, "4", None)),
         *((b"", photo_tensor(count, 0)) for count in (-1, -(2**63), 1.0, True, "1", None, [1], 2**64, 10**400)),
         (b"", photo_tensor(0, 0)),
@@ -96,8 +96,8 @@ def test_outputs_are_all_of_them_unless_some_are_named() -> None:
         (b"", {**photo_tensor(1, 0), "datatype": "FP32"}),
         (b"", {**photo_tensor(1, 0), "datatype": "B" * 1000}),
         (b"", {**photo_tensor(1, 0), "name": "picture"}),
-        (photos(b"a"), {**photo_tensor(1, 5), "data": ["AAAA"]}),  # data twice
-        (b"", {"name": "image", "datatype": "BYTES", "shape": [1]}),  # and not at all
+        (photos(b"a"), {**photo_tensor(1, 5), "data": ["AAAA"]}),  # data in both places
+        (b"", {"name": "image", "datatype": "BYTES", "shape": [1]}),  # data in neither place
         *(
             (b"", {"name": "image", "datatype": "BYTES", "shape": [1], "data": data})
             for data in ([], [1], [["AA"]], "A")
@@ -108,7 +108,7 @@ def test_outputs_are_all_of_them_unless_some_are_named() -> None:
         (b"", pixel_tensor([1, 3, 1, 1], data=["a", "b", "c"])),
         *((b"", pixel_tensor([1, 3, 1, 1], data=[1.0, 2.0, each])) for each in ("3.0", True, None)),
         (b"", pixel_tensor([1, 3, 1, 1], data=[{}, {}, {}])),
-        (b"", pixel_tensor([1, 3, 1, 1], data=[float("nan")] * 3)),  # which is no JSON
+        (b"", pixel_tensor([1, 3, 1, 1], data=[float("nan")] * 3)),  # NaN is not valid JSON
         (b"", pixel_tensor([1, 1, 1, 1], data=json.loads("[" * 100 + "1" + "]" * 100))),
         (b"", pixel_tensor([3, 1, 1], data=[0.0] * 3)),
         (b"", pixel_tensor([1, 3, 0, 2**63], data=[])),
@@ -117,21 +117,24 @@ def test_outputs_are_all_of_them_unless_some_are_named() -> None:
         (b"", pixel_tensor([2, 3, 1, 1], data=[[[[1.0]]] * 3, [[[1.0]]] * 2])),
         (b"\0" * 12, pixel_tensor([1, 3, 1, 1], parameters={"binary_data_size": 12}, datatype="FP16")),
         *(
-            (b"\0" * 8, pixel_tensor([1, side, side, side], parameters={"binary_data_size": 8}))  # products that wrap
+            (
+                b"\0" * 8,
+                pixel_tensor([1, side, side, side], parameters={"binary_data_size": 8}),
+            )  # the product overflows 64 bits
             for side in (2**31, 2**32, 2**63, 2**64 - 1)
         ),
     ],
 )
-def test_tensors_that_contradict_themselves_are_a_clear_error(tail: bytes, tensor: dict[str, Any]) -> None:
-    """Whatever sizes and shapes claim, of the body nothing but its bytes is believed."""
+def test_tensor_that_does_not_match_its_data_is_malformed(tail: bytes, tensor: dict[str, Any]) -> None:
+    """Claimed sizes and shapes are checked against the body's bytes."""
     with pytest.raises(MalformedRequest) as caught:
         request(tail, **tensor)
     assert len(caught.value.message) < 300
 
 
 @pytest.mark.parametrize("header_length", ["", "-1", "1e2", "²", "10000", "9" * 19, "9" * 5000, "0", "3"])
-def test_a_wrong_header_length_is_a_clear_error(header_length: str) -> None:
-    """No number, one beyond the body, and one that cuts the JSON."""
+def test_wrong_header_length_is_malformed(header_length: str) -> None:
+    """Not a number, beyond the body, or within the JSON."""
     with pytest.raises(MalformedRequest):
         parse_infer(header_length, b'{"inputs": []}', MOST)
 
@@ -150,20 +153,20 @@ def test_a_wrong_header_length_is_a_clear_error(header_length: str) -> None:
         b'{"id": 7}',
     ],
 )
-def test_json_of_another_shape_is_a_clear_error(body: bytes) -> None:
-    """However deep it is."""
+def test_json_that_does_not_match_the_schema_is_malformed(body: bytes) -> None:
+    """At any depth."""
     with pytest.raises(MalformedRequest):
         parse_infer(None, body, MOST)
 
 
-def test_json_of_very_many_lists_is_refused_unread() -> None:
-    """They would take seconds to read, in which nobody else is answered."""
+def test_json_with_very_many_lists_is_rejected_before_parsing() -> None:
+    """Parsing would block the event loop for seconds."""
     with pytest.raises(MalformedRequest, match="more lists than images need"):
         parse_infer(None, b'{"inputs": [' + b"[]," * 1_000_000 + b"[]]}", MOST)
 
 
-def test_two_inputs_or_unknown_outputs_are_clear_errors() -> None:
-    """A request is about photos or about pixels; what an output is called is known."""
+def test_two_inputs_and_unknown_outputs_are_malformed() -> None:
+    """A request contains photos or pixels, and outputs have known names."""
     with pytest.raises(MalformedRequest, match="inputs"):
         parse_infer(None, json.dumps({"inputs": [ONE, ONE]}).encode(), MOST)
     wrong: list[Any] = [[{"name": "scores"}], [{}], "logits", [{"name": "logits", "parameters": {"binary_data": 1}}]]
@@ -173,8 +176,8 @@ def test_two_inputs_or_unknown_outputs_are_clear_errors() -> None:
 
 
 @pytest.mark.parametrize("count", [MOST + 1, 2**31, 2**63, 2**64 - 1])
-def test_more_images_than_the_server_holds_are_refused(count: int) -> None:
-    """By what the shape claims, before anything is made for them."""
+def test_shape_with_more_images_than_the_limit_is_rejected(count: int) -> None:
+    """The shape is checked before anything is allocated."""
     for tensor in (photo_tensor(count, 0), pixel_tensor([count, 3, 1, 1], data=[])):
         with pytest.raises(PayloadTooLarge, match="more than 4 images"):
             request(**tensor)
@@ -202,15 +205,15 @@ header_lengths = st.none() | st.just("exact") | st.integers(-1, 400).map(str) | 
 
 
 @given(bodies, header_lengths, st.just(photos(b"ab", b"cd")) | st.binary(max_size=16))
-def test_no_request_breaks_the_parser(body: dict[str, Any], header_length: str | None, tail: bytes) -> None:
-    """Bodies of roughly the right form with wrong numbers everywhere: images as the shape says, or a clear error."""
+def test_any_infer_request_is_parsed_or_malformed(body: dict[str, Any], header_length: str | None, tail: bytes) -> None:
+    """Plausible requests with arbitrary values give as many images as the shape says, or a clear error."""
     header = json.dumps(body).encode()
     check_parser(str(len(header)) if header_length == "exact" else header_length, header + tail)
 
 
 @given(header_lengths, st.binary(max_size=100))
-def test_no_bytes_break_the_parser(header_length: str | None, body: bytes) -> None:
-    """Arbitrary bytes are a clear error."""
+def test_arbitrary_bytes_are_malformed(header_length: str | None, body: bytes) -> None:
+    """They are a clear error."""
     check_parser(header_length, body)
 
 
@@ -223,8 +226,8 @@ def check_parser(header_length: str | None, body: bytes) -> None:
     assert set(options(asked).outputs) <= set(OUTPUTS)
 
 
-def test_an_answer_is_read_back_as_it_was_written() -> None:
-    """Values in the JSON are flat and exact to float32; after it they are little-endian, output by output."""
+def test_response_values_are_exact_in_json_and_binary() -> None:
+    """JSON values are flat and exact to float32. Binary values follow it in little-endian order, output by output."""
     logits, features = np.array([[0.1, -2.5], [7, 8]], np.float32), np.array([[1e-30, 3.0, 4.0], [5, 6, 7]], np.float32)
     tensors = {"logits": list(logits), "features": list(features)}
     head, tail = encode_infer({"model_name": "m"}, tensors, {"logits": True, "features": True})
@@ -247,8 +250,8 @@ def test_an_answer_is_read_back_as_it_was_written() -> None:
 NULLS = {"id": None, "parameters": None, "outputs": None, "inputs": [ONE | {"parameters": None}]}
 
 
-def test_null_in_an_optional_field_is_the_same_as_no_field() -> None:
-    """On every level, as serialisers of other languages write it."""
+def test_null_in_an_optional_field_equals_an_absent_field() -> None:
+    """At every level, because serialisers of other languages write null."""
     assert parse_infer(None, json.dumps(NULLS).encode(), MOST) == request(**ONE, header_length=None)
     none = dict.fromkeys(["binary_data", "classification", "shared_memory_region", "shared_memory_byte_size"])
     for parameters in (None, none):
@@ -261,7 +264,7 @@ def test_null_in_an_optional_field_is_the_same_as_no_field() -> None:
 
 
 def test_classification_is_read_per_output() -> None:
-    """0 asks for none, as in Triton; anything but a count is an error."""
+    """0 disables it, as in Triton. Anything but a count is an error."""
     named: list[dict[str, Any]] = [{"name": "logits", "parameters": {"classification": 3}}, {"name": "features"}]
     assert options(request(**ONE, header_length=None, outputs=named)).classes == {"logits": 3}
     named[0]["parameters"] = {"classification": 0}
@@ -273,15 +276,15 @@ def test_classification_is_read_per_output() -> None:
 
 
 @pytest.mark.parametrize("name", ["shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"])
-def test_shared_memory_is_refused_for_inputs_and_outputs(name: str) -> None:
-    """Ignored, it would be an answer that the client does not look at, or an image that was never read."""
+def test_shared_memory_is_rejected_for_inputs_and_outputs(name: str) -> None:
+    """If it were ignored, the client would not find the response, or the server would not read the image."""
     with pytest.raises(MalformedRequest, match="input 'image': shared memory is not supported"):
         request(**ONE, header_length=None, parameters={name: "region"})
     with pytest.raises(MalformedRequest, match="output 'logits': shared memory is not supported"):
         request(**ONE, header_length=None, outputs=[{"name": "logits", "parameters": {name: 0}}])
 
 
-def test_parameters_without_effect_are_accepted_and_reserved_ones_refused() -> None:
+def test_unknown_parameters_are_accepted_and_reserved_ones_rejected() -> None:
     """As by Triton's HTTP endpoint."""
     fine = {"sequence_id": 7, "sequence_start": True, "priority": 1, "timeout": 1000, "mine": "x", "headers": {}}
     body = {"inputs": [ONE], "parameters": fine}
@@ -292,8 +295,8 @@ def test_parameters_without_effect_are_accepted_and_reserved_ones_refused() -> N
 
 
 @pytest.mark.parametrize("wrong_id", ["a" * 1025, "a\n", "\0", "\x1b[2J", "\x85", "\u2028", 7, ["a"]])
-def test_id_that_is_long_or_unfit_for_logs_is_a_clear_error(wrong_id: Any) -> None:
-    """Ids of up to 1,024 printable characters are echoed as they are."""
+def test_id_that_is_long_or_not_printable_is_malformed(wrong_id: Any) -> None:
+    """Ids of up to 1,024 printable characters are echoed unchanged."""
     with pytest.raises(MalformedRequest, match="id"):
         parse_infer(None, json.dumps({"id": wrong_id, "inputs": [ONE]}).encode(), MOST)
     good = "é 名 🙂" + "a" * 1000
@@ -311,28 +314,28 @@ def test_id_that_is_long_or_unfit_for_logs_is_a_clear_error(wrong_id: Any) -> No
         (b'{"id": "\\ud800", "inputs": []}', "cannot be read"),
     ],
 )
-def test_infer_json_that_is_ambiguous_or_not_unicode_is_a_clear_error(body: bytes, message: str) -> None:
-    """A tensor must not be dropped in silence, nor a lone surrogate break the answer."""
+def test_infer_json_with_duplicate_keys_or_lone_surrogates_is_malformed(body: bytes, message: str) -> None:
+    """A tensor must not be silently dropped, and a lone surrogate could not be echoed."""
     with pytest.raises(MalformedRequest, match=message):
         parse_infer(None, body, MOST)
 
 
-def test_output_named_twice_is_a_clear_error() -> None:
-    """Of two wishes for one tensor one would be dropped."""
+def test_output_requested_twice_is_malformed() -> None:
+    """One of the two requests would be dropped."""
     named = [{"name": "logits", "parameters": {"classification": 1}}, {"name": "logits"}]
     with pytest.raises(MalformedRequest, match="'logits' is listed twice"):
         request(**ONE, header_length=None, outputs=named)
 
 
-def test_highest_values_are_written_as_by_triton() -> None:
-    """Value, index and label, best first; equal ones in order; all of them where there are fewer than asked for."""
+def test_classification_output_has_the_format_of_triton() -> None:
+    """Value, index and label, best first, equal values in order, and at most as many as there are classes."""
     row = np.array([1, 5, 10, 5], np.float32)
     assert highest_values(row, ["a", "b", "c:d", "e"], 3) == ["10.000000:2:c:d", "5.000000:1:b", "5.000000:3:e"]
     assert highest_values(row, (), 9) == ["10.000000:2", "5.000000:1", "5.000000:3", "1.000000:0"]
 
 
 def test_texts_are_encoded_as_bytes_tensors() -> None:
-    """In JSON as strings; as binary data each after its length in UTF-8."""
+    """In JSON as strings, and in binary data each after its length in UTF-8."""
     rows: dict[str, Any] = {
         "logits": [["1:0:é", "2:1:b"], ["3:2:c", "4:3:d"]],
         "features": [np.zeros(3, np.float32)] * 2,

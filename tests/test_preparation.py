@@ -1,4 +1,4 @@
-"""The inference forms of a network, against the network itself."""
+"""The backends that `prepare` chooses, compared with the network."""
 
 import copy
 import subprocess
@@ -42,8 +42,8 @@ def assert_close(ours: Tensor, exact: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("precision", DTYPES)
-def test_it_answers_like_the_plain_network(net: RedNet, device: str, precision: str) -> None:
-    """With batch norms folded, in every precision, for any batch and any size of image, none at all included."""
+def test_prepared_network_matches_the_network(net: RedNet, device: str, precision: str) -> None:
+    """In every precision, for any batch and image size, including an empty batch."""
     run = prepare(net, device=device, precision=precision)
     assert (run.device.type, run.precision) == (device, precision)
     for batch, height, width in ((1, 64, 64), (3, 70, 50), (0, 64, 64)):
@@ -59,12 +59,13 @@ def test_it_answers_like_the_plain_network(net: RedNet, device: str, precision: 
 
 
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
-def test_maps_come_out_of_the_same_pass(net: RedNet, native: bool) -> None:
-    """Stage maps are the network's, and kernel sums those of each stage's last involution, by either form."""
+def test_stage_maps_and_kernel_sums_match_the_network(net: RedNet, native: bool) -> None:
+    """Stage maps and the kernel sums of each stage's last involution come from the same forward pass, in both
+    backends."""
     run = prepare(net)
     if not native:
-        form = TorchBackend(net, Preprocess(), torch.device("cpu"), torch.float32)
-        run = Prepared(form, Preprocess(), net.head.fc.weight, torch.device("cpu"), "fp32", 0.0)
+        backend = TorchBackend(net, Preprocess(), torch.device("cpu"), torch.float32)
+        run = Prepared(backend, Preprocess(), net.head.fc.weight, torch.device("cpu"), "fp32", 0.0)
     pixels = photos(3, 70, 50)
     kernels: list[Tensor] = []
     for stage in range(4):
@@ -81,8 +82,8 @@ def test_maps_come_out_of_the_same_pass(net: RedNet, native: bool) -> None:
         assert_close(sums, kernel.unflatten(1, (-1, 49)).sum(dim=2), 1e-5)
 
 
-def test_the_network_itself_stays_as_it_is(net: RedNet) -> None:
-    """It can go on training; its weights are not shared with the prepared form, nor is its mode changed."""
+def test_prepare_does_not_change_the_network(net: RedNet) -> None:
+    """Its mode stays, its weights are not shared with the backend, and its training can continue."""
     run = prepare(net)
     expected = run(photos(1, 64, 64)).logits
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -98,8 +99,8 @@ def test_the_network_itself_stays_as_it_is(net: RedNet) -> None:
 
 
 @needs_native
-def test_on_a_cpu_float32_runs_natively(net: RedNet) -> None:
-    """The engine is what users get by default, after a check that it computes the same function."""
+def test_prepare_selects_the_native_backend_for_float32_on_cpu(net: RedNet) -> None:
+    """It is used after a check that its results match the network's."""
     run = prepare(net, device="cpu")
     assert run.backend.startswith("native engine")
     assert run.precision == "fp32"
@@ -107,8 +108,8 @@ def test_on_a_cpu_float32_runs_natively(net: RedNet) -> None:
     assert run.rejected_backends == ()
 
 
-def test_what_the_engine_is_not_made_for_runs_in_torch() -> None:
-    """With other than 16 channels in a group the answer is the same and the reason is told."""
+def test_architecture_unsupported_by_the_native_backend_runs_in_torch() -> None:
+    """With a group width other than 16, results are the same and the reason is reported."""
     net = create_rednet("rednet26", base_channels=16, stem_channels=32, group_channels=8, num_classes=3).eval()
     run = prepare(net, Preprocess(resize=64, crop=64), device="cpu")
     assert run.backend.startswith("torch")
@@ -116,8 +117,8 @@ def test_what_the_engine_is_not_made_for_runs_in_torch() -> None:
     assert expected in run.rejected_backends[0]
 
 
-def test_preparing_does_not_wait_for_torchs_compiler() -> None:
-    """A second of every start, for what nobody compiles."""
+def test_prepare_does_not_import_the_torch_compiler() -> None:
+    """The import would add a second to every start."""
     script = (
         "import sys; from rednet import load_checkpoint, prepare; checkpoint = load_checkpoint();"
         "prepare(checkpoint.net, checkpoint.preprocess, 'cpu'); sys.exit('torch._dynamo' in sys.modules)"
@@ -126,58 +127,58 @@ def test_preparing_does_not_wait_for_torchs_compiler() -> None:
 
 
 class Deviating:
-    """A backend that runs, and is wrong."""
+    """A backend with wrong results."""
 
     name = "wrong"
 
-    def __init__(self, form: InferenceBackend) -> None:
-        self._form = form
+    def __init__(self, backend: InferenceBackend) -> None:
+        self._backend = backend
 
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
-        output = self._form(pixels, stages, kernel_sums)
+        output = self._backend(pixels, stages, kernel_sums)
         return Output(output.logits, output.features * 1.01)
 
 
-def test_a_form_that_deviates_is_passed_over(net: RedNet) -> None:
-    """The next one runs, and the reason is told."""
-    sound = TorchBackend(net, Preprocess(), torch.device("cpu"), torch.float32)
-    yardstick = reference_output(net, Preprocess(), photos(1, 64, 64))
+def test_backend_with_wrong_results_is_rejected(net: RedNet) -> None:
+    """The next backend is used, and the reasons are reported."""
+    valid = TorchBackend(net, Preprocess(), torch.device("cpu"), torch.float32)
+    reference = reference_output(net, Preprocess(), photos(1, 64, 64))
 
     def absent() -> InferenceBackend:
         raise RuntimeError("not on this machine")
 
     def wrong() -> InferenceBackend:
-        return Deviating(sound)
+        return Deviating(valid)
 
     def right() -> InferenceBackend:
-        return sound
+        return valid
 
     reasons: list[str] = []
-    forms = [("absent", absent), ("wrong", wrong), ("right", right)]
-    form, deviation = first_valid_backend(forms, yardstick, 3, 1e-4, reasons)
-    assert form is sound
+    candidates = [("absent", absent), ("wrong", wrong), ("right", right)]
+    backend, deviation = first_valid_backend(candidates, reference, 3, 1e-4, reasons)
+    assert backend is valid
     assert deviation < 1e-5
     assert reasons[0] == "absent: not on this machine"
     assert reasons[1].startswith("wrong: deviates by 1.0e-02")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_of_any_precision_are_taken(net: RedNet, dtype: torch.dtype) -> None:
-    """They are computed with in float32."""
+def test_prepare_accepts_weights_of_any_precision(net: RedNet, dtype: torch.dtype) -> None:
+    """They are converted to float32."""
     run = prepare(copy.deepcopy(net).to(dtype), device="cpu", precision="fp32")
     assert run.max_relative_error < 1e-5
     assert run.rejected_backends == prepare(net, device="cpu").rejected_backends
 
 
-def test_the_callers_autocast_stays_outside(net: RedNet) -> None:
-    """Neither the check nor the form computes in another precision than the one it says."""
+def test_prepare_and_results_ignore_autocast_of_the_caller(net: RedNet) -> None:
+    """Self-check and backend compute in the chosen precision."""
     with torch.autocast("cpu", torch.bfloat16):
         run = prepare(net, device="cpu")
     assert run.max_relative_error < 1e-5
 
 
-def test_a_network_with_broken_weights_is_refused(net: RedNet) -> None:
-    """If no form answers like the network, nothing is served."""
+def test_network_with_nan_weights_is_rejected(net: RedNet) -> None:
+    """No backend matches the network, so none is used."""
     broken = create_rednet("rednet26", base_channels=16, stem_channels=32, num_classes=5)
     broken.load_state_dict(net.state_dict())
     with torch.no_grad():
@@ -195,14 +196,16 @@ def test_a_network_with_broken_weights_is_refused(net: RedNet) -> None:
         ({"precision": "fp8"}, "precision must be auto, fp32"),
     ],
 )
-def test_what_is_not_here_is_refused(net: RedNet, options: dict[str, Any], message: str) -> None:
-    """By name, before anything is computed."""
+def test_unavailable_device_or_precision_is_rejected_by_name(
+    net: RedNet, options: dict[str, Any], message: str
+) -> None:
+    """Before anything is computed."""
     with pytest.raises(ValueError, match=message):
         prepare(net, **options)
 
 
-def test_networks_that_are_not_for_photos_are_refused() -> None:
-    """Pixels have three channels."""
+def test_network_without_three_input_channels_is_rejected() -> None:
+    """Photos have three channels."""
     with pytest.raises(ValueError, match="1 input channels"):
         prepare(create_rednet("rednet26", in_channels=1, base_channels=16, stem_channels=32))
 
@@ -210,7 +213,7 @@ def test_networks_that_are_not_for_photos_are_refused() -> None:
 @pytest.mark.parametrize(
     "pixels", [torch.zeros(1, 3, 8, 8).double(), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 3, 0, 8).byte()]
 )
-def test_other_than_pixels_are_refused(net: RedNet, pixels: Tensor) -> None:
-    """Doubles, a single image, an image without pixels."""
+def test_prepared_network_rejects_other_input_than_uint8_batches(net: RedNet, pixels: Tensor) -> None:
+    """Doubles, a single image, and an image without pixels."""
     with pytest.raises(ValueError, match="pixels must be uint8 or float32"):
         prepare(net)(pixels)

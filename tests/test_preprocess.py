@@ -1,4 +1,4 @@
-"""Photos of every kind to pixels."""
+"""Preprocessing: photos of every kind to pixels."""
 
 import io
 
@@ -13,8 +13,8 @@ from rednet.model.images.rgb import upright_rgb
 from tests.conftest import encoded, photo
 
 
-def test_resize_and_crop_are_the_usual_two_steps_in_one() -> None:
-    """Scaling the short side and cutting the middle gives the same picture, up to the rounding of the long side."""
+def test_preprocessing_equals_resize_then_centre_crop() -> None:
+    """The results are equal up to the rounding of the long side."""
     image = photo(width=400, height=300)
     pixels = Preprocess(resize=72, crop=64).pixels(image)
     scaled = image.resize((96, 72), Image.Resampling.BILINEAR).crop((16, 4, 80, 68))
@@ -22,13 +22,13 @@ def test_resize_and_crop_are_the_usual_two_steps_in_one() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 2), (64, 64)])
-def test_any_size_of_photo_becomes_a_square(size: tuple[int, int]) -> None:
-    """Single pixels and thin strips included."""
+def test_photo_of_any_size_is_cropped_to_a_square(size: tuple[int, int]) -> None:
+    """Including single pixels and thin strips."""
     assert Preprocess(resize=72, crop=64).pixels(photo(width=size[0], height=size[1])).shape == (3, 64, 64)
 
 
-def test_a_large_jpeg_decoded_small_looks_the_same() -> None:
-    """The decoder's own scaling, which makes large photos cheap, does not change the picture."""
+def test_jpeg_scaled_while_decoding_looks_the_same() -> None:
+    """The decoder's scaling, which makes large photos cheap, hardly changes the pixels."""
     image = photo(width=1600, height=1200)
     data = encoded(image, "JPEG", quality=95)
     small = Image.open(io.BytesIO(data))
@@ -39,10 +39,10 @@ def test_a_large_jpeg_decoded_small_looks_the_same() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_turned_the_way_their_exif_says(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int) -> None:
     """All eight orientations show the same picture."""
     upright = photo()
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that a camera held that way applies
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition of a camera in that orientation
     turned = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -51,8 +51,8 @@ def test_photos_are_turned_the_way_their_exif_says(orientation: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_broken_exif_block_does_not_cost_the_photo() -> None:
-    """It is taken as it lies."""
+def test_photo_with_invalid_exif_is_read_without_rotation() -> None:
+    """The damaged block is ignored."""
     image = Image.open(io.BytesIO(encoded(photo(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")))
     assert upright_rgb(image).size == photo().size
 
@@ -60,8 +60,8 @@ def test_a_broken_exif_block_does_not_cost_the_photo() -> None:
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"]
 )
-def test_every_mode_becomes_the_right_rgb(mode: str) -> None:
-    """A plain colour that the mode can hold comes back as itself."""
+def test_every_colour_mode_is_converted_to_rgb(mode: str) -> None:
+    """A plain colour that the mode can represent is unchanged."""
     colour = (255, 255, 255) if mode in ("1", "L", "LA", "La") else (255, 0, 0)
     image = Image.new("RGB", (8, 8), colour)
     if mode in ("La", "RGBa"):
@@ -83,28 +83,28 @@ def test_every_mode_becomes_the_right_rgb(mode: str) -> None:
         (np.array([[0, 100], [200, 255]], np.float32), "F"),
     ],
 )
-def test_deep_grey_is_scaled_not_clipped(values: NDArray[np.generic], mode: str) -> None:
-    """16 and 32 bits and floats: black stays black, white white, and what lies between keeps its place."""
+def test_16_and_32_bit_grey_is_scaled(values: NDArray[np.generic], mode: str) -> None:
+    """Black stays black, white stays white, and values between keep their proportion; floats, too."""
     image = Image.fromarray(values)
     assert image.mode == mode
     assert np.asarray(upright_rgb(image))[..., 1].tolist() == [[0, 100], [200, 255]]
 
 
-def test_a_sixteen_bit_png_survives_the_file() -> None:
-    """The same through a file, as cameras and microscopes write them; dark ones stay dark."""
+def test_16_bit_png_is_scaled() -> None:
+    """As cameras and microscopes write them. Dark images stay dark."""
     values = np.full((8, 8), 257 * 40, np.uint16)
     reopened = Image.open(io.BytesIO(encoded(Image.fromarray(values))))
     assert (np.asarray(upright_rgb(reopened)) == 40).all()
 
 
-def test_lab_becomes_rgb() -> None:
+def test_lab_is_converted_to_rgb() -> None:
     """By its colour profile: mid grey is mid grey."""
     image = Image.new("LAB", (4, 4), (136, 128, 128))
     assert np.abs(np.asarray(upright_rgb(image)).astype(int) - 126).max() <= 3
 
 
-def test_what_is_transparent_lies_on_white() -> None:
-    """Not on whatever colour hides under it; in a palette, in an alpha channel and in a transparent colour alike."""
+def test_transparent_pixels_are_white() -> None:
+    """Their hidden colour has no effect, in a palette, an alpha channel and with a transparent colour."""
     clear = Image.new("RGBA", (4, 4), (0, 0, 255, 0))
     palette = Image.open(io.BytesIO(encoded(clear, "GIF")))
     single = Image.open(io.BytesIO(encoded(Image.new("RGB", (4, 4), (0, 0, 255)), "PNG", transparency=(0, 0, 255))))
@@ -112,7 +112,7 @@ def test_what_is_transparent_lies_on_white() -> None:
         assert (np.asarray(upright_rgb(image)) == 255).all()
 
 
-def test_normalisation_is_by_mean_and_deviation() -> None:
+def test_normalisation_by_mean_and_standard_deviation() -> None:
     """uint8 in, float32 out, per channel."""
     preprocess = Preprocess(mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 2.0))
     x = preprocess.normalise(torch.tensor([0, 255, 255], dtype=torch.uint8).reshape(1, 3, 1, 1))
@@ -133,7 +133,7 @@ def test_normalisation_is_by_mean_and_deviation() -> None:
         {"mean": (0.0,)},
     ],
 )
-def test_numbers_that_are_no_preprocessing_are_refused(fields: dict[str, object]) -> None:
-    """When they are read from a checkpoint, not when the first photo comes."""
+def test_invalid_preprocessing_parameters_are_rejected(fields: dict[str, object]) -> None:
+    """When they are read from a checkpoint, not with the first photo."""
     with pytest.raises(ValueError, match="must"):
         Preprocess(**fields)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The network, against outputs of the official code."""
+"""The network, compared with the official code."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,8 @@ def relative_error(a: Tensor, b: NDArray[np.float32]) -> float:
 @needs_shared
 @pytest.mark.parametrize("depth", [26, 50, 101])
 @torch.inference_mode()
-def test_outputs_are_those_of_the_official_code(depth: int) -> None:
-    """Logits, features and stage maps agree within 1e-4, on a square and a wide input."""
+def test_rednet_matches_official_outputs(depth: int) -> None:
+    """Logits, features and stage maps agree within 1e-4, for a square and a wide input."""
     golden = deterministic()
     shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
     net = create_rednet(f"rednet{depth}").eval()
@@ -43,8 +43,8 @@ def test_outputs_are_those_of_the_official_code(depth: int) -> None:
 
 @needs_shared
 @torch.inference_mode()
-def test_an_official_checkpoint_loads_by_its_path_alone() -> None:
-    """Depth, width, classes and labels come out of the file, and the outputs are the official code's."""
+def test_official_checkpoint_loads_without_options() -> None:
+    """Depth, width, classes and labels are read from the file, and the outputs are those of the official code."""
     golden = deterministic()
     checkpoint = load_checkpoint(REFERENCE / "official_tiny.pth")
     config = checkpoint.net.config
@@ -59,8 +59,8 @@ def test_an_official_checkpoint_loads_by_its_path_alone() -> None:
 
 @needs_shared
 @pytest.mark.parametrize("depth", BLOCKS)
-def test_state_dict_names_are_the_official_ones(depth: int) -> None:
-    """Every name and every shape, so that checkpoints go both ways."""
+def test_state_dict_has_the_official_names_and_shapes(depth: int) -> None:
+    """Checkpoints work in both directions."""
     shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
     with torch.device("meta"):
         state = create_rednet(f"rednet{depth}").state_dict()
@@ -68,8 +68,8 @@ def test_state_dict_names_are_the_official_ones(depth: int) -> None:
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(26, 9.23), (38, 12.39), (50, 15.54), (101, 25.65), (152, 33.98)])
-def test_parameter_counts_are_those_of_the_papers_table(depth: int, millions: float) -> None:
-    """Table 1 of the paper, to its last digit (it cuts where it could round)."""
+def test_parameter_counts_match_the_paper(depth: int, millions: float) -> None:
+    """Table 1 of the paper, to its last digit, which is truncated where it could be rounded."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in create_rednet(f"rednet{depth}").parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.005)
@@ -77,8 +77,8 @@ def test_parameter_counts_are_those_of_the_papers_table(depth: int, millions: fl
 
 @pytest.mark.parametrize(("height", "width"), [(240, 300), (33, 47), (1, 1)])
 @torch.inference_mode()
-def test_every_input_size_is_defined(height: int, width: int) -> None:
-    """Sizes at which the official code fails give maps of ceil(size / stride), finite everywhere."""
+def test_rednet_with_any_input_size(height: int, width: int) -> None:
+    """Sizes at which the official code fails give finite maps of ceil(size / stride)."""
     torch.manual_seed(0)
     net = create_rednet("rednet26", num_classes=3, base_channels=16, stem_channels=32).eval()
     stages = net.stages(torch.randn(1, 3, height, width))
@@ -88,8 +88,8 @@ def test_every_input_size_is_defined(height: int, width: int) -> None:
 
 
 @torch.inference_mode()
-def test_the_logits_are_the_head_of_the_features() -> None:
-    """One forward pass gives all answers."""
+def test_logits_are_the_head_of_the_features() -> None:
+    """One forward pass gives all outputs."""
     torch.manual_seed(0)
     net = create_rednet("rednet26", num_classes=3, base_channels=16, stem_channels=32).eval()
     x = torch.randn(2, 3, 64, 64)
@@ -116,7 +116,7 @@ def test_timm_forward_features_is_the_last_stage_map(small: RedNet) -> None:
 
 @torch.inference_mode()
 def test_timm_forward_head_pools_and_classifies(small: RedNet) -> None:
-    """Both halves together are `forward`; with `pre_logits` the result is that of `features`."""
+    """`forward` is both parts together. With `pre_logits` the result is that of `features`."""
     x = torch.randn(2, 3, 64, 64)
     last_map = small.forward_features(x)
     torch.testing.assert_close(small.forward_head(last_map), small(x), rtol=0, atol=0)
@@ -125,7 +125,7 @@ def test_timm_forward_head_pools_and_classifies(small: RedNet) -> None:
 
 
 def test_timm_num_features_and_num_classes() -> None:
-    """RedNet-50's are those of ResNet-50."""
+    """Those of RedNet-50 equal those of ResNet-50."""
     with torch.device("meta"):
         net = create_rednet("rednet50")
     assert (net.num_features, net.num_classes) == (2048, 1000)
@@ -133,7 +133,7 @@ def test_timm_num_features_and_num_classes() -> None:
 
 
 def test_timm_reset_classifier_replaces_the_last_layer(small: RedNet) -> None:
-    """New weights of the new size in the old dtype, under the official names; the backbone stays as it was."""
+    """The new weights have the new size, the old dtype and the official names. The backbone is unchanged."""
     before = {key: tensor.clone() for key, tensor in small.double().state_dict().items()}
     small.reset_classifier(7)
     after = small.state_dict()
@@ -149,7 +149,7 @@ def test_timm_reset_classifier_replaces_the_last_layer(small: RedNet) -> None:
 
 
 def test_timm_reset_classifier_to_zero_gives_features(small: RedNet, tmp_path: Path) -> None:
-    """As in timm. Such a network cannot be served or stored, and says so; a new classifier can be added later."""
+    """As in timm. Such a network cannot be served or saved, with a clear error. A classifier can be added later."""
     x = torch.randn(1, 3, 32, 32)
     features = small.features(x)
     small.reset_classifier(0)
@@ -163,15 +163,15 @@ def test_timm_reset_classifier_to_zero_gives_features(small: RedNet, tmp_path: P
     assert small(x).shape == (1, 2)
 
 
-def test_timm_reset_classifier_refuses_a_negative_number(small: RedNet) -> None:
-    """The network stays as it was."""
+def test_timm_reset_classifier_rejects_a_negative_number(small: RedNet) -> None:
+    """The network is unchanged."""
     with pytest.raises(ValueError, match="at least 1"):
         small.reset_classifier(-1)
     assert small.num_classes == small.head.fc.out_features == 3
 
 
-def test_every_field_of_the_configuration_shapes_the_network() -> None:
-    """Kernel sizes, reduction, group width, strides and input channels are no constants in the code."""
+def test_every_config_field_affects_the_network() -> None:
+    """Kernel sizes, reduction, group width, strides and input channels are not constants in the code."""
     torch.manual_seed(0)
     net = create_rednet(
         "rednet26",
@@ -207,13 +207,13 @@ def test_every_field_of_the_configuration_shapes_the_network() -> None:
         ({"num_classes": 10**9}, "at most"),
     ],
 )
-def test_a_configuration_that_is_no_network_is_refused(fields: dict[str, object], message: str) -> None:
-    """At once, with a message that names the field."""
+def test_invalid_config_is_rejected(fields: dict[str, object], message: str) -> None:
+    """The constructor raises an error that names the field."""
     with pytest.raises(ValueError, match=message):
         RedNetConfig(**fields)  # type: ignore[arg-type]
 
 
-def test_an_unknown_network_is_refused() -> None:
-    """The message lists the five there are."""
+def test_create_rednet_with_an_unknown_name_is_rejected() -> None:
+    """The message lists the five names."""
     with pytest.raises(ValueError, match="rednet26, rednet38"):
         create_rednet("resnet50")

@@ -1,4 +1,4 @@
-"""The device behind arrays."""
+"""The runner, which hides the device behind NumPy arrays."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ SQUARE = Preprocess(resize=72, crop=64)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_batches_launched_behind_one_another_get_their_own_answers(tiny_path: Path, device: str) -> None:
-    """Whatever the order in which they are waited for, and however memory is used again meanwhile."""
+def test_overlapping_batches_get_their_own_results(tiny_path: Path, device: str) -> None:
+    """In whatever order they are awaited, although buffers are reused."""
     prepared = prepare(load_checkpoint(tiny_path).net, SQUARE, device, "fp32")
     runner = PreparedRunner(prepared, max_batch_size=8)
     assert max(runner.warm_up(lambda _: None).seconds) == 8
@@ -31,8 +31,8 @@ def test_batches_launched_behind_one_another_get_their_own_answers(tiny_path: Pa
         np.testing.assert_allclose(features, expected.features.cpu().numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_device_without_memory_says_so_in_one_way() -> None:
-    """Torch's error for it becomes Python's, which the engine knows."""
+def test_out_of_memory_is_raised_as_memory_error() -> None:
+    """Torch's error is converted to Python's, which the engine handles."""
 
     class Full:
         name = "full"

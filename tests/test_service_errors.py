@@ -3,8 +3,8 @@
 from rednet.service.errors import DecoderUnavailable, Overloaded, UnreadableImage
 
 
-def test_an_error_with_another_message_is_a_copy() -> None:
-    """Several answers may share an error: each adds its own prefix, and the original does not change."""
+def test_error_with_another_message_is_a_copy() -> None:
+    """Several responses may share an error: each adds its prefix to a copy."""
     for error in (UnreadableImage("damaged"), Overloaded("full", 3.0), DecoderUnavailable()):
         before = error.message
         copy = error.with_message(f"image 1: {before}")

@@ -1,4 +1,4 @@
-"""Options: flags before environment before defaults."""
+"""Settings: flags take precedence over the environment, and that over defaults."""
 
 import argparse
 from pathlib import Path
@@ -8,14 +8,14 @@ import pytest
 from rednet.service.settings import Settings, SettingsError, add_flags, check_files, read_settings
 
 
-def test_flags_win_over_the_environment_and_that_over_defaults() -> None:
-    """All three at once."""
+def test_flags_override_the_environment_which_overrides_defaults() -> None:
+    """With all three at once."""
     settings = read_settings({"port": "9001"}, {"REDNET_PORT": "9000", "REDNET_MAX_QUEUE": "7", "HOME": "/"})
     assert (settings.port, settings.max_queue, settings.host) == (9001, 7, "127.0.0.1")
 
 
 def test_every_option_is_a_flag_and_a_variable() -> None:
-    """And each flag carries its help and its default."""
+    """Each flag has help text with its default."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
     for name in Settings.model_fields:
@@ -25,24 +25,24 @@ def test_every_option_is_a_flag_and_a_variable() -> None:
         message = ""
         try:
             read_settings({}, {variable: "3"})
-        except SettingsError as error:  # of those whose value cannot be 3
+        except SettingsError as error:  # for settings whose value cannot be 3
             message = str(error)
         assert "is not an option" not in message
 
 
-def test_a_misspelt_variable_is_an_error() -> None:
-    """It would otherwise be ignored in silence, which is the worst a server can do with an option."""
+def test_misspelt_variable_is_an_error() -> None:
+    """A server that silently ignored it would run with another setting than intended."""
     with pytest.raises(SettingsError, match=r"REDNET_PROT is not an option.*REDNET_PORT"):
         read_settings({}, {"REDNET_PROT": "80"})
 
 
-def test_a_variable_of_the_model_is_no_misspelling() -> None:
-    """REDNET_NATIVE chooses the native build, for every command; the server leaves it alone."""
+def test_variable_of_the_model_is_accepted() -> None:
+    """REDNET_NATIVE selects the native build for every command, and the server ignores it."""
     assert read_settings({}, {"REDNET_NATIVE": "off"}) == Settings()
 
 
-def test_variables_that_kubernetes_makes_are_no_options() -> None:
-    """Every pod beside Services called rednet and rednet-canary has them."""
+def test_variables_of_kubernetes_services_are_ignored() -> None:
+    """Every pod has such variables if Services are called rednet or rednet-canary."""
     found = {
         "REDNET_SERVICE_HOST": "10.0.0.1",
         "REDNET_SERVICE_PORT": "8000",
@@ -97,28 +97,28 @@ def test_variables_that_kubernetes_makes_are_no_options() -> None:
         ("checkpoint", ""),
         ("api_key_file", ""),
         ("max_body_mb", "inf"),
-        ("metrics_access", "key"),  # without a key file
+        ("metrics_access", "key"),  # no key file is set
         ("log_level", "loud"),
         ("log_format", "yaml"),
     ],
 )
-def test_a_value_out_of_range_is_named_by_its_source(name: str, value: str) -> None:
-    """As the flag where it came by flag, as the variable where it came from the environment."""
+def test_value_out_of_range_is_reported_with_its_source(name: str, value: str) -> None:
+    """The message names the flag or the variable."""
     with pytest.raises(SettingsError, match="--" + name.replace("_", "-")):
         read_settings({name: value}, {})
     with pytest.raises(SettingsError, match="REDNET_" + name.upper()):
         read_settings({}, {"REDNET_" + name.upper(): value})
 
 
-def test_a_wrong_value_is_not_repeated_at_length() -> None:
-    """One line of the message, however long the value."""
+def test_long_invalid_value_is_shortened_in_the_message() -> None:
+    """The message is one line, however long the value is."""
     with pytest.raises(SettingsError) as refused:
         read_settings({"max_queue": "x" * 10_000}, {})
     assert len(str(refused.value)) < 300
 
 
-def test_a_file_that_cannot_be_read_is_named_with_its_option(tmp_path: Path) -> None:
-    """Missing, or a folder where only a file will do; before anything slow."""
+def test_unreadable_file_is_reported_with_its_option(tmp_path: Path) -> None:
+    """A missing file, or a folder where a file is required, before any slow work."""
     none = tmp_path / "none"
     for name, path in (("checkpoint", none), ("api_key_file", none), ("api_key_file", tmp_path)):
         flag = "--" + name.replace("_", "-")
@@ -127,15 +127,15 @@ def test_a_file_that_cannot_be_read_is_named_with_its_option(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "a b", "a?", "é", "x" * 254, "a\n"])
-def test_a_model_name_is_one_segment_of_a_url(name: str) -> None:
-    """`/v2/models/<name>` must reach the model."""
+def test_model_name_that_is_not_one_url_segment_is_rejected(name: str) -> None:
+    """`/v2/models/<name>` must be the path of the model."""
     with pytest.raises(SettingsError, match="--model-name cannot be"):
         read_settings({"model_name": name}, {})
     assert read_settings({"model_name": "flowers-v2.1_x"}, {}).model_name == "flowers-v2.1_x"
 
 
-def test_settings_do_not_change() -> None:
-    """One frozen value, with the units that its users expect."""
+def test_settings_are_frozen() -> None:
+    """Units are those that users expect."""
     settings = read_settings({"max_body_mb": "1.5", "checkpoint": "x.pth", "threads": "2"}, {})
     assert settings.max_body_bytes == 1_500_000
     assert settings.checkpoint == Path("x.pth")

@@ -1,4 +1,5 @@
-"""Deadlines that clients make shorter than the server's own are counted apart: alerts are about the server's."""
+"""Deadlines of clients that are shorter than the server's own are counted separately, because alerts are about the
+server's."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,11 +10,11 @@ from tests.servers import FakeRunner, ServerThread
 EXCEEDED = "rednet_short_deadline_exceeded_total"
 
 
-def test_only_504_after_a_short_deadline_is_counted_as_such() -> None:
-    """The status is 504 either way."""
+def test_short_deadline_counter_excludes_the_server_deadline() -> None:
+    """The status is 504 for both."""
     runner = FakeRunner()
     with ServerThread(runner, request_timeout_s=1) as running, ThreadPoolExecutor() as pool:
-        held = occupy(running, runner, pool)  # until the server's own deadline
+        held = occupy(running, runner, pool)  # until the server's deadline
         assert_error(held.result(), 504, "deadline_exceeded")
         assert sample(running.client, EXCEEDED) == 0
         runner.go_on.set()
@@ -27,8 +28,8 @@ def test_only_504_after_a_short_deadline_is_counted_as_such() -> None:
         runner.go_on.set()
 
 
-def test_refusal_for_a_hopeless_deadline_is_counted_as_such() -> None:
-    """Even an idle server would miss a deadline of a millisecond: that is not overload."""
+def test_rejection_for_a_hopeless_deadline_is_counted_separately() -> None:
+    """Even an idle server would miss a deadline of a millisecond, so it is not overload."""
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor() as pool:
         held = occupy(running, runner, pool)

@@ -1,4 +1,4 @@
-"""Signals and inherited streams: real processes, as PID 1 of a namespace where that is allowed."""
+"""Signals and inherited streams of real processes, as PID 1 of a namespace where that is allowed."""
 
 import os
 import pty
@@ -21,7 +21,7 @@ from tests.servers import PATIENCE_S, REDNET, FakeRunner, ServerProcess, ServerT
 
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 ENDS_WITHIN_S = 2.0
-INTERPRETER_S = 0.3  # for Python to come to our first line, on a busy machine; before that PID 1 loses every signal
+INTERPRETER_S = 0.3  # until Python runs our first line on a busy machine; before that, PID 1 ignores signals
 
 
 def allowed() -> bool:
@@ -32,19 +32,19 @@ as_pid_1 = pytest.mark.skipif(not allowed(), reason="no PID namespace can be mad
 
 
 def children(process: int) -> list[int]:
-    """The processes whose parent this one is."""
-    lists = Path(f"/proc/{process}/task").glob("*/children")  # of each thread, those that it has started
+    """The child processes of a process."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")  # the children that each thread has started
     return [int(child) for each in lists for child in each.read_text().split()]
 
 
 def state(process: int) -> str:
-    """R, S, ...; Z: a zombie."""
+    """R, S, ...; Z is a zombie."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @contextmanager
 def init(command: str, log: Path, *options: object) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
-    """`rednet serve` as PID 1 of a namespace: the process that runs unshare, and ours, by its number outside."""
+    """`rednet serve` as PID 1 of a namespace: the `unshare` process, and the server's PID outside of the namespace."""
     serve = [str(part) for part in (REDNET, "serve", "--port", "0", *options)]
     with log.open("wb") as stderr:
         process = subprocess.Popen([*UNSHARE, "sh", "-c", command + ' exec "$@"', "sh", *serve], stderr=stderr)
@@ -59,7 +59,7 @@ def init(command: str, log: Path, *options: object) -> Iterator[tuple["subproces
 @as_pid_1
 @pytest.mark.parametrize("moment", range(10))
 def test_sigterm_ends_pid_1_at_any_moment_of_its_start(tiny_path: Path, tmp_path: Path, moment: int) -> None:
-    """While Python imports, while the network is prepared, during warm-up and after it."""
+    """During imports, preparation of the network, warm-up, and afterwards."""
     with init("", tmp_path / "log", "--checkpoint", tiny_path) as (process, ours):
         time.sleep(INTERPRETER_S + 0.4 * moment)
         os.kill(ours, signal.SIGTERM)
@@ -70,7 +70,7 @@ def test_sigterm_ends_pid_1_at_any_moment_of_its_start(tiny_path: Path, tmp_path
 
 @as_pid_1
 def test_pid_1_drains_and_passes_on_the_exit_status(tiny_path: Path, tmp_path: Path) -> None:
-    """After a SIGTERM to a server that is ready the status is 0, as without an init process in between."""
+    """The status after SIGTERM is 0, as without an init process."""
     log = tmp_path / "log"
     with init("", log, "--checkpoint", tiny_path) as (process, ours):
         wait_until(lambda: "ready" in log.read_text(), "readiness")
@@ -81,7 +81,7 @@ def test_pid_1_drains_and_passes_on_the_exit_status(tiny_path: Path, tmp_path: P
 
 @as_pid_1
 def test_pid_1_reaps_orphans(tiny_path: Path, tmp_path: Path) -> None:
-    """A process whose parent has ended becomes PID 1's child; when it ends it is gone, not a zombie for ever."""
+    """An orphaned process becomes a child of PID 1, and does not stay a zombie when it ends."""
     with init("(sleep 1 & sleep 1.5 &);", tmp_path / "log", "--checkpoint", tiny_path) as (_, ours):
         wait_until(lambda: len(children(ours)) == 3, "both orphans beside the server")
         wait_until(lambda: len(children(ours)) == 1, "their end")
@@ -89,8 +89,8 @@ def test_pid_1_reaps_orphans(tiny_path: Path, tmp_path: Path) -> None:
 
 
 @as_pid_1
-def test_a_command_that_fails_as_pid_1_says_so(tmp_path: Path) -> None:
-    """Exit status and message are those of the command."""
+def test_failed_command_as_pid_1_passes_on_status_and_message(tmp_path: Path) -> None:
+    """They are those of the command."""
     command = [*UNSHARE, str(REDNET), "info", "--checkpoint", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -98,7 +98,8 @@ def test_a_command_that_fails_as_pid_1_says_so(tmp_path: Path) -> None:
 
 
 def test_sighup_drains_like_sigterm() -> None:
-    """Accepted requests are answered, new ones refused. A second SIGHUP changes nothing: shells send one, too."""
+    """Accepted requests are answered, new ones rejected. A second SIGHUP has no effect, because shells send one,
+    too."""
     runner = FakeRunner()
     with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
         held = occupy(running, runner, pool)
@@ -111,8 +112,8 @@ def test_sighup_drains_like_sigterm() -> None:
         assert running.exit_code == 0
 
 
-def test_a_real_sighup_ends_it_with_status_0(tiny_path: Path) -> None:
-    """Not by the signal, which would have cut answers off; and its decoders stay alive meanwhile."""
+def test_sighup_ends_the_server_with_status_0(tiny_path: Path) -> None:
+    """The default action would cut responses off. The decoders stay alive during the drain."""
     with ServerProcess("--checkpoint", tiny_path) as running:
         assert predict(running.client, encoded(photo())).status_code == 200
         decoders = children(running.process.pid)
@@ -133,8 +134,8 @@ def test_nohup_keeps_a_server_running(tiny_path: Path) -> None:
         assert running.terminate() == 0
 
 
-def test_a_closed_terminal_drains(tiny_path: Path) -> None:
-    """The kernel sends SIGHUP to all its processes, and every further log line fails; the exit status is still 0."""
+def test_closed_terminal_drains_the_server(tiny_path: Path) -> None:
+    """The kernel sends SIGHUP to all processes of the terminal, and log lines fail. The exit status is still 0."""
     ours, theirs = pty.openpty()
     command = [str(REDNET), "serve", "--port", "0", "--checkpoint", str(tiny_path)]
     process = subprocess.Popen(
@@ -160,8 +161,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
-def test_it_runs_without_standard_streams(tiny_path: Path, closed: str) -> None:
-    """It answers and ends with status 0; no socket takes the number of standard input."""
+def test_server_runs_without_standard_streams(tiny_path: Path, closed: str) -> None:
+    """It answers and exits with status 0, and no socket gets the descriptor of standard input."""
     port = free_port()
     command = f'exec "{REDNET}" serve --port {port} --checkpoint "{tiny_path}" {closed}'
     process = subprocess.Popen(["sh", "-c", command], stderr=subprocess.DEVNULL)
