@@ -1,4 +1,4 @@
-"""Several requests on one connection before the first answer, and bodies in tiny chunks."""
+"""HTTP pipelining, and bodies in tiny chunks."""
 
 import gc
 import time
@@ -21,7 +21,7 @@ def post(body: bytes) -> bytes:
 
 
 def answers(server: ServerThread, *parts: bytes) -> list[bytes]:
-    """The status lines of all answers to these bytes, which are sent one after the other."""
+    """The status lines of all responses to pieces that are sent one after another."""
     received = b""
     with connected(server.url, parts[0]) as connection:
         for part in parts[1:]:
@@ -33,7 +33,7 @@ def answers(server: ServerThread, *parts: bytes) -> list[bytes]:
 
 
 def test_pipelined_requests_are_all_answered_in_order() -> None:
-    """Heads, bodies with a length and chunked bodies, photos that hold empty lines, and cuts anywhere."""
+    """Bodies with a length and chunked bodies, photos that contain empty lines, and pieces of any size."""
     body = encoded(photo()) + b"\r\n\r\n"
     chunked = CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     sent = GET + post(body) + chunked + post(b"x") + GET + LAST
@@ -47,9 +47,8 @@ def test_pipelined_requests_are_all_answered_in_order() -> None:
         assert [int(line.split(b"HTTP/1.1 ")[1][:3]) for line in lines] == expected
 
 
-def test_long_pipeline_is_paced() -> None:
-    """One connection cannot keep the event loop busy: beyond the first few, its requests are answered one by one with
-    pauses between them, and all of them are."""
+def test_long_pipeline_does_not_block_the_event_loop() -> None:
+    """Beyond the first few, the requests of one connection are answered one by one, with pauses between them."""
     requests = 100
     with ServerThread(FakeRunner()) as running:
         started = time.monotonic()
@@ -59,14 +58,14 @@ def test_long_pipeline_is_paced() -> None:
 
 
 def test_pipelined_requests_wait_unparsed() -> None:
-    """While the first is being answered the server neither reads nor starts those behind it."""
+    """The server neither reads nor starts further requests while the first one is being answered."""
     runner = FakeRunner()
     runner.go_on.clear()
     with ServerThread(runner) as running:
         with connected(running.url, post(encoded(photo()))) as connection:
             assert runner.running.wait(PATIENCE_S)
             connection.settimeout(0.5)
-            with pytest.raises(TimeoutError):  # when the buffers of the system are full
+            with pytest.raises(TimeoutError):  # the socket buffers are full
                 connection.sendall(GET * 1_000_000)
             assert running.engine_client.requests == 1
             assert predict_later(running, runner)
@@ -80,15 +79,15 @@ def predict_later(running: ServerThread, runner: FakeRunner) -> bool:
     return predict(running.client, encoded(photo())).status_code == 200
 
 
-def test_garbage_behind_a_request_does_not_cost_it_its_answer() -> None:
-    """The error comes second."""
+def test_invalid_http_behind_a_request_does_not_cancel_its_response() -> None:
+    """The error follows as the second response."""
     with ServerThread(FakeRunner()) as running:
         lines = answers(running, post(encoded(photo())) + b"GARBAGE\r\n\r\n")
     assert [line.split()[1] for line in (lines[0], lines[1][lines[1].index(b"HTTP/1.1 ") :])] == [b"200", b"400"]
 
 
-def test_one_byte_chunks_are_refused() -> None:
-    """They cost a microsecond each; however slowly they come, not more than a few thousand are taken."""
+def test_one_byte_chunks_are_rejected() -> None:
+    """They cost a microsecond each, so a body may have only a few thousand of them, however slowly they arrive."""
     with ServerThread(FakeRunner()) as running, connected(running.url, CHUNKED) as connection:
         for _ in range(4):
             connection.sendall(b"1\r\nx\r\n" * (FREE_CHUNKS // 3))
@@ -96,17 +95,17 @@ def test_one_byte_chunks_are_refused() -> None:
         assert b"HTTP/1.1 400 " in connection.recv(65536)
 
 
-def test_small_chunks_of_a_photo_are_served() -> None:
-    """Ten thousand chunks of sixty-four bytes are fine."""
+def test_body_in_small_chunks_is_served() -> None:
+    """Ten thousand chunks of sixty-four bytes are accepted."""
     body = encoded(photo(0, 600, 600), "BMP")[:640_000]
     chunks = b"".join(b"40\r\n%b\r\n" % body[at : at + 64] for at in range(0, len(body) // 64 * 64, 64))
     with ServerThread(FakeRunner()) as running:
         (line,) = answers(running, CHUNKED.replace(b"Host", b"Connection: close\r\nHost") + chunks + b"0\r\n\r\n")
-    assert b" 422 " in line  # all of it came, of which the end is missing
+    assert b" 422 " in line  # the whole body arrived: a photo that is truncated
 
 
 def test_closed_connections_leave_no_reference_cycles() -> None:
-    """Their memory goes at once, without the garbage collector."""
+    """Their memory is freed immediately, without the garbage collector."""
     with ServerThread(FakeRunner()) as running:
         running.client.get("/livez")
         gc.collect()

@@ -1,4 +1,4 @@
-"""The shipped alerts and dashboard, held against a real Prometheus that watches a real server."""
+"""The shipped alerts and dashboard, checked with a real Prometheus that scrapes a real server."""
 
 import json
 import math
@@ -32,8 +32,8 @@ needs_prometheus = pytest.mark.skipif(
 )
 
 
-class Watched:
-    """A server and the Prometheus that watches it, with the shipped configuration but for target and pace."""
+class MonitoredServer:
+    """A server and a Prometheus with the shipped configuration, except for the target and the intervals."""
 
     def __init__(self, server: ServerProcess, folder: Path) -> None:
         self._server = server
@@ -49,7 +49,7 @@ class Watched:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(["prometheus", *options], cwd=folder, stderr=log)
 
-    def __enter__(self) -> "Watched":
+    def __enter__(self) -> "MonitoredServer":
         wait_until(lambda: self._port() is not None or self._process.poll() is not None, "Prometheus' port")
         port = self._port()
         assert port is not None, self._log.read_text()
@@ -66,14 +66,14 @@ class Watched:
         found = re.search(r'"Listening on".* address=127\.0\.0\.1:(\d+)', self._log.read_text())
         return found[1] if found else None
 
-    def ask(self, expression: str) -> list[float]:
-        """The values that an expression has now; none of a target that was too slow the last time it was asked."""
+    def query(self, expression: str) -> list[float]:
+        """The current values of an expression, without those of a target whose last scrape timed out."""
         body = self.client.get("/api/v1/query", params={"query": expression}).json()
         assert body["status"] == "success", body
         return [float(sample["value"][1]) for sample in body["data"]["result"]]
 
     def load(self) -> set[int]:
-        """More photos than its queue holds, one of them with no time to be answered; the statuses that came back."""
+        """Send more photos than the queue holds, one of them with a hopeless deadline. Returns the statuses."""
         body = encoded(photo())
 
         def predict(timeout_ms: str) -> int:
@@ -85,32 +85,32 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Under a load that leaves a trace in every metric, for long enough to take rates of it."""
+def monitored(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredServer]:
+    """Has been under a load that leaves values in every metric, for long enough to compute rates."""
     with (
         ServerProcess("--checkpoint", tiny_path, "--max-queue", "2", "--threads", 1) as server,
-        Watched(server, tmp_path_factory.mktemp("prometheus")) as watched,
+        MonitoredServer(server, tmp_path_factory.mktemp("prometheus")) as monitored,
     ):
         statuses: set[int] = set()
         deadline = time.monotonic() + PATIENCE_S
-        while not (statuses >= {200, 429, 504} and watched.ask("count_over_time(rednet_cancelled_total[1m]) > 5")):
-            statuses |= watched.load()
+        while not (statuses >= {200, 429, 504} and monitored.query("count_over_time(rednet_cancelled_total[1m]) > 5")):
+            statuses |= monitored.load()
             assert time.monotonic() < deadline, statuses
-        yield watched
+        yield monitored
 
 
 @needs_prometheus
 @pytest.mark.parametrize(
     "command", ["check config prometheus.yml", "check rules alerts.yml", "test rules alerts.test.yml"]
 )
-def test_prometheus_accepts_what_is_shipped(command: str) -> None:
-    """Its own tool reads configuration and rules, and every alert fires and stays silent as its examples say."""
+def test_promtool_accepts_the_configuration_and_rules(command: str) -> None:
+    """Every alert fires, or does not, as the examples of its unit tests say."""
     done = subprocess.run(["promtool", *command.split()], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_says_what_to_do() -> None:
-    """How urgent it is, what is wrong, and what a person does about it."""
+def test_every_alert_has_severity_and_instructions() -> None:
+    """Its severity, the problem, and what a person should do."""
     for rule in RULES:
         assert rule["labels"]["severity"] in {"page", "ticket"}
         assert rule["annotations"].keys() == {"summary", "action"}
@@ -118,17 +118,17 @@ def test_every_alert_says_what_to_do() -> None:
 
 @needs_prometheus
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_alerts_are_about_series_that_exist(watched: Watched, selector: str) -> None:
-    """A misspelt metric or label, or a bucket that the server has not, would make an alert that never fires."""
-    wait_until(lambda: bool(watched.ask(selector)), selector)
+def test_alerts_select_existing_series(monitored: MonitoredServer, selector: str) -> None:
+    """A misspelt metric or label, or a bucket that does not exist, would make an alert that never fires."""
+    wait_until(lambda: bool(monitored.query(selector)), selector)
 
 
 @needs_prometheus
-def test_prometheus_evaluates_every_alert(watched: Watched) -> None:
-    """None ends in an error, such as a label that stands on one side of an operator only."""
+def test_prometheus_evaluates_every_alert(monitored: MonitoredServer) -> None:
+    """None has an error, such as a label on one side of an operator only."""
 
     def health() -> list[str]:
-        groups = watched.client.get("/api/v1/rules").json()["data"]["groups"]
+        groups = monitored.client.get("/api/v1/rules").json()["data"]["groups"]
         return [rule["health"] for group in groups for rule in group["rules"]]
 
     wait_until(lambda: health() == ["ok"] * len(RULES), "every alert")
@@ -136,16 +136,16 @@ def test_prometheus_evaluates_every_alert(watched: Watched) -> None:
 
 @needs_prometheus
 @pytest.mark.parametrize(("title", "expression"), QUERIES)
-def test_every_panel_shows_something(watched: Watched, title: str, expression: str) -> None:
-    """Each query of the dashboard has values; what only a GPU reports needs one."""
+def test_every_dashboard_panel_has_values(monitored: MonitoredServer, title: str, expression: str) -> None:
+    """Each query has values; panels about GPUs need one."""
     if expression in GPU_ONLY:
         pytest.skip("only a GPU reports it")
     query = expression.replace("$__rate_interval", "1m")
-    wait_until(lambda: not all(map(math.isnan, watched.ask(query))), f"{title}: {query}")
+    wait_until(lambda: not all(map(math.isnan, monitored.query(query))), f"{title}: {query}")
 
 
-def test_the_dashboard_reads_the_provisioned_source() -> None:
-    """By the name that the data source has; panels have numbers of their own and do not overlap."""
+def test_dashboard_uses_the_provisioned_data_source() -> None:
+    """By the name of the data source. Panels have unique ids and do not overlap."""
     (source,) = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
     panels = DASHBOARD["panels"]
     assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}

@@ -1,4 +1,4 @@
-"""1x1 convolutions as matrix products, against torch's convolution."""
+"""1x1 convolutions as matrix products, compared with torch's convolution."""
 
 import copy
 from collections.abc import Mapping
@@ -12,10 +12,8 @@ from rednet.model.nn.pointwise import PointwiseConv2d
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 7), (1, 1)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_pointwise_convolution_in_training_has_the_values_and_gradients_of_a_convolution(
-    stride: int, height: int, width: int, bias: bool
-) -> None:
-    """In float64, where only the order of sums may differ; also of the second derivative."""
+def test_pointwise_convolution_in_training_matches_conv2d(stride: int, height: int, width: int, bias: bool) -> None:
+    """In float64, where only the order of sums may differ: values, gradients and second gradients."""
     torch.manual_seed(0)
     ours = PointwiseConv2d(6, 5, stride, bias=bias).double()
     theirs = copy.deepcopy(ours).eval()
@@ -29,8 +27,8 @@ def test_pointwise_convolution_in_training_has_the_values_and_gradients_of_a_con
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_pointwise_convolution_in_training_gives_channels_last_maps() -> None:
-    """As its neighbours want them, whatever the layout of its input."""
+def test_pointwise_convolution_in_training_returns_channels_last() -> None:
+    """Neighbouring layers need it, whatever the memory layout of the input."""
     x = torch.randn(2, 4, 6, 6)
     for stride in (1, 2):
         assert PointwiseConv2d(4, 8, stride)(x).is_contiguous(memory_format=torch.channels_last)
@@ -38,7 +36,7 @@ def test_pointwise_convolution_in_training_gives_channels_last_maps() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own code for torch.func
 def test_pointwise_convolution_in_training_supports_torch_func() -> None:
-    """Gradients of each photo on its own, as differential privacy takes them."""
+    """Per-photo gradients, as differential privacy needs them."""
     torch.manual_seed(0)
     layer, x = PointwiseConv2d(4, 8, 2), torch.randn(3, 4, 5, 5)
     weights = dict(layer.named_parameters())

@@ -1,4 +1,4 @@
-"""Training and evaluation, on photos that a test can make: clouds around a colour, one colour a class."""
+"""Training and evaluation, on generated photos: each class is one colour."""
 
 import json
 import random
@@ -53,8 +53,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(path).net.state_dict()
 
 
-def test_it_learns_and_leaves_a_checkpoint_that_can_be_served(data: Path, tmp_path: Path) -> None:
-    """Colours are told apart after a few epochs; the file says where it comes from; `evaluate` agrees."""
+def test_training_learns_and_saves_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    """After a few epochs the colours are classified. The file has provenance, and `evaluate` gives the same
+    accuracy."""
     recipe = Recipe(base_channels=16, epochs=8, size=64, batch_size=8, learning_rate=0.003)
     train(data, tmp_path / "colours.safetensors", recipe, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "colours.safetensors")
@@ -64,12 +65,12 @@ def test_it_learns_and_leaves_a_checkpoint_that_can_be_served(data: Path, tmp_pa
     history = checkpoint.provenance["history"]
     assert len(history) == 8
     assert history[-1]["loss"] < history[0]["loss"]
-    assert history[-1]["top1"] > 0.8  # of 24 photos; 0.88 is the least that six other seeds came to
+    assert history[-1]["top1"] > 0.8  # for 24 photos; the minimum of six other seeds is 0.88
     assert [path.name for path in tmp_path.iterdir()] == ["colours.safetensors"]
 
 
-def test_a_seed_determines_everything(data: Path, tmp_path: Path) -> None:
-    """Two runs end with the same weights, whatever the number of reading threads; another seed ends elsewhere."""
+def test_training_is_deterministic_for_a_seed(data: Path, tmp_path: Path) -> None:
+    """Two runs give the same weights for any number of loader threads, and another seed gives others."""
     for name, recipe, workers in (
         ("a", RECIPE, 1),
         ("b", RECIPE, 3),
@@ -81,13 +82,13 @@ def test_a_seed_determines_everything(data: Path, tmp_path: Path) -> None:
     assert not torch.equal(a["head.fc.weight"], c["head.fc.weight"])
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_killed_training_resumes_with_identical_results(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real process, killed for good twice at random, resumed by the same command: the same weights and history."""
+    """A process that is killed twice at random and resumed by the same command gives the same weights and history."""
     train(data, tmp_path / "unbroken", RECIPE, device=CPU)
     broken = tmp_path / "broken"
-    # The process saves after every batch, so that a kill in the middle of an epoch finds something to go on from.
+    # The process saves after every batch, so that a run killed within an epoch can be resumed.
     script = (
         "import sys, rednet.model.training.steps as steps; steps.SAVE_EVERY_S = 0.0; "
         "from rednet.service.cli.parser import main; sys.exit(main(sys.argv[1:]))"
@@ -103,7 +104,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         return int(saved["epoch"] * 9 + saved["step"])
 
     first = random.randint(1, 8)
-    for moment in (first, first + random.randint(1, 7)):  # of 18 batches in two epochs
+    for moment in (first, first + random.randint(1, 7)):  # there are 18 batches in two epochs
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         wait_until(lambda moment=moment: batches_done() >= moment, f"{moment} batches")  # type: ignore[misc]
         process.send_signal(signal.SIGKILL)
@@ -116,8 +117,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert not resume_file.exists()
 
 
-def test_an_unfinished_run_of_another_recipe_is_not_touched(data: Path, tmp_path: Path) -> None:
-    """Nor one that is damaged; the message says what to do."""
+def test_unfinished_training_with_another_recipe_is_not_overwritten(data: Path, tmp_path: Path) -> None:
+    """Nor is a damaged one. The message says what to do."""
     unfinished = tmp_path / "x.training"
     torch.save({"recipe": {"depth": 50}, "set of photos": "", "starting point": None}, unfinished)
     with pytest.raises(ValueError, match="another recipe"):
@@ -130,22 +131,20 @@ def test_an_unfinished_run_of_another_recipe_is_not_touched(data: Path, tmp_path
         train(data, tmp_path / "x", RECIPE, device=CPU)
 
 
-def test_progress_is_told_line_by_line_without_a_terminal(
+def test_training_progress_is_printed_in_lines_without_a_terminal(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How far, how fast, how long still; and the result of every epoch."""
+    """Progress, rate and remaining time, and the result of every epoch."""
     monkeypatch.setattr("rednet.model.training.progress.LOG_INTERVAL_S", 0.0)
     assert main(["train", str(data), "--output", str(tmp_path / "x"), *FLAGS]) == 0
-    told = capsys.readouterr().err
-    assert "epoch 1/2: 1/9 (11%)" in told
-    assert "left" in told
-    assert "epoch 2: loss" in told
+    printed = capsys.readouterr().err
+    assert "epoch 1/2: 1/9 (11%)" in printed
+    assert "left" in printed
+    assert "epoch 2: loss" in printed
 
 
-def test_evaluate_prints_json_that_counts_every_photo(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its last line is for programs; the figures are those of the last epoch."""
+def test_evaluate_json_counts_every_photo(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line is JSON, and its values are those of the last epoch."""
     train(data, tmp_path / "x", RECIPE, device=CPU)
     capsys.readouterr()
     assert main(["evaluate", str(data), "--checkpoint", str(tmp_path / "x"), "--json"]) == 0
@@ -153,13 +152,11 @@ def test_evaluate_prints_json_that_counts_every_photo(
     assert result["images"] == 24
     assert result["top5"] == 1.0
     last = load_checkpoint(tmp_path / "x").provenance["history"][-1]["top1"]
-    assert result["top1"] == pytest.approx(last, abs=0.05)  # the weights were rounded to half precision
+    assert result["top1"] == pytest.approx(last, abs=0.05)  # weights are rounded to half precision
 
 
-def test_evaluate_says_which_classes_are_confused(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Accuracy by class, calibration error and a picture; for people the weakest class comes first."""
+def test_evaluate_reports_confused_classes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Accuracy by class, calibration error and a confusion matrix. The text lists the weakest class first."""
     train(data, tmp_path / "x", RECIPE, device=CPU)
     picture = tmp_path / "confusion.png"
     command = ["evaluate", str(data), "--checkpoint", str(tmp_path / "x"), "--confusion", str(picture)]
@@ -177,8 +174,8 @@ def test_evaluate_says_which_classes_are_confused(
     assert lines[3].startswith("24 photos: top-1")
 
 
-def test_a_confusion_matrix_shows_what_was_taken_for_what() -> None:
-    """Rows are what photos are; a thousand classes are a picture without names."""
+def test_confusion_matrix_image() -> None:
+    """Rows are true classes. With a thousand classes there are no names."""
     answers = Predictions(torch.eye(3)[[0, 0, 2, 2]], torch.tensor([0, 0, 0, 2]))
     counts = answers.confusion()
     assert counts.tolist() == [[2, 0, 1], [0, 0, 0], [0, 0, 1]]
@@ -187,8 +184,8 @@ def test_a_confusion_matrix_shows_what_was_taken_for_what() -> None:
     assert draw_confusion(np.zeros((1000, 1000), np.int64), [""] * 1000).size == (1000, 1000)
 
 
-def test_fine_tuning_begins_with_what_was_learned(data: Path, tmp_path: Path) -> None:
-    """The same classes keep the last layer; others get a fresh one, and all else from the file."""
+def test_fine_tuning_starts_from_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    """The last layer is kept for the same classes and replaced for others. All other weights are kept."""
     train(data, tmp_path / "start", RECIPE, device=CPU)
     start = load_checkpoint(tmp_path / "start")
     trained = start.net.state_dict()
@@ -196,7 +193,7 @@ def test_fine_tuning_begins_with_what_was_learned(data: Path, tmp_path: Path) ->
     assert torch.equal(same.head.fc.weight, trained["head.fc.weight"])
     assert other.head.fc.weight.shape == (2, 512)
     assert all(torch.equal(other.state_dict()[key], trained[key]) for key in trained if key.startswith("backbone."))
-    for split in ("train", "val"):  # two of the three classes, under other names
+    for split in ("train", "val"):  # two of the three classes, with other names
         for old, new in (("blue", "cold"), ("red", "warm")):
             shutil.copytree(data / split / old, tmp_path / "two" / split / new)
     command = ["train", str(tmp_path / "two"), "--from", str(tmp_path / "start"), "--output", str(tmp_path / "tuned")]
@@ -209,8 +206,8 @@ def test_fine_tuning_begins_with_what_was_learned(data: Path, tmp_path: Path) ->
     assert main([*command, "--depth", "50"]) == 2
 
 
-def test_enough_photos_let_some_be_held_out() -> None:
-    """One in twenty of every class; none where they would be too few to say anything."""
+def test_held_out_photos_are_one_in_twenty_of_every_class() -> None:
+    """None are held out if there would be too few."""
     photos = [Photo(Path(f"{target}/{index:03}.png"), target) for target in range(4) for index in range(500)]
     learned, held_out = hold_out(photos)
     assert len(held_out) == 100
@@ -220,7 +217,7 @@ def test_enough_photos_let_some_be_held_out() -> None:
 
 
 def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is in the weights: the accuracy stated in the file is that of the probabilities it answers with."""
+    """It is part of the weights: the accuracy in the file is that of the scaled probabilities."""
     monkeypatch.setattr("rednet.model.training.trainer.HELD_OUT_EVERY", 3)
     monkeypatch.setattr("rednet.model.training.trainer.MIN_HELD_OUT", 10)
     train(data, tmp_path / "x", RECIPE, device=CPU)
@@ -232,8 +229,9 @@ def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeyp
     assert summary["ece"] == pytest.approx(checkpoint.provenance["accuracy"]["ece"], abs=0.02)
 
 
-def test_crops_grow_to_full_size() -> None:
-    """From little more than half, never shrinking; the last fifth of the epochs is at full size. Tiny ones stay."""
+def test_crop_size_grows_to_full_size() -> None:
+    """It starts above half and never shrinks. The last fifth of the epochs has full size, and small crops stay
+    constant."""
     sizes = [Recipe(epochs=20, size=160).size_at(epoch) for epoch in range(20)]
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[15], sizes[-1]) == (80, 160, 160)
@@ -241,8 +239,8 @@ def test_crops_grow_to_full_size() -> None:
     assert Recipe(epochs=20, size=24).size_at(0) == 24
 
 
-def test_averaged_weights_are_about_the_mean_of_the_last_tenth() -> None:
-    """After steps whose weights are their number, the mean lies a tenth back; the first step counts whole."""
+def test_weight_average_covers_about_the_last_tenth_of_the_steps() -> None:
+    """If each step's weights are its number, the average lags a tenth behind. The first step has full weight."""
     net, averaged = (create_rednet("rednet26", num_classes=2, base_channels=16, stem_channels=32) for _ in range(2))
     for step in range(1, 201):
         with torch.no_grad():
@@ -253,8 +251,8 @@ def test_averaged_weights_are_about_the_mean_of_the_last_tenth() -> None:
     assert averaged.head.fc.bias[0].item() == pytest.approx(200 * 10 / 11, rel=0.01)
 
 
-def test_classes_are_matched_by_folder_name(data: Path, tmp_path: Path) -> None:
-    """A class without photos keeps its place; a folder that is no class is an error."""
+def test_evaluation_matches_classes_by_folder_name(data: Path, tmp_path: Path) -> None:
+    """A class without photos keeps its index. A folder that is not a class is an error."""
     photos = read_folder(data / "val", ["alpha", "blue", "green", "red"]).photos
     assert {photo.target for photo in photos} == {1, 2, 3}
     with pytest.raises(PhotoError, match="'red', which is not a class"):
@@ -271,28 +269,28 @@ def test_classes_are_matched_by_folder_name(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"epochs": 0}, {"batch_size": 1}, {"size": 0}, {"learning_rate": -1.0}])
-def test_a_recipe_that_cannot_be_followed_is_refused(fields: dict[str, Any]) -> None:
-    """Before anything is read."""
+def test_invalid_recipe_is_rejected(fields: dict[str, Any]) -> None:
+    """Before any photo is read."""
     with pytest.raises(ValueError, match=next(iter(fields))):
         Recipe(**fields)
 
 
-def test_an_output_that_cannot_be_written_is_noticed_first(data: Path, tmp_path: Path) -> None:
-    """Not after an hour."""
+def test_unwritable_training_output_is_rejected_before_training(data: Path, tmp_path: Path) -> None:
+    """Not at the end of the run."""
     for output in (tmp_path, tmp_path / "nowhere" / "x.safetensors"):
         with pytest.raises(NotADirectoryError, match="must be a file in a folder that exists"):
             train(data, output, RECIPE, device=CPU)
 
 
-def test_a_last_photo_alone_is_left_out(data: Path, tmp_path: Path) -> None:
-    """72 photos in batches of 71: batch norm could learn nothing from the one that remains."""
+def test_training_drops_a_last_batch_of_one_photo(data: Path, tmp_path: Path) -> None:
+    """72 photos in batches of 71: batch norm needs more than one photo."""
     recipe = Recipe(base_channels=16, epochs=1, size=32, batch_size=71)
     train(data, tmp_path / "x", recipe, device=CPU)
     assert len(load_checkpoint(tmp_path / "x").provenance["history"]) == 1
 
 
-def test_a_single_photo_is_not_enough(tmp_path: Path) -> None:
-    """Batch norm needs two; said at once."""
+def test_training_with_a_single_photo_is_rejected(tmp_path: Path) -> None:
+    """Batch norm needs two, and the error comes before training."""
     for split in ("train", "val"):
         (tmp_path / split / "red").mkdir(parents=True)
         photo().save(tmp_path / split / "red" / "1.png")
@@ -300,8 +298,8 @@ def test_a_single_photo_is_not_enough(tmp_path: Path) -> None:
         train(tmp_path, tmp_path / "x", RECIPE, device=CPU)
 
 
-def test_a_damaged_photo_is_named(data: Path, tmp_path: Path) -> None:
-    """Training stops with its path, instead of learning from something else."""
+def test_damaged_photo_stops_training_with_its_path(data: Path, tmp_path: Path) -> None:
+    """Nothing is learned from a replacement."""
     for split in ("train", "val"):
         (tmp_path / split / "red").mkdir(parents=True)
         for name in ("a-broken.jpg", "b-broken.jpg"):
@@ -310,8 +308,8 @@ def test_a_damaged_photo_is_named(data: Path, tmp_path: Path) -> None:
         train(tmp_path, tmp_path / "x", RECIPE, device=CPU)
 
 
-def test_photos_are_read_ahead_but_not_all_at_once() -> None:
-    """In order, a bounded number of batches ahead of the one in use."""
+def test_loader_prefetches_a_bounded_number_of_batches() -> None:
+    """In order, ahead of the batch in use."""
     begun: list[int] = []
 
     def read(item: int) -> tuple[Pixels, int]:
@@ -325,8 +323,8 @@ def test_photos_are_read_ahead_but_not_all_at_once() -> None:
     assert [target for batch in stream for target in batch.targets.tolist()] == list(range(4, 40))
 
 
-def test_random_crops_are_of_the_photo() -> None:
-    """Of the asked size, from the generator alone, half of them mirrored; thin photos included."""
+def test_random_crop_has_the_requested_size() -> None:
+    """It depends on the generator only, and half of the crops are mirrored. Thin photos work, too."""
     image = photo(width=90, height=20)
     crops = [random_resized_crop(image, 16, np.random.default_rng(seed)) for seed in range(20)]
     assert {crop.shape for crop in crops} == {(3, 16, 16)}
@@ -334,8 +332,8 @@ def test_random_crops_are_of_the_photo() -> None:
     assert not np.array_equal(crops[3], crops[4])
 
 
-def test_the_learning_rate_rises_then_falls_to_zero() -> None:
-    """Linear warm-up, half a cosine."""
+def test_learning_rate_schedule() -> None:
+    """Linear warm-up, then half a cosine to zero."""
     recipe = Recipe(epochs=20, learning_rate=0.2, warmup_epochs=2.0)
     rates = [recipe.learning_rate_at(epoch / 10) for epoch in range(201)]
     assert max(rates) == rates[20] == 0.2

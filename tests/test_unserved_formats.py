@@ -1,4 +1,4 @@
-"""Files of formats that are not served, under the names of photos, in folders."""
+"""Files of formats that are not served, with names of photos, in folders."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ TRAIN = ["--base-channels", "16", "--epochs", "1", "--size", "32", "--batch-size
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Photos of two classes for training and validation, with an EPS file among them that is named .jpg."""
+    """Photos of two classes for training and validation, among them an EPS file that is named .jpg."""
     for part in ("train", "val"):
         for index, name in enumerate(("n0", "n1")):
             (tmp_path / part / name).mkdir(parents=True)

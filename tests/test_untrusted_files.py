@@ -1,4 +1,4 @@
-"""Checkpoint files that claim more than they hold: refused in little time and memory, in a process of their own."""
+"""Checkpoint files that claim more than they hold are rejected in little time and memory, in a separate process."""
 
 import io
 import json
@@ -26,8 +26,8 @@ from rednet.model.io.untrusted_files import UntrustedError, check_pickle
 from tests.test_checkpoint import metadata
 from tests.test_paddle import pdparams
 
-MEMORY_BYTES = 300_000_000  # more than a process that has only imported the package
-ADDRESS_SPACE_BYTES = 12_000_000_000  # a bomb that goes off ends its process, not this machine
+MEMORY_BYTES = 300_000_000  # above what a process takes that has only imported the package
+ADDRESS_SPACE_BYTES = 12_000_000_000  # limits a file that is not rejected
 TIME_S = 20.0
 
 LOAD = """
@@ -47,8 +47,8 @@ print(peak() - before, time.process_time() - started, said.encode("ascii", "back
 """
 
 
-def loaded_alone(path: Path) -> str:
-    """What `load_checkpoint` says of a file, in a child process whose memory and time are checked."""
+def load_in_a_process(path: Path) -> str:
+    """The result of `load_checkpoint` in a child process whose memory and time are limited."""
     command = [sys.executable, "-c", LOAD, str(path), str(ADDRESS_SPACE_BYTES)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -63,7 +63,7 @@ def state(tiny_path: Path) -> dict[str, torch.Tensor]:
 
 
 def compressed(path: Path, tiny_path: Path) -> None:
-    """2 MB that unpack to 2 GB."""
+    """2 MB that decompress to 2 GB."""
     torch.save({"state_dict": state(tiny_path)}, path)
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
@@ -115,7 +115,7 @@ def one_storage(path: Path, tiny_path: Path) -> None:
 
 
 def memo(path: Path, _: Path) -> None:
-    """Nine bytes that name a place far behind the others: the C code takes 4 GB for a table up to it."""
+    """Nine bytes with a large memo index, for which the C unpickler allocates a table of 4 GB."""
     path.write_bytes(b"\x80\x02Nr\xff\xff\xff\x0f.")
 
 
@@ -124,7 +124,7 @@ def long_text(path: Path, _: Path) -> None:
 
 
 def nested_tuples() -> bytes:
-    """Sixty tuples of two, each of the one before: 2**60 steps to hash, as the key of a dict."""
+    """Sixty nested pairs of the same tuple: as the key of a dict, they take 2**60 steps to hash."""
     pairs = b"".join(b"q" + bytes([index]) + b"h" + bytes([index]) + b"\x86" for index in range(60))
     return b"\x80\x02})" + pairs + b"Ns."
 
@@ -180,19 +180,19 @@ def lists_in_header(path: Path, _: Path) -> None:
         (lists_in_header, "safetensors", "header is not JSON"),
     ],
 )
-def test_bomb_is_refused_in_little_time_and_memory(
+def test_bomb_is_rejected_in_little_time_and_memory(
     make: Callable[[Path, Path], None], suffix: str, message: str, tiny_path: Path, tmp_path: Path
 ) -> None:
-    """A clear error, less than 300 MB and 20 s of processor time."""
+    """A clear error, within 300 MB and 20 s of CPU time."""
     path = tmp_path / f"bomb.{suffix}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         make(path, tiny_path)
-    assert message in loaded_alone(path)
+    assert message in load_in_a_process(path)
 
 
-def test_pickles_of_sound_files_pass() -> None:
-    """Shared values are no bomb: lists that hold one another, text used often, every protocol."""
+def test_pickles_of_valid_files_are_accepted() -> None:
+    """Shared values are not a bomb: lists that contain one another, repeated text, and every protocol."""
     loop: list[Any] = ["x" * 100] * 1000
     loop.append(loop)
     for protocol in range(6):
@@ -203,8 +203,8 @@ def test_pickles_of_sound_files_pass() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "legacy.pth", "pdparams"])
-def test_sound_files_load_after_the_checks(suffix: str, tiny_path: Path, tmp_path: Path) -> None:
-    """Every layout, with an optimizer's state and what scripts store beside."""
+def test_valid_files_load_after_the_checks(suffix: str, tiny_path: Path, tmp_path: Path) -> None:
+    """Every layout, with the state of an optimizer and other objects of training scripts."""
     path, tiny = tmp_path / f"x.{suffix}", load_checkpoint(tiny_path)
     if suffix == "pdparams":
         path.write_bytes(pickle.dumps(pdparams(tiny), 2))
@@ -218,8 +218,8 @@ def test_sound_files_load_after_the_checks(suffix: str, tiny_path: Path, tmp_pat
 @pytest.mark.parametrize(
     "dtype", ["float4_e2m1fn_x2", "float8_e4m3fn", "float8_e8m0fnu", "complex64", "bool", "uint16", "quint8"]
 )
-def test_tensor_of_another_dtype_is_one_clear_error(dtype: str, tiny_path: Path, tmp_path: Path) -> None:
-    """It is named; nothing else is raised, whatever arithmetic that dtype lacks."""
+def test_tensor_of_unsupported_dtype_raises_checkpoint_error(dtype: str, tiny_path: Path, tmp_path: Path) -> None:
+    """The error names the tensor, whatever arithmetic its dtype lacks."""
     tensors, key = state(tiny_path), "backbone.layer2.0.conv3.weight"
     shape = tensors[key].shape
     with warnings.catch_warnings():
@@ -263,7 +263,7 @@ def nested(depth: int) -> Any:
         ({"preprocess": {"crop": 64, "resize": 72, "mean": [10**400, 1, 1]}}, "invalid description"),
     ],
 )
-def test_description_that_would_break_answers_is_refused(
+def test_metadata_that_would_break_responses_is_rejected(
     changes: dict[str, Any], message: str, tiny_path: Path, tmp_path: Path
 ) -> None:
     """When the file is read, not with every request."""
@@ -271,8 +271,8 @@ def test_description_that_would_break_answers_is_refused(
         load_checkpoint(described(tiny_path, tmp_path / "x.safetensors", **changes))
 
 
-def test_text_of_a_checkpoint_is_cleaned_when_it_is_read(tiny_path: Path, tmp_path: Path) -> None:
-    """Control characters and line breaks reach neither log nor terminal; a name has one spelling; NaN becomes null."""
+def test_text_in_a_checkpoint_is_sanitised(tiny_path: Path, tmp_path: Path) -> None:
+    """Control characters and line breaks are escaped, names are normalised to one spelling, and NaN becomes null."""
     path = described(
         tiny_path,
         tmp_path / "x.safetensors",
@@ -309,8 +309,8 @@ def test_header_with_an_entry_twice_is_refused(tiny_path: Path, tmp_path: Path) 
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-def test_file_name_that_is_not_utf8_names_the_checkpoint(tiny_path: Path, tmp_path: Path) -> None:
-    """Escaped, so that every answer can hold it."""
+def test_checkpoint_with_a_file_name_that_is_not_utf8(tiny_path: Path, tmp_path: Path) -> None:
+    """Its name is escaped, so that every response can contain it."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/net\xff\n.pth"))
     torch.save(state(tiny_path), path)
     read = load_checkpoint(path)
@@ -318,16 +318,18 @@ def test_file_name_that_is_not_utf8_names_the_checkpoint(tiny_path: Path, tmp_pa
     assert read.provenance["converted from"] == r"net\xff\x0a.pth"
 
 
-def test_pipe_in_place_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    """Opening it would wait for a writer for ever."""
+def test_pipe_as_checkpoint_is_rejected(tmp_path: Path) -> None:
+    """Opening it would block until a writer opens it."""
     os.mkfifo(tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="not a regular file"):
         load_checkpoint(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_any_damaged_byte_loads_or_is_one_clear_error(zipped: bool, tiny_path: Path, tmp_path: Path) -> None:
-    """Where the structure is: in pickles, headers and the directory."""
+def test_checkpoint_with_a_damaged_byte_loads_or_raises_checkpoint_error(
+    zipped: bool, tiny_path: Path, tmp_path: Path
+) -> None:
+    """In pickles, headers and directories."""
     path, generator = tmp_path / "x.pth", random.Random(7)
     torch.save(state(tiny_path), path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
@@ -346,8 +348,8 @@ def test_any_damaged_byte_loads_or_is_one_clear_error(zipped: bool, tiny_path: P
     assert refused > 10
 
 
-def test_checks_cost_little_for_a_sound_file(tmp_path: Path, tiny_path: Path) -> None:
-    """Less processor time than loading the tensors of a full-size network takes."""
+def test_checks_of_a_valid_file_are_cheap(tmp_path: Path, tiny_path: Path) -> None:
+    """They take less CPU time than loading the tensors of a full-size network."""
     path = tmp_path / "x.pth"
     torch.save({f"layer{index}": torch.zeros(10) for index in range(2000)}, path)
     started = time.process_time()

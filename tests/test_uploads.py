@@ -1,4 +1,4 @@
-"""Request bodies to images."""
+"""Request bodies parsed into images."""
 
 import base64
 import binascii
@@ -34,7 +34,7 @@ def part(content: bytes, disposition: str) -> bytes:
 
 
 def test_every_file_of_a_form_is_an_image() -> None:
-    """In order, whatever their names; fields without a file and inputs left empty are passed over."""
+    """In order, whatever their names. Other fields and empty file inputs are ignored."""
     body = b"".join(
         (
             part(b"one", 'name="a"; filename="1.jpg"'),
@@ -49,22 +49,22 @@ def test_every_file_of_a_form_is_an_image() -> None:
     assert parsed.ignored == ["comment"]
 
 
-def test_large_files_stay_in_memory() -> None:
-    """No temporary file: the server's file system may be read-only."""
+def test_large_form_files_stay_in_memory() -> None:
+    """There is no temporary file, because the server's file system may be read-only."""
     content = bytes(range(256)) * 20_000
     assert images(FORM, part(content, 'name="a"; filename="a"') + b"--frontier--") == [content]
 
 
 @given(st.sampled_from([FORM, "application/json", "multipart/form-data", ""]), st.binary(max_size=300))
-def test_no_body_breaks_the_parser(content_type: str, body: bytes) -> None:
-    """Arbitrary bytes are images or a clear error."""
+def test_arbitrary_body_is_parsed_or_malformed(content_type: str, body: bytes) -> None:
+    """Arbitrary bytes give images or a clear error."""
     with suppress(MalformedRequest, UnsupportedMediaType):
         assert images(content_type, body)
 
 
 @given(st.binary(max_size=120), st.integers(0, 200))
-def test_no_damaged_form_breaks_the_parser(noise: bytes, position: int) -> None:
-    """Noise in the middle of a good form, its headers included."""
+def test_damaged_form_is_parsed_or_malformed(noise: bytes, position: int) -> None:
+    """Noise anywhere in a valid form, including its headers."""
     body = part(b"one", 'name="a"; filename="1.jpg"') + b"--frontier--\r\n"
     with suppress(MalformedRequest, UnsupportedMediaType):
         assert images(FORM, body[:position] + noise + body[position:])
@@ -78,20 +78,20 @@ def test_no_damaged_form_breaks_the_parser(noise: bytes, position: int) -> None:
         (FORM, part(PHOTO, 'name="a"') * 200 + b"never ends"),
     ],
 )
-def test_more_images_than_the_server_holds_are_refused(content_type: str, body: bytes) -> None:
-    """And so are forms of very many parts, before all of them are parsed."""
+def test_more_images_than_the_limit_are_rejected(content_type: str, body: bytes) -> None:
+    """Forms with very many parts are rejected before all of them are parsed."""
     with pytest.raises(PayloadTooLarge, match="more than 2 images"):
         parse_uploads(content_type, body, 2)
 
 
-def test_form_with_too_many_fields_is_refused_before_its_end() -> None:
+def test_form_with_too_many_fields_is_rejected_before_its_end() -> None:
     """The error is about fields, not images."""
     with pytest.raises(PayloadTooLarge, match="more than 100 parts of the form are not images"):
         parse_uploads(FORM, part(b"", 'name="a"') * 200 + b"never ends", 2)
 
 
-def test_json_list_full_of_errors_is_one_short_error() -> None:
-    """A small body must not become a large list of messages."""
+def test_json_list_of_invalid_images_is_one_short_error() -> None:
+    """A small body must not become a long list of messages."""
     with pytest.raises(MalformedRequest, match=r"images\.0 is a number") as caught:
         images(JSON, b'{"images": [' + b"1," * 1000 + b"1]}", 2000)
     assert len(caught.value.message) < 200
@@ -110,7 +110,7 @@ def test_json_list_full_of_errors_is_one_short_error() -> None:
     ],
 )
 def test_form_part_that_is_an_image_is_read_with_or_without_filename(disposition: str) -> None:
-    """By its type, its first bytes or the extended syntax of file names. It never moves the other answers up."""
+    """By its content type, its first bytes or an extended file name. The order of the results does not change."""
     block = b"--frontier\r\nContent-Disposition: " + disposition.encode() + b"\r\n\r\n" + PHOTO + b"\r\n"
     parsed = parse_uploads(FORM, block + part(PNG, 'name="a"; filename="a.png"') + END, 8)
     assert parsed.images == [PHOTO, PNG]
@@ -124,8 +124,8 @@ def test_form_part_without_headers_is_read_by_its_first_bytes() -> None:
         assert images(f'{kind}; boundary="frontier"', body) == [PHOTO]
 
 
-def test_form_fields_of_base64_are_images_and_other_fields_are_named() -> None:
-    """A data URL or base64 of an image is read; text is not, and the answer can say so."""
+def test_form_fields_of_base64_are_images_and_others_are_reported() -> None:
+    """A data URL or base64 of an image is read. Names of other text fields are returned."""
     text = base64.b64encode(PHOTO)
     body = (
         part(text, 'name="a"')
@@ -143,7 +143,7 @@ def test_form_fields_of_base64_are_images_and_other_fields_are_named() -> None:
 
 @pytest.mark.parametrize("encoding", ["base64", "BASE64", "quoted-printable", "binary", "8bit"])
 def test_form_content_transfer_encoding_is_decoded(encoding: str) -> None:
-    """As the standard library writes it."""
+    """As Python's standard library writes it."""
     lines, quoted = base64.encodebytes(PNG), binascii.b2a_qp(PNG, istext=False)
     content = {"base64": lines, "quoted-printable": quoted}.get(encoding.lower(), PNG)
     head = f'name="a"; filename="a"\r\nContent-Transfer-Encoding: {encoding}'
@@ -151,7 +151,7 @@ def test_form_content_transfer_encoding_is_decoded(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["base64", "x-zip"])
-def test_form_part_that_cannot_be_decoded_has_its_error_in_its_place(encoding: str) -> None:
+def test_form_part_that_cannot_be_decoded_has_its_own_error(encoding: str) -> None:
     """The message names the part."""
     bad = part(b"%%%", f'name="bad"; filename="a"\r\nContent-Transfer-Encoding: {encoding}')
     first, second = images(FORM, bad + part(PHOTO, 'name="b"') + END)
@@ -183,14 +183,14 @@ GOOD = part(PHOTO, 'name="a"; filename="a"')
         (part(b"\r\n--frontierx" * 200, 'name="a"') + END, "also occurs in its parts"),
     ],
 )
-def test_form_that_would_lose_an_image_is_a_clear_error(body: bytes, message: str) -> None:
-    """Nothing is left out in silence."""
+def test_form_that_would_lose_an_image_is_malformed(body: bytes, message: str) -> None:
+    """Nothing is silently ignored."""
     with pytest.raises(MalformedRequest, match=message):
         parse_uploads(FORM, body, 8)
 
 
-def test_form_with_epilogue_padding_and_longer_word_is_read() -> None:
-    """What RFC 2046 allows and clients send."""
+def test_form_with_epilogue_padding_and_similar_delimiter_is_read() -> None:
+    """RFC 2046 allows them, and clients send them."""
     body = b"\r\n" + part(b"a\r\n--frontiers", 'name="a"; filename="a"').replace(b"frontier\r", b"frontier \t\r")
     assert images(FORM, body + b"--frontier--\n\n the end") == [b"a\r\n--frontiers"]
 
@@ -209,8 +209,8 @@ SPELLINGS = {
 
 
 @given(st.sampled_from(sorted(SPELLINGS)), st.binary(max_size=200))
-def test_every_spelling_of_base64_gives_the_same_bytes(spelling: str, data: bytes) -> None:
-    """What libraries write by default."""
+def test_every_variant_of_base64_is_decoded(spelling: str, data: bytes) -> None:
+    """The variants are defaults of common libraries."""
     assert images(JSON, json.dumps({"images": [SPELLINGS[spelling](data)]}).encode()) == [data]
 
 
@@ -234,8 +234,8 @@ def test_every_spelling_of_base64_gives_the_same_bytes(spelling: str, data: byte
         *("data:image/png,AAAA", "data:image/png;base64", "data:;base64,%%%%", "https://host/a-b.jpg", "AAAA\vAAAA"),
     ],
 )
-def test_text_that_is_not_base64_is_an_error_in_its_place(text: str) -> None:
-    """No character is skipped: damaged text must not pass as an image."""
+def test_invalid_base64_has_its_own_error(text: str) -> None:
+    """No character is skipped, so damaged text is not decoded as an image."""
     bad, good = images(JSON, json.dumps({"images": [text, "AAAA"]}).encode())
     assert isinstance(bad, MalformedRequest)
     assert good == bytes(3)
@@ -243,8 +243,8 @@ def test_text_that_is_not_base64_is_an_error_in_its_place(text: str) -> None:
 
 @pytest.mark.parametrize("kind", ["application/vnd.api+json", "text/json;charset=utf-8", "APPLICATION/JSON ; x=y"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_json_is_read_under_every_json_type_and_unicode_encoding(kind: str, encoding: str) -> None:
-    """Types that end in +json, byte order marks, and clients that write two bytes for a character."""
+def test_json_is_read_with_every_json_type_and_unicode_encoding(kind: str, encoding: str) -> None:
+    """Types that end in +json, byte order marks, and UTF-16 and UTF-32."""
     assert images(kind, '{"images": ["AAAA"], "é": 1}'.encode(encoding)) == [bytes(3)]
 
 
@@ -263,8 +263,8 @@ def test_json_is_read_under_every_json_type_and_unicode_encoding(kind: str, enco
         ("multipart/form-data", PNG, "looks like image"),
     ],
 )
-def test_body_of_another_type_than_declared_is_named(content_type: str, body: bytes, message: str) -> None:
-    """Never "not an image" for something that is known: the message says what it is and what to send."""
+def test_body_of_another_type_than_declared_is_reported(content_type: str, body: bytes, message: str) -> None:
+    """The message says what the body is and what to send, instead of "not an image"."""
     with pytest.raises(UnsupportedMediaType, match=message):
         parse_uploads(content_type, body, 8)
 
@@ -285,13 +285,13 @@ def test_body_of_another_type_than_declared_is_named(content_type: str, body: by
         ({"images": []}, "no image"),
     ],
 )
-def test_json_of_another_shape_says_what_is_expected(value: Any, message: str) -> None:
-    """And what it found instead."""
+def test_json_that_does_not_match_the_schema_is_reported(value: Any, message: str) -> None:
+    """The message names the expected and the found type."""
     with pytest.raises(MalformedRequest, match=message):
         parse_uploads(JSON, json.dumps(value).encode(), 8)
 
 
-def test_unknown_json_fields_are_ignored_however_many() -> None:
+def test_unknown_json_fields_are_ignored() -> None:
     """They do not count as images."""
     extra = {f"tag{index}": f"value{index}" for index in range(2000)} | {"images": 1}
     body = json.dumps({"images": ["AAAA"], "meta": extra, "of": "images"}).encode()
@@ -311,14 +311,14 @@ def test_unknown_json_fields_are_ignored_however_many() -> None:
         (b"", "cannot be read"),
     ],
 )
-def test_json_that_is_damaged_or_ambiguous_is_a_clear_error(body: bytes, message: str) -> None:
-    """Twice the same field: the parser would drop one of the lists."""
+def test_damaged_json_and_duplicate_keys_are_malformed(body: bytes, message: str) -> None:
+    """The parser would drop one of two lists with the same key."""
     with pytest.raises(MalformedRequest, match=message):
         parse_uploads(JSON, body, 8)
 
 
-def test_a_form_without_a_boundary_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """It is the caller's mistake, and the caller is told."""
+def test_form_without_a_boundary_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """It is the client's mistake, and the response says so."""
     with pytest.raises(MalformedRequest, match="has no boundary"):
         parse_uploads("multipart/form-data", b"--x", 2)
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""The endpoints as their callers see them, on a real server."""
+"""The `/v1` endpoints on a real server."""
 
 import base64
 import io
@@ -14,8 +14,8 @@ from tests.http_helpers import CUT, PREDICT, TEXT, assert_error, classes, predic
 from tests.servers import ServerProcess, wait_until
 
 
-def test_three_ways_to_send_a_photo_give_one_answer(server: ServerProcess) -> None:
-    """As the body, in a form, as base64 in JSON."""
+def test_photo_as_body_form_and_json_has_the_same_prediction(server: ServerProcess) -> None:
+    """As the body, in a form, and as base64 in JSON."""
     data = encoded(photo())
     url = {"image": base64.b64encode(data).decode()}
     answers = [
@@ -35,8 +35,8 @@ def test_three_ways_to_send_a_photo_give_one_answer(server: ServerProcess) -> No
             assert ours["probability"] == pytest.approx(theirs["probability"], rel=1e-4)
 
 
-def test_top_k_counts_classes_and_is_clamped(server: ServerProcess) -> None:
-    """More than there are means all of them; probabilities fall and add up to one."""
+def test_top_k_is_clamped_to_the_number_of_classes(server: ServerProcess) -> None:
+    """A larger value returns all classes. Probabilities are sorted and sum to one."""
     data = encoded(photo())
     few = server.client.post(PREDICT, content=data, params={"top_k": 2})
     every = server.client.post(PREDICT, content=data, params={"top_k": 1000})
@@ -48,8 +48,8 @@ def test_top_k_counts_classes_and_is_clamped(server: ServerProcess) -> None:
     assert {entry["index"] for entry in classes(every)} == set(range(5))
 
 
-def test_one_unreadable_image_never_touches_its_neighbours(server: ServerProcess) -> None:
-    """Every image of a request has its own answer or its own error, in order."""
+def test_unreadable_image_does_not_affect_other_images(server: ServerProcess) -> None:
+    """Every image of a request has its own result or error, in order."""
     data = encoded(photo())
     files = [("f", ("a.png", data)), ("f", ("b.png", TEXT)), ("f", ("c.png", CUT)), ("f", ("d.png", data))]
     response = server.client.post(PREDICT, files=files)
@@ -65,8 +65,8 @@ def test_one_unreadable_image_never_touches_its_neighbours(server: ServerProcess
     assert "classes" in response.json()["predictions"][1]
 
 
-def test_form_parts_that_are_not_images_are_named_in_the_answer(server: ServerProcess) -> None:
-    """Images without a file name are answered in their place; text fields are listed; without any there is no list."""
+def test_form_fields_that_are_not_images_are_listed_in_the_response(server: ServerProcess) -> None:
+    """Images without a file name are answered in order. Without text fields there is no list."""
     first, second = encoded(photo(1)), encoded(photo(2))
     files: dict[str, Any] = {"a": (None, first), "b": ("b.png", second), "comment": (None, "hello")}
     for path, entries in ((PREDICT, "predictions"), ("/v1/features", "features")):
@@ -78,8 +78,8 @@ def test_form_parts_that_are_not_images_are_named_in_the_answer(server: ServerPr
     assert_error(server.client.post(PREDICT, files={"comment": (None, "hello")}), 400, "malformed_request")
 
 
-def test_features_as_json_and_as_an_array(server: ServerProcess) -> None:
-    """The same numbers in both; normalised ones have length 1."""
+def test_features_as_json_and_as_npy(server: ServerProcess) -> None:
+    """The values are the same, and normalised features have length 1."""
     files = [("f", ("a.png", encoded(photo(1)))), ("f", ("b.png", encoded(photo(2))))]
     answer = server.client.post("/v1/features", files=files).json()
     assert (answer["model"], answer["dimension"]) == ("tiny", 512)
@@ -98,7 +98,7 @@ def test_features_as_json_and_as_an_array(server: ServerProcess) -> None:
     assert_error(response, 415, "unsupported_media_type")
 
 
-def test_the_model_describes_itself(server: ServerProcess) -> None:
+def test_model_endpoint_describes_the_model(server: ServerProcess) -> None:
     """Name, architecture, labels, preprocessing, precision and device."""
     model = server.client.get("/v1/model").json()
     assert (model["name"], model["architecture"], model["precision"], model["device"]) == (
@@ -116,8 +116,8 @@ def test_the_model_describes_itself(server: ServerProcess) -> None:
     assert all(seconds > 0 for seconds in model["cost_s"].values())
 
 
-def test_the_size_of_batches_can_be_set(tiny_path: Path) -> None:
-    """--max-batch-size decides instead of warm-up, and --max-queue limits it: more images are never there at once."""
+def test_max_batch_size_is_configurable_and_limited_by_max_queue(tiny_path: Path) -> None:
+    """--max-batch-size replaces the size that warm-up would choose."""
     with ServerProcess("--checkpoint", tiny_path, "--max-batch-size", 3) as running:
         model = running.client.get("/v1/model").json()
         assert (model["max_batch_size"], list(model["cost_s"])) == (3, ["1", "2", "3"])
@@ -125,8 +125,8 @@ def test_the_size_of_batches_can_be_set(tiny_path: Path) -> None:
         assert running.client.get("/v1/model").json()["max_batch_size"] == 2
 
 
-def test_without_the_engine_answers_are_the_same(server: ServerProcess, tiny_path: Path) -> None:
-    """It is slower, and the log and /v1/model say why."""
+def test_predictions_without_the_native_library_are_equal(server: ServerProcess, tiny_path: Path) -> None:
+    """It is slower, and the log and /v1/model give the reason."""
     data = encoded(photo())
     with ServerProcess("--checkpoint", tiny_path, REDNET_NATIVE="off") as running:
         model = running.client.get("/v1/model").json()
@@ -139,8 +139,8 @@ def test_without_the_engine_answers_are_the_same(server: ServerProcess, tiny_pat
             assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
 
 
-def test_health_and_documentation_answer(server: ServerProcess) -> None:
-    """And the document knows every endpoint."""
+def test_health_and_documentation_endpoints(server: ServerProcess) -> None:
+    """The OpenAPI document describes every endpoint."""
     assert server.client.get("/livez").json() == server.client.get("/readyz").json() == {"status": "ready"}
     assert server.client.get("/docs").status_code == 200
     paths = server.client.get("/openapi.json").json()["paths"]
@@ -148,8 +148,8 @@ def test_health_and_documentation_answer(server: ServerProcess) -> None:
     assert "multipart/form-data" in paths[PREDICT]["post"]["requestBody"]["content"]
 
 
-def test_answers_carry_their_id_and_their_times(server: ServerProcess) -> None:
-    """A caller's id comes back, unless it is unfit for a log's line; then, and without one, the server makes one."""
+def test_responses_have_request_id_and_server_timing(server: ServerProcess) -> None:
+    """A client's id is returned if it is fit for the log. Otherwise the server makes one."""
     data = encoded(photo())
     assert predict(server.client, data, **{"X-Request-Id": "order-66"}).headers["x-request-id"] == "order-66"
     for unfit in ("a b", "a" * 129):
@@ -163,8 +163,8 @@ def test_answers_carry_their_id_and_their_times(server: ServerProcess) -> None:
     assert float(stages["inference"].removeprefix("dur=")) > 0
 
 
-def test_metrics_count_what_happened(server: ServerProcess) -> None:
-    """Requests, stages, batches and images, good and bad; and nothing stays in flight."""
+def test_metrics_count_requests_stages_batches_and_images(server: ServerProcess) -> None:
+    """Successful and failed ones, and no gauge keeps a request."""
     client = server.client
 
     def counts() -> list[float]:
@@ -187,15 +187,15 @@ def test_metrics_count_what_happened(server: ServerProcess) -> None:
     assert sample(client, "rednet_ready") == 1
     assert sample(client, "rednet_queue_depth") == 0
     assert sample(client, "rednet_backlog_seconds") == 0
-    assert sample(client, "rednet_inflight_requests") == 1  # this one
+    assert sample(client, "rednet_inflight_requests") == 1  # this request itself
     assert (
         sample(client, "rednet_model_info", name="tiny", architecture="rednet26", device="cpu", precision="fp32") == 1
     )
     assert sample(client, "process_resident_memory_bytes") > 0
 
 
-def test_json_answers_are_plain_json(server: ServerProcess) -> None:
-    """Readable by the strictest parser: no NaN, no infinity."""
+def test_json_responses_have_no_nan_or_infinity(server: ServerProcess) -> None:
+    """A strict parser accepts them."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

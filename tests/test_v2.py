@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, asked by Triton's own client and by hand, on real servers."""
+"""The Open Inference Protocol on real servers, with Triton's client and with plain requests."""
 
 import base64
 from collections.abc import Iterator
@@ -67,8 +67,8 @@ def assert_error(response: httpx.Response, status: int, code: str) -> None:
     assert body.keys() == {"error", "code"}
 
 
-def test_triton_clients_find_the_server_and_its_model(client: Any) -> None:
-    """Live, ready, metadata; with the version, without it, and not under another one."""
+def test_triton_client_reads_health_and_metadata(client: Any) -> None:
+    """With the version and without it, but not with another one."""
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("tiny")
@@ -96,8 +96,8 @@ def test_triton_clients_find_the_server_and_its_model(client: Any) -> None:
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_photos_and_pixels_give_the_answers_of_v1(server: ServerProcess, client: Any, binary: bool) -> None:
-    """For three photos: as files or as normalised pixels, in binary or in JSON, the same numbers as `/v1`."""
+def test_infer_results_equal_those_of_v1(server: ServerProcess, client: Any, binary: bool) -> None:
+    """For three photos, as files or as normalised pixels, in binary or in JSON."""
     files = [("f", (f"{index}.png", data)) for index, data in enumerate(PHOTOS)]
     predicted = server.client.post("/v1/predict", files=files)
     features = server.client.post("/v1/features", files=files).json()["features"]
@@ -113,8 +113,8 @@ def test_photos_and_pixels_give_the_answers_of_v1(server: ServerProcess, client:
                 assert row[int(score["index"])] == pytest.approx(score["probability"], abs=1e-4)
 
 
-def test_without_named_outputs_all_come(client: Any) -> None:
-    """As the protocol says; Triton's client asks for them as binary data, under the version as well."""
+def test_infer_returns_all_outputs_by_default(client: Any) -> None:
+    """As the protocol requires. Triton's client requests binary data, with the version, too."""
     result = client.infer("tiny", [image_input(PHOTOS)], model_version="1")
     logits, shares = result.as_numpy("logits"), result.as_numpy("probabilities")
     assert (logits.shape, result.as_numpy("features").shape) == ((3, 5), (3, 512))
@@ -126,7 +126,7 @@ def test_without_named_outputs_all_come(client: Any) -> None:
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_triton_client_gets_classifications(server: ServerProcess, client: Any, binary: bool) -> None:
-    """By `class_count`: the classes of `/v1`, best first, each as value, index and label; all of them at most."""
+    """With `class_count`, they are the classes of `/v1`, best first, as value, index and label."""
     wanted = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
     wanted.append(triton.InferRequestedOutput("features", class_count=1))
     result = client.infer("tiny", [image_input(PHOTOS)], outputs=wanted)
@@ -144,8 +144,8 @@ def test_triton_client_gets_classifications(server: ServerProcess, client: Any, 
     assert client.infer("tiny", [image_input(PHOTOS)], outputs=every).as_numpy("logits").shape == (3, 5)
 
 
-def test_shared_memory_of_the_triton_client_is_refused(client: Any) -> None:
-    """With a message that says what to do instead."""
+def test_shared_memory_of_the_triton_client_is_rejected(client: Any) -> None:
+    """The message says what to do instead."""
     wanted = triton.InferRequestedOutput("logits")
     wanted.set_shared_memory("region", 20)
     with pytest.raises(InferenceServerException, match="shared memory is not supported") as caught:
@@ -153,8 +153,8 @@ def test_shared_memory_of_the_triton_client_is_refused(client: Any) -> None:
     assert caught.value.status() == "400"
 
 
-def test_outputs_may_be_half_binary_half_json(server: ServerProcess, client: Any) -> None:
-    """Each as it was asked for; the answer's header says where the JSON ends."""
+def test_infer_outputs_mix_binary_and_json(server: ServerProcess, client: Any) -> None:
+    """Each output has its own setting, and a response header gives the length of the JSON."""
     wanted = [triton.InferRequestedOutput("logits"), triton.InferRequestedOutput("probabilities", binary_data=False)]
     result = client.infer("tiny", [image_input(PHOTOS)], outputs=wanted)
     assert result.get_output("logits")["parameters"] == {"binary_data_size": 3 * 5 * 4}
@@ -168,8 +168,8 @@ def test_outputs_may_be_half_binary_half_json(server: ServerProcess, client: Any
     assert "inference-header-content-length" not in ask(server.client, "tiny", as_json(*PHOTOS)).headers
 
 
-def test_answers_carry_their_id_times_and_counts(server: ServerProcess) -> None:
-    """The headers and metrics of every other endpoint."""
+def test_infer_has_the_headers_and_metrics_of_other_endpoints(server: ServerProcess) -> None:
+    """Request id, `Server-Timing` and counters."""
 
     def counts() -> list[float]:
         series = "rednet_request_duration_seconds_count"
@@ -188,10 +188,10 @@ def test_answers_carry_their_id_times_and_counts(server: ServerProcess) -> None:
 @pytest.mark.parametrize(
     ("bad", "status", "code"), [(TEXT, 415, "unsupported_media_type"), (CUT, 422, "unreadable_image")]
 )
-def test_one_bad_image_fails_its_request_and_no_other(
+def test_unreadable_image_fails_its_infer_request(
     server: ServerProcess, client: Any, bad: bytes, status: int, code: str
 ) -> None:
-    """The protocol has no place for errors of single images; the message says which one it was."""
+    """The protocol has no errors of single images, so the message says which image it was. Other requests succeed."""
     response = ask(server.client, "tiny", as_json(PHOTOS[0], bad, PHOTOS[1]))
     assert_error(response, status, code)
     assert response.json()["error"].startswith("image 1: ")
@@ -201,8 +201,8 @@ def test_one_bad_image_fails_its_request_and_no_other(
     assert ask(server.client, "tiny", as_json(*PHOTOS)).status_code == 200
 
 
-def test_pixels_that_the_network_cannot_stand_are_refused(server: ServerProcess, client: Any) -> None:
-    """NaN, infinity, values and sizes that no photo has: 400, and the log knows of no defect."""
+def test_implausible_pixels_are_400(server: ServerProcess, client: Any) -> None:
+    """NaN, infinity, and values and sizes that no photo has. The log has no exception."""
     for value in (np.nan, np.inf, 1e30):
         pixels = normalised(0, 1)
         pixels[1, 0, 0, 0] = value
@@ -214,8 +214,8 @@ def test_pixels_that_the_network_cannot_stand_are_refused(server: ServerProcess,
     assert "the network failed" not in server.log
 
 
-def test_errors_have_the_shape_of_the_protocol(server: ServerProcess) -> None:
-    """`error` is the message; our stable code stands beside it, where clients of the protocol do not look."""
+def test_infer_errors_have_the_body_of_the_protocol(server: ServerProcess) -> None:
+    """`error` is the message. The stable code is an additional field, which clients of the protocol ignore."""
     client = server.client
     assert_error(ask(client, "tiny", {}), 400, "malformed_request")
     assert_error(ask(client, "tiny", as_json()), 400, "malformed_request")
@@ -227,8 +227,8 @@ def test_errors_have_the_shape_of_the_protocol(server: ServerProcess) -> None:
     assert_error(client.get("/v2/models/tiny/infer"), 405, "method_not_allowed")
 
 
-def test_refusals_and_deadlines_are_those_of_v1() -> None:
-    """429 and 503 with a time to retry, 504; health tells of a server that starts and of one that stops."""
+def test_infer_rejections_and_deadlines_equal_those_of_v1() -> None:
+    """429 and 503 with Retry-After, and 504. Health endpoints report starting and draining servers."""
     runner = FakeRunner()
     runner.warm.clear()
     with ServerThread(runner, max_queue=2) as running, ThreadPoolExecutor(1) as pool, client_of(running) as client:
@@ -257,7 +257,7 @@ def test_refusals_and_deadlines_are_those_of_v1() -> None:
 
 
 def test_photos_and_their_normalised_pixels_have_the_same_features(tiny_path: Path) -> None:
-    """Each in a batch of its own; a batch of both would be a bug."""
+    """They run in separate batches."""
     checkpoint = load_checkpoint(tiny_path)
     runner = PreparedRunner(prepare(checkpoint.net, checkpoint.preprocess, "cpu"), max_batch_size=4)
     photos, pixels = [PREPROCESS.pixels(photo(0)), PREPROCESS.pixels(photo(1))], normalised(0, 1)
@@ -268,8 +268,8 @@ def test_photos_and_their_normalised_pixels_have_the_same_features(tiny_path: Pa
         runner.launch([photos[0], pixels[0]])
 
 
-def test_the_description_knows_both_ways_to_name_the_model(server: ServerProcess) -> None:
-    """With the parameters in the path, and an example to try."""
+def test_openapi_describes_infer_with_and_without_version(server: ServerProcess) -> None:
+    """Its path parameters, and an example."""
     paths = server.client.get("/openapi.json").json()["paths"]
     for path, names in ((INFER, {"name"}), ("/v2/models/{name}/versions/{version}/infer", {"name", "version"})):
         operation = paths[path]["post"]
