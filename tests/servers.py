@@ -32,6 +32,7 @@ from rednet.service.types import ExplainSpec, ModelRunner, Pixels, RunnerOutput,
 REDNET = Path(sys.executable).with_name("rednet")
 PATIENCE_S = 60.0
 DECODER_BYTES = 4_000_000_000  # of memory for decoders
+CLASSES = ("red", "green", "blue")
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -141,6 +142,27 @@ class FakeRunner:
         return Finished(RunnerOutput(means, means[:, :2], dict.fromkeys(specs, grid)))
 
 
+def fake_network(runner: ModelRunner, classes: Sequence[str] = CLASSES) -> Network:
+    """A network around a runner of the test's own."""
+    preprocess = Preprocess(resize=32, crop=32)
+    model = ModelBody(
+        name="fake",
+        architecture="none",
+        parameters=0,
+        config={},
+        feature_channels=2,
+        labels=[LabelBody(index=index, id=name, label=name) for index, name in enumerate(classes)],
+        preprocess=asdict(preprocess),
+        provenance={},
+        device="cpu",
+        precision="fp32",
+        backend="a fake",
+        passed_over=[],
+        deviation=0.0,
+    )
+    return Network(model, preprocess, {"fake": lambda: runner})
+
+
 class ServerThread:
     """The whole application under uvicorn in a thread, around a runner of the test's own."""
 
@@ -148,29 +170,12 @@ class ServerThread:
         self,
         runner: ModelRunner,
         hung_s: float = PATIENCE_S,
-        classes: Sequence[str] = ("red", "green", "blue"),
+        classes: Sequence[str] = CLASSES,
         **options: object,
     ) -> None:
         settings = Settings.model_validate({"port": 0, "decoders": 2} | options)
-        preprocess = Preprocess(resize=32, crop=32)
-        model = ModelBody(
-            name="fake",
-            architecture="none",
-            parameters=0,
-            config={},
-            feature_channels=2,
-            labels=[LabelBody(index=index, id=name, label=name) for index, name in enumerate(classes)],
-            preprocess=asdict(preprocess),
-            provenance={},
-            device="cpu",
-            precision="fp32",
-            backend="a fake",
-            passed_over=[],
-            deviation=0.0,
-        )
-        network = Network(model, preprocess, {"fake": lambda: runner})
         limits = DecodeLimits.derive(settings.max_pixels, DECODER_BYTES, 2)
-        pipeline = build(settings, network, limits, hung_s)
+        pipeline = build(settings, fake_network(runner, classes), limits, hung_s)
         self.engine_client = pipeline.client
         keys = read_keys(settings.api_key_file) if settings.api_key_file else None
         self.app = create_app(settings, pipeline, keys)
