@@ -21,7 +21,7 @@ from rednet.service.engine.runner import PreparedRunner
 from rednet.service.http.schemas import ExplainBody
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums, Pixels, Running
 from tests.conftest import encoded, photo
-from tests.http_helpers import CUT, TEXT, assert_error, occupy, predict, sample
+from tests.http_helpers import CUT, TEXT, assert_error, classes, occupy, predict, sample
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
 from tests.shared import needs_native
 from tests.test_preparation import photos
@@ -203,7 +203,7 @@ def test_explain_several_images_needs_json(server: ServerProcess) -> None:
         ({"layer": "stem"}, "'class'"),
         ({"class": "5"}, "from 0 to 4 or one of the ids n0, n1"),
         ({"class": "-1"}, "from 0 to 4"),
-        ({"class": "thing 3"}, "n0, n1"),
+        ({"class": "thing 9"}, "n0, n1"),
         ({"class": "٣"}, "from 0 to 4"),
         ({"class": "1", "layer": "stage1"}, "only layer class"),
         ({"group": "0"}, "only layers stage1"),
@@ -283,3 +283,15 @@ def test_result_without_its_requested_map_is_500() -> None:
             response = running.client.post(EXPLAIN, content=encoded(photo()), headers=headers)
             assert_error(response, 500, "internal")
         assert predict(running.client, encoded(photo())).status_code == 200
+
+
+def test_class_is_chosen_by_index_id_or_label(server: ServerProcess) -> None:
+    """All three name the same class, and every score carries them."""
+    data = encoded(photo())
+    for name in ("3", "n3", "thing 3"):
+        response = server.client.post(EXPLAIN, params={"class": name}, content=data, headers=JSON)
+        found = response.json()["explanations"][0]["class"]
+        assert (found["index"], found["id"], found["label"]) == (3, "n3", "thing 3")
+    for score in classes(predict(server.client, data)):
+        assert (score["id"], score["label"]) == (f"n{score['index']}", f"thing {score['index']}")
+    assert_error(server.client.post(EXPLAIN, params={"class": "thing"}, content=data), 400, "malformed_request")

@@ -28,6 +28,7 @@ class ErrorBody(BaseModel):
 
 class ClassScore(BaseModel):
     index: int = Field(description="index of the class, counted from 0")
+    id: str = Field(description="id of the class in `/v1/model`")
     label: str
     probability: float
 

@@ -36,7 +36,8 @@ async def _asked(
         Layer, Query(description="`class`: what each position adds to a class; `stageN`: the kernels of that stage")
     ] = "class",
     class_: Annotated[
-        str | None, Query(alias="class", description="for `class`: its index or id; by default the predicted class")
+        str | None,
+        Query(alias="class", description="for `class`: its index, id or label; by default the predicted class"),
     ] = None,
     group: Annotated[
         int | None, Query(ge=0, description="for `stageN`: the group of channels; by default the mean of all groups")
@@ -99,12 +100,17 @@ async def explain(
 
 
 def _class_index(text: str, model: ModelBody) -> int:
-    """The index of a class, given its index or its id."""
+    """The index of a class, given its index, its id, or a label that no other class has."""
     ids = [label.id for label in model.labels]
     if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < len(ids):
         return int(text)
     if text in ids:
         return ids.index(text)
+    labelled = [label.index for label in model.labels if label.label == text]
+    if len(labelled) == 1:
+        return labelled[0]
+    if labelled:
+        raise MalformedRequest(f"class: several classes have this label; use an index of {labelled[:LISTED]}")
     some = ", ".join(ids[:LISTED]) + (", ..., see /v1/model" if len(ids) > LISTED else "")
     raise MalformedRequest(f"class: must be an index from 0 to {len(ids) - 1} or one of the ids {some}")
 
@@ -118,6 +124,7 @@ def _explanation(answer: Answer, explain: ExplainSpec, model: ModelBody) -> dict
     index = int(inference.logits.argmax()) if explain.class_index is None else explain.class_index
     explained = {
         "index": index,
+        "id": model.labels[index].id,
         "label": model.labels[index].label,
         "probability": float(probabilities(inference.logits)[index]),
         "logit": float(inference.logits[index]),

@@ -53,9 +53,15 @@ async def predict(
     server = context(request)
     answers, ignored = await _answers(request, server)
     started = time.monotonic()
-    names = [label.label for label in server.pipeline.model.labels]
+    labels = server.pipeline.model.labels
+    names = [label.label for label in labels]
     predictions = (
-        {"classes": top_classes(answer.outcome.logits, names, top_k)}
+        {
+            "classes": [
+                {"index": each["index"], "id": labels[each["index"]].id, **each}
+                for each in top_classes(answer.outcome.logits, names, top_k)
+            ]
+        }
         if isinstance(answer.outcome, Inference)
         else error_body(answer.outcome)
         for answer in answers
