@@ -142,8 +142,9 @@ async def leave(address: tuple[str, int], mischief: Mischief, request: Request) 
     _, writer = await asyncio.open_connection(*address)
     writer.write(mischief.part(request.head + request.body))
     await asyncio.sleep(mischief.moment())
-    connection = writer.get_extra_info("socket")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if not writer.is_closing():  # the server has closed the connection
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 
 

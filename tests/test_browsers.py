@@ -137,7 +137,7 @@ def test_every_route_with_get_has_head(running: ServerThread) -> None:
     for route in iter_route_contexts(running.app.routes):
         if "GET" not in (route.methods or ()):
             continue
-        path = route.path
+        path = route.path or ""
         for name, value in paths.items():
             path = path.replace(name, value)
         key = {"Authorization": f"Bearer {KEY}"}
