@@ -132,7 +132,7 @@ def test_origin_or_host_that_can_never_match_is_an_error(name: str, value: str) 
 
 def test_every_route_with_get_has_head(running: ServerThread) -> None:
     """With the same status, whatever the path."""
-    paths = {"{name}": "fake", "{version}": "1", "{path:path}": "style.css"}
+    paths = {"{name}": "fake", "{version}": "1", "{path:path}": "style.css", "{path}": "start.js"}
     found = 0
     for route in iter_route_contexts(running.app.routes):
         if "GET" not in (route.methods or ()):

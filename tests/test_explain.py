@@ -21,7 +21,7 @@ from rednet.service.engine.runner import PreparedRunner
 from rednet.service.http.schemas import ExplainBody
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums, Pixels, Running
 from tests.conftest import encoded, photo
-from tests.http_helpers import CUT, TEXT, assert_error, classes, occupy, predict, sample
+from tests.http_helpers import CUT, TEXT, assert_error, occupy, predict, sample
 from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
 from tests.shared import needs_native
 from tests.test_preparation import photos
@@ -292,6 +292,6 @@ def test_class_is_chosen_by_index_id_or_label(server: ServerProcess) -> None:
         response = server.client.post(EXPLAIN, params={"class": name}, content=data, headers=JSON)
         found = response.json()["explanations"][0]["class"]
         assert (found["index"], found["id"], found["label"]) == (3, "n3", "thing 3")
-    for score in classes(predict(server.client, data)):
+    for score in predict(server.client, data).json()["predictions"][0]["classes"]:
         assert (score["id"], score["label"]) == (f"n{score['index']}", f"thing {score['index']}")
     assert_error(server.client.post(EXPLAIN, params={"class": "thing"}, content=data), 400, "malformed_request")
