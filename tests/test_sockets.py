@@ -147,7 +147,7 @@ def test_a_server_on_a_unix_socket_answers_under_its_own_name(tiny_path: Path, t
             assert 'name="flowers"' in client.get("/metrics").text
             second = subprocess.run([REDNET, "serve", "--uds", path], capture_output=True, text=True, check=False)
             assert (second.returncode, second.stderr.count("\n")) == (2, 1)
-            assert "another process listens there" in second.stderr
+            assert "another process is listening there" in second.stderr
             if curl := shutil.which("curl"):
                 asked = [curl, "--silent", "--unix-socket", str(path), "http://localhost/readyz"]
                 assert b"ready" in subprocess.run(asked, capture_output=True, check=True).stdout

@@ -177,7 +177,7 @@ RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     ("--epochs", 20, "passes over the photos"),
     ("--size", 176, "largest training crop in pixels; inference uses about 8/7 of it"),
     ("--batch-size", 64, "photos per step"),
-    ("--learning-rate", 2e-3, "peak learning rate; 0.0003 with --from, unless given"),
+    ("--learning-rate", 2e-3, "peak learning rate; with --from it is 0.0003, unless given"),
     ("--warmup-epochs", 2.0, "epochs until the learning rate reaches its peak"),
     ("--weight-decay", 0.05, "weight decay of weight matrices"),
     ("--label-smoothing", 0.1, "share of the target spread over all classes"),

@@ -181,6 +181,7 @@ class Pool:
             self._fail_queued(DecoderUnavailable())
 
     def _kill(self, worker: WorkerHandle) -> None:
+        """Kill a worker, and queue its unfinished jobs again."""
         jobs = worker.kill()
         self._retry(jobs, jobs[0].history.on_kill() if jobs else None)
 

@@ -42,7 +42,7 @@ def bind_unix(path: Path) -> socket.socket:
     It listens at once: clients wait until the server is there, and another server can tell that this one is starting.
 
     Raises:
-        OSError: another process listens there, the path is something else than a socket, or it cannot be used.
+        OSError: another process is listening there, the path is not a socket, or it cannot be used.
     """
     is_socket = False
     with suppress(OSError):  # binding reports what is wrong with the path
@@ -56,7 +56,7 @@ def bind_unix(path: Path) -> socket.socket:
         bound.close()
         reason = error.strerror or error  # a path that is too long has no number
         if error.errno == errno.EADDRINUSE:
-            reason = "another process listens there" if is_socket else "a file of that name exists"
+            reason = "another process is listening there" if is_socket else "a file of that name exists"
         raise OSError(f"cannot listen on {path}: {reason}") from None
     return bound
 
