@@ -1,1 +1,1 @@
-"""Measurements: `make benchmarks`, or `python -m benchmarks.<module>` for one of them."""
+"""Benchmarks: run all with `make benchmarks`, or one with `python -m benchmarks.<module>`."""

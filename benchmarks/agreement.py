@@ -1,8 +1,8 @@
-"""Whether every form of a network, and the server, answer like the plain network on real photos.
+"""Accuracy of every backend and of the server on real photos, compared with the network itself.
 
     python -m benchmarks.agreement DATA_DIR [--checkpoint F]
 
-DATA_DIR/val/<class>/* are the photos. Not a matter of speed, but too long for a test: minutes.
+The photos are DATA_DIR/val/<class>/*. It measures no speed, and takes minutes, too long for a test.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from rednet.model.training.loader import Photo
 CLIENTS = 4
 
 
-def plainly(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
-    """The network itself, neither folded nor prepared."""
+def unprepared(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
+    """The network itself, without batch norm folding and `prepare`."""
     return lambda pixels: checkpoint.net(checkpoint.preprocess.normalise(pixels))
 
 
 def over_http(photos: Sequence[Photo], classes: int, options: Sequence[object]) -> Predictions:
-    """What a running server answers; logarithms of its probabilities serve as logits."""
+    """The predictions of a running server. Logarithms of its probabilities are used as logits."""
     local = threading.local()
 
     def ask(photo: Photo) -> list[float]:
@@ -59,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = load_checkpoint(options.checkpoint)
     photos = read_folder(options.data / "val", [label.id for label in checkpoint.labels]).photos
-    answers = {"plain network": evaluate(plainly(checkpoint), checkpoint.preprocess, photos)}
+    answers = {"plain network": evaluate(unprepared(checkpoint), checkpoint.preprocess, photos)}
     precisions = ["fp32", "bf16", "fp16"] if torch.cuda.is_available() else ["fp32", "bf16"]
     if checkpoint.calibration and not torch.cuda.is_available():
         precisions.append("int8")

@@ -1,4 +1,4 @@
-"""Latency of one photo while other work keeps every core busy: threads that share an image must not spin."""
+"""Latency of one photo while other processes keep every core busy: threads that share an image must not spin."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ CALLS = 60
 
 
 def spin() -> None:
-    """Other work, for ever."""
+    """Keep a core busy until the process is killed."""
     while True:
         pass
 

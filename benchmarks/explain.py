@@ -1,4 +1,4 @@
-"""What an explanation costs beside a plain prediction: in the network, and over HTTP as JSON and as a picture.
+"""The cost of an explanation compared with a plain prediction: in the network, and over HTTP as JSON and as a picture.
 
 python -m benchmarks.explain PHOTOS [--checkpoint F]
 """
@@ -27,20 +27,21 @@ SPECS: Mapping[str, ExplainSpec | None] = {
 }
 
 
-def in_turns(runs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each run: by turns, so that a slow moment of the machine meets all of them."""
+def interleaved(runs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """The durations of each run in seconds. Runs are interleaved, so that a slow moment of the machine affects all of
+    them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(ROUNDS + 1):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
-            if turn:  # the first one loads things
+            if turn:  # the first turn is a warm-up
                 times[name].append(time.perf_counter() - started)
     return times
 
 
 def rows(what: str, times: Mapping[str, list[float]]) -> list[dict[str, object]]:
-    """A row each: its median, and the median of its ratio to the plain prediction of the same turn."""
+    """A row for each run: its median, and the median of its ratios to the plain prediction of the same turn."""
     plain = times["predict"]
     return [
         {
@@ -54,7 +55,7 @@ def rows(what: str, times: Mapping[str, list[float]]) -> list[dict[str, object]]
 
 
 def network(prepared: Prepared, batch: int) -> list[dict[str, object]]:
-    """Batches of which every image has the same map."""
+    """Batches in which every image has the same map."""
     runner = PreparedRunner(prepared, max_batch_size=batch)
     side = prepared.preprocess.crop
     images = list(np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8))
@@ -63,11 +64,11 @@ def network(prepared: Prepared, batch: int) -> list[dict[str, object]]:
         specs = dict.fromkeys(range(batch), explain) if explain else {}
         return lambda: runner.launch(images, specs).wait()
 
-    return rows(f"network, batch {batch}", in_turns({name: run(explain) for name, explain in SPECS.items()}))
+    return rows(f"network, batch {batch}", interleaved({name: run(explain) for name, explain in SPECS.items()}))
 
 
 def http(base: str, photos: list[bytes]) -> list[dict[str, object]]:
-    """One photo after another, from one caller."""
+    """One photo after another, from one client."""
     post_when_ready(f"{base}/v1/predict", photos[0])
 
     def run(path: str, accept: str) -> Callable[[], object]:
@@ -86,7 +87,7 @@ def http(base: str, photos: list[bytes]) -> list[dict[str, object]]:
     for layer in ("class", "stage3"):
         runs[f"{layer}, JSON"] = run(f"explain?layer={layer}", "application/json")
         runs[f"{layer}, picture"] = run(f"explain?layer={layer}", "image/png")
-    return rows("HTTP", in_turns(runs))
+    return rows("HTTP", interleaved(runs))
 
 
 def main() -> None:

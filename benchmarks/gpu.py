@@ -1,9 +1,9 @@
-"""A whole measured visit to a machine with a GPU: correctness first, then speed, then serving, then slow compilers.
+"""All measurements on a machine with a GPU: correctness, then speed, then serving, then slow compilers.
 
     python -m benchmarks.gpu [--photos DIR] [--official involution_cuda.py] [--budget-s 540]
 
-Everything is timed by the device's own clock on random data, after warm-up, as medians. Each table names the card, and
-is printed and written when it is there: what a visit that is cut short has measured is not lost.
+Everything is timed with CUDA events on random data, after warm-up, as medians. Each table names the card, and is
+printed and written as soon as it is complete, so that an interrupted run loses nothing.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.networks import Unfolded, with_involution
 from benchmarks.gpu_kernels import LAYERS, ORDERS, check_kernels, choice_rows, device_ms, layer_row
 from benchmarks.gpu_serving import measure_serving
 from benchmarks.measure import report
 from benchmarks.network import network
 from benchmarks.official import official_layer
-from benchmarks.peers import Unfolded, with_involution
 from rednet import Preprocess, RedNet, prepare
 from rednet.model.inference.cuda.conv_fallback import ConvFallback
 from rednet.model.inference.cuda.network import TritonRedNet
@@ -34,12 +34,12 @@ from rednet.model.ops import triton_ops as cuda
 SIDE = 224
 BATCHES = (1, 8, 64, 256)
 PRECISIONS = ("bf16", "fp16", "fp32")
-COMPILED = (("definition", 64), ("ResNet-50", 64), ("definition", 1))  # for each precision, as long as there is time
+COMPILED = (("definition", 64), ("ResNet-50", 64), ("definition", 1))  # for each precision, within the time budget
 Run = Callable[[Tensor], object]
 
 
-def ceilings() -> dict[str, float]:
-    """What this card can do at most: bytes copied, and products of matrices."""
+def peak_rates() -> dict[str, float]:
+    """The peak rates of this card: bytes copied, and matrix products."""
     source = torch.randint(0, 256, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -47,8 +47,8 @@ def ceilings() -> dict[str, float]:
     return {"copy GB/s": 2 * (1 << 30) / copy_ms / 1e6, "bf16 TFLOP/s": 2 * 8192**3 / product_ms / 1e9}
 
 
-def peers(net: RedNet, precision: str, official: Path | None) -> dict[str, Run]:
-    """What a user would pick, by name; each takes uint8 pixels that are on the device."""
+def baselines(net: RedNet, precision: str, official: Path | None) -> dict[str, Run]:
+    """The alternatives of a user, by name. Each takes uint8 pixels on the device."""
     preprocess, dtype = Preprocess(crop=SIDE), DTYPES[precision]
     mean, std = (torch.tensor(each, device="cuda").reshape(3, 1, 1) for each in (preprocess.mean, preprocess.std))
 
@@ -57,7 +57,7 @@ def peers(net: RedNet, precision: str, official: Path | None) -> dict[str, Run]:
         return lambda pixels: module(((pixels / 255 - mean) / std).to(dtype, memory_format=torch.channels_last))
 
     found = {"definition": on_pixels(with_involution(fold_batchnorm(net), Unfolded))}
-    if official and precision == "fp32":  # it knows no half precision
+    if official and precision == "fp32":  # it does not support half precision
         found["official kernel"] = on_pixels(with_involution(fold_batchnorm(net), official_layer(official)))
     try:
         from torchvision.models import resnet50
@@ -80,7 +80,14 @@ def rate_row(name: str, precision: str, run: Run, batch: int) -> dict[str, objec
     first_s = time.perf_counter() - started
     ms = device_ms(lambda: run(pixels))
     rate = 1000 * batch / ms
-    return {"precision": precision, "form": name, "batch": batch, "ms": ms, "images/s": rate, "first call s": first_s}
+    return {
+        "precision": precision,
+        "network": name,
+        "batch": batch,
+        "ms": ms,
+        "images/s": rate,
+        "first call s": first_s,
+    }
 
 
 @torch.inference_mode()
@@ -104,7 +111,8 @@ def convolution_rows(net: RedNet, batch: int = 64) -> list[dict[str, object]]:
 
 
 def unseen_sizes(run: Prepared, largest: int = 64) -> float:
-    """After one batch of the largest size, every other in random order: the worst first use beside the next ones."""
+    """The largest ratio of a first to a later use over all batch sizes in random order, after one batch of the largest
+    size."""
     compiled = compilations()
     run(torch.zeros(largest, 3, SIDE, SIDE, dtype=torch.uint8)).logits.cpu()
     ratios = []
@@ -116,12 +124,12 @@ def unseen_sizes(run: Prepared, largest: int = 64) -> float:
             run(pixels).logits.cpu()
             times.append(time.perf_counter() - started)
         ratios.append(times[0] / statistics.median(times[1:]))
-    assert compilations() == compiled, "a batch size was compiled for"
+    assert compilations() == compiled, "a batch size caused a compilation"
     return max(ratios)
 
 
 def compilations() -> int:
-    """How many forms of the forward kernel Triton has compiled."""
+    """The number of variants of the forward kernel that Triton has compiled."""
     return sum(len(cache[0]) for cache in cuda._forward.device_caches.values())
 
 
@@ -134,7 +142,7 @@ def main() -> None:
     ends = time.monotonic() + options.budget_s
     card = torch.cuda.get_device_name()
     check_kernels()
-    most = ceilings()
+    most = peak_rates()
     copy = most["copy GB/s"]
     layers = [layer_row(*layer, copy, order) for layer in LAYERS for order in ORDERS]
     report("gpu-involution", f"fused involution, bfloat16, {card}, {most}", layers)
@@ -146,14 +154,14 @@ def main() -> None:
         run = prepare(net, Preprocess(crop=SIDE), "cuda", precision)
         error, tolerance = run.max_relative_error, TOLERANCE[precision]
         found = f"{run.backend}, relative error {error:.1e} of {tolerance}; {run.rejected_backends}"
-        others = peers(net, precision, options.official)
-        forms: dict[str, Run] = {"ours": run, **others}
+        others = baselines(net, precision, options.official)
+        backends: dict[str, Run] = {"ours": run, **others}
         with ieee_float32():
-            rows = [rate_row(name, precision, each, batch) for name, each in forms.items() for batch in BATCHES]
+            rows = [rate_row(name, precision, each, batch) for name, each in backends.items() for batch in BATCHES]
         more = {"worst_first_use": unseen_sizes(run)} if precision == "bf16" else {}
         report(f"gpu-network-{precision}", f"rednet50, {SIDE}x{SIDE}, {card}; {found}; {more}", rows, **more)
         compilable += [(name, precision, others[name], batch) for name, batch in COMPILED if name in others]
-        del run, forms
+        del run, backends
         torch.cuda.empty_cache()
     measure_serving(net, options.photos)
     rows = []
@@ -161,7 +169,7 @@ def main() -> None:
         if time.monotonic() > ends:
             print(f"no time left to compile: {name}, {precision}, batch {batch}")
             continue
-        mode = "reduce-overhead" if batch == 1 else "default"  # CUDA graphs, as ours
+        mode = "reduce-overhead" if batch == 1 else "default"  # CUDA graphs, as in our backend
         with ieee_float32():
             compiled: Run = torch.compile(each, dynamic=False, mode=mode)
             rows.append(rate_row(f"{name}, torch.compile, {mode}", precision, compiled, batch))

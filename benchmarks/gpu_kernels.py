@@ -1,4 +1,4 @@
-"""The involution kernels on a GPU: equal to the definition, and how close they come to what memory allows."""
+"""The involution kernels on a GPU, compared with the definition and with the memory bandwidth."""
 
 import itertools
 import random
@@ -15,12 +15,12 @@ from rednet.model.ops import triton_ops as cuda
 LAYERS = ((64, 56, 1), (128, 56, 2), (128, 28, 1), (256, 14, 1), (512, 7, 1))  # channels, side, stride of RedNet-50
 KINDS = ((1, 16, 1), (3, 4, 2), (3, 16, 1), (7, 12, 1), (7, 16, 1), (7, 16, 2))  # kernel size, group width, stride
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-CHOICES = tuple(itertools.product((1, 2, 4, 7), (16, 32, 64)))  # outputs of a strip, strips of a program
+CHOICES = tuple(itertools.product((1, 2, 4, 7), (16, 32, 64)))  # outputs per strip, strips per program
 ORDERS = {"pixels last": (1, 2, 0, 3, 4), "taps last": (0, 3, 4, 1, 2)}  # of kernels [B, G, K * K, h, w] in memory
 
 
 def device_ms(run: Callable[[], object], budget_s: float = 1.0) -> float:
-    """The median time of a call by the device's clock."""
+    """The median time of a call, measured with CUDA events."""
     for _ in range(3):
         run()
     times: list[float] = []
@@ -36,7 +36,7 @@ def device_ms(run: Callable[[], object], budget_s: float = 1.0) -> float:
 
 
 def check_kernels(cases: int = 40) -> None:
-    """Every kernel against the definition in float64, over random shapes; a wrong value ends the visit."""
+    """Compare every kernel with the definition in float64, over random shapes. A wrong value raises an error."""
     rng = random.Random(0)
     for case in range(cases):
         (k, width, stride), groups = KINDS[case % len(KINDS)], rng.randint(1, 5)
@@ -57,11 +57,11 @@ def check_kernels(cases: int = 40) -> None:
 
 
 def layer_row(channels: int, side: int, stride: int, bandwidth: float, order: str = "pixels last") -> dict[str, object]:
-    """How close the fused kernel comes to reading its inputs and writing its output once, in bfloat16."""
+    """The bandwidth of the fused kernel, if it reads inputs and writes the output once, in bfloat16."""
     batch, k, out, groups = 64, 7, side // stride, channels // 16
     back = [ORDERS[order].index(axis) for axis in range(5)]
     sets = []
-    for _ in range(4):  # in turns, so that no cache holds what is read
+    for _ in range(4):  # in turns, so that inputs are not in a cache
         x = torch.randn(batch, channels, side, side, device="cuda", dtype=torch.bfloat16)
         kernel = torch.randn(batch, groups, k * k, out, out, device="cuda", dtype=torch.bfloat16)
         kernel = kernel.permute(ORDERS[order]).contiguous().permute(back)
@@ -77,7 +77,7 @@ def layer_row(channels: int, side: int, stride: int, bandwidth: float, order: st
 
 
 def choice_rows(bandwidth: float) -> list[dict[str, object]]:
-    """The same for other strips and programs than the ones that are built in, first and last stage."""
+    """The same for other sizes of strips and programs than the built-in ones, in the first and the last stage."""
     rows: list[dict[str, object]] = []
     for strip, strips in CHOICES:
         built = {"strip": strip, "strips": strips}

@@ -1,4 +1,4 @@
-"""Requests with photos to a server with a GPU, beside what the host's cores can decode."""
+"""Throughput of a server with a GPU, compared with the decode rate of the CPU."""
 
 import http.client
 import io
@@ -28,11 +28,11 @@ from rednet.service.decoding.decode import decode_image
 T = TypeVar("T")
 DURATION_S = 15.0
 CONNECTIONS = (1, 32, 128)
-PROCESSES = 4  # of clients: one interpreter alone cannot ask as fast as another answers
+PROCESSES = 4  # client processes: one interpreter cannot send requests as fast as the server answers
 
 
 def random_photos(count: int = 64) -> list[bytes]:
-    """Smooth pictures of an everyday size; their files are about as large as photos'."""
+    """Smooth pictures of an everyday size, with files about as large as those of photos."""
     files = []
     for seed in range(count):
         coarse = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -43,7 +43,7 @@ def random_photos(count: int = 64) -> list[bytes]:
 
 
 def decoded(photos: list[bytes]) -> int:
-    """Decode for a while; how many."""
+    """Decode for some seconds, and return the number of photos."""
     ends, count = time.monotonic() + DURATION_S / 3, 0
     while time.monotonic() < ends:
         decode_image(photos[count % len(photos)], Preprocess(), 50_000_000)
@@ -52,8 +52,8 @@ def decoded(photos: list[bytes]) -> int:
 
 
 @contextmanager
-def begun_together(processes: int, work: Callable[..., T], *arguments: object) -> Iterator[list[Future[T]]]:
-    """The same work in so many processes, from the moment on when the last of them has imported what it needs."""
+def started_together(processes: int, work: Callable[..., T], *arguments: object) -> Iterator[list[Future[T]]]:
+    """Run the same work in several processes, which start when the last one has finished its imports."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(processes + 1)
     with ProcessPoolExecutor(processes, context, ready.wait) as pool:
@@ -63,13 +63,13 @@ def begun_together(processes: int, work: Callable[..., T], *arguments: object) -
 
 
 def decode_rate(photos: list[bytes]) -> float:
-    """Photos a second that all cores decode together, with nothing else to do."""
-    with begun_together(len(os.sched_getaffinity(0)), decoded, photos) as counts:
+    """Photos per second that all cores decode together, without other work."""
+    with started_together(len(os.sched_getaffinity(0)), decoded, photos) as counts:
         return sum(count.result() for count in counts) / (DURATION_S / 3)
 
 
 def ask(address: str, photos: list[bytes], connections: int) -> list[float]:
-    """The time of every answer that so many connections got, one request after the other on each."""
+    """The latency of every request on several connections, one request after another on each."""
     times: list[float] = []
     ends = time.monotonic() + DURATION_S
 
@@ -94,7 +94,7 @@ def ask(address: str, photos: list[bytes], connections: int) -> list[float]:
 
 
 def counters(url: str) -> dict[str, float]:
-    """Sums over all devices of how long they were busy, and idle although something waited."""
+    """Total busy and starved seconds of all devices."""
     lines = urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines()
     return {
         name: sum(float(line.split()[-1]) for line in lines if line.startswith(f"rednet_device_{name}_seconds_total{{"))
@@ -119,7 +119,7 @@ def measure_serving(net: RedNet, folder: Path | None) -> None:
 
 def measured(url: str, photos: list[bytes], connections: int) -> dict[str, object]:
     processes = min(PROCESSES, connections)
-    with begun_together(processes, ask, urlsplit(url).netloc, photos, connections // processes) as runs:
+    with started_together(processes, ask, urlsplit(url).netloc, photos, connections // processes) as runs:
         before, started = counters(url), time.monotonic()
         times = sorted(time_s for run in runs for time_s in run.result())
         after, took_s = counters(url), time.monotonic() - started

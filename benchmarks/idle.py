@@ -1,4 +1,4 @@
-"""Five hundred idle connections and one slow upload a second: do the other callers notice?
+"""Latency of other clients with five hundred idle connections and one new slow upload per second.
 
 python -m benchmarks.idle PHOTOS [--checkpoint F]
 """
@@ -17,13 +17,13 @@ from benchmarks.measure import report
 from benchmarks.server import post_when_ready, serving
 
 IDLE = 500
-UPLOAD_S, UPLOAD_BYTES = 10.0, 10  # a slow upload takes so long for so many bytes
-RATE = 10.0  # requests a second of the others
+UPLOAD_S, UPLOAD_BYTES = 10.0, 10  # duration and size of a slow upload
+RATE = 10.0  # requests per second of the other clients
 ROUNDS, SECONDS = 5, 10.0
 
 
 async def hold(url: str, opened: "multiprocessing.synchronize.Event") -> None:
-    """Open the connections, each good for one request at first, and begin slow uploads until the process is ended."""
+    """Open the connections with one request on each, then start slow uploads until the process is killed."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or 80
 

@@ -1,4 +1,5 @@
-"""The int8 backend beside float32 on the same cores: calls in turn, medians of the ratios of neighbours."""
+"""The int8 backend compared with float32 on the same cores: interleaved calls, medians of ratios of neighbouring
+calls."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""The server in int8 beside the server in float32: answers a second, and where the processor time goes.
+"""The server in int8 compared with float32: responses per second, and CPU time by thread.
 
 python -m benchmarks.int8_serving PHOTOS
 """
@@ -19,7 +19,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def spent(url: str) -> dict[str, float]:
-    """Seconds of processor time so far: of the server's threads by what they do, and of its decoders."""
+    """CPU time so far, in seconds: of the server's threads by purpose, and of its decoders."""
     metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
     busy = re.search(r'^rednet_device_busy_seconds_total{device="cpu"} (\S+)', metrics, re.MULTILINE)
     seconds = {"event loop": 0.0, "network": 0.0, "decoders": 0.0}

@@ -1,4 +1,4 @@
-"""One involution, forward and with both gradients, by each implementation."""
+"""Forward pass and both gradients of one involution, for each implementation."""
 
 from functools import partial
 

@@ -1,8 +1,8 @@
-"""Load on a server, from a process of its own.
+"""Load generator in a separate process.
 
-In the closed loop so many connections ask again as soon as they have an answer: that finds the capacity. In the open
-loop requests come at a given rate, whatever becomes of earlier ones, and their times count from when they were due, so
-that a slow answer does not hide the requests behind it (coordinated omission).
+In the closed loop, each connection sends a request as soon as it has the previous response, which measures capacity. In
+the open loop, requests are sent at a given rate, whatever becomes of earlier ones, and latency counts from when a
+request was due, so that a slow response does not hide the requests behind it (coordinated omission).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Answer(NamedTuple):
-    """What became of one request; status 0: the connection broke."""
+    """The result of one request. Status 0: the connection broke."""
 
     status: int
     due: float  # by time.monotonic(), which all processes of a machine share
@@ -32,11 +32,11 @@ class Load:
     """A generator of requests with photos.
 
     Args:
-        url: where to.
+        url: of the endpoint.
         bodies: sent in turn.
         timeout_ms: deadline of each request; None: the server's.
         content_type: of the bodies.
-        retry: ask once more, after the time that was given, where an answer is 429.
+        retry: after a 429, wait for `Retry-After` and send the request once more.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Load:
         self.retries: list[Answer] = []
 
     async def closed(self, connections: int, seconds: float) -> None:
-        """Keep so many requests going."""
+        """Keep one request in flight on each connection."""
         ends = time.monotonic() + seconds
 
         async def loop(first: int) -> None:
@@ -70,7 +70,7 @@ class Load:
         await asyncio.gather(*(loop(index) for index in range(connections)))
 
     async def open(self, rate: float, seconds: float) -> None:
-        """Send so many requests a second, evenly."""
+        """Send requests evenly, at `rate` per second."""
         begins = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for turn in range(int(rate * seconds)):
@@ -79,7 +79,7 @@ class Load:
                 group.create_task(self.ask(turn, due))
 
     async def ask(self, turn: int, due: float) -> None:
-        """Send one request, and perhaps once more."""
+        """Send one request, and perhaps retry it once."""
         answer = await self._answer(turn, due)
         self.answers.append(answer)
         if self._retry and answer.retry_after_s:
@@ -87,7 +87,7 @@ class Load:
             self.retries.append(await self._answer(turn, time.monotonic()))
 
     async def _answer(self, turn: int, due: float) -> Answer:
-        """The answer to a request over an idle connection, or a new one."""
+        """The response over an idle connection, or a new one."""
         try:
             streams = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
             streams[1].write(self._head.encode() + self._requests[turn % len(self._requests)])
@@ -111,32 +111,32 @@ async def _read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str
 
 
 class Answers(list[Answer]):
-    """What became of many requests, and what it took the sender.
+    """The results of many requests, and the sender's cost.
 
     Attributes:
-        sender_s: the sender's processor time, which the server did not have where both share the cores.
-        retries: what became of the second requests.
+        sender_s: CPU time of the sender, which the server lacks if both share the cores.
+        retries: results of the retried requests.
     """
 
     sender_s: float = 0.0
     retries: Sequence[Answer] = ()
 
     def ok(self) -> list[float]:
-        """Times of the successful ones, ascending."""
+        """Latencies of successful requests, ascending."""
         return sorted(answer.took_s for answer in self if answer.status == 200)
 
 
 def closed_loop(load: Load, connections: int, seconds: float) -> Answers:
-    """What so many connections got, from a process beside this one."""
-    return _beside(load, Load.closed, connections, seconds)
+    """The results of a closed loop, run in a separate process."""
+    return _in_a_process(load, Load.closed, connections, seconds)
 
 
 def open_loop(load: Load, rate: float, seconds: float) -> Answers:
-    """What requests at that rate (a second) got, sent from a process beside this one."""
-    return _beside(load, Load.open, rate, seconds)
+    """The results of an open loop at `rate` requests per second, run in a separate process."""
+    return _in_a_process(load, Load.open, rate, seconds)
 
 
-def _beside(load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float) -> Answers:
+def _in_a_process(load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float) -> Answers:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         answers, retries, sender_s = pool.submit(_run, load, loop, *how).result()
     found = Answers(answers)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: medians, the machine's own rate, tables, pictures."""
+"""Helpers of all benchmarks: medians, the machine's own rate, tables and charts."""
 
 import json
 import os
@@ -17,7 +17,7 @@ RESULTS = Path("build/benchmarks")
 
 
 def median_s(run: Callable[[], object], budget_s: float = 3.0, least: int = 5, most: int = 31) -> float:
-    """The median time of a call after a first one: as many calls as fit the budget, within limits."""
+    """The median time of a call after a warm-up call, over as many calls as fit the budget, within limits."""
     run()
     times: list[float] = []
     while len(times) < least or (sum(times) < budget_s and len(times) < most):
@@ -28,7 +28,7 @@ def median_s(run: Callable[[], object], budget_s: float = 3.0, least: int = 5, m
 
 
 def matrix_product_gflops() -> float:
-    """The machine's float32 rate: the better of torch's and NumPy's matrix product, median of runs of each."""
+    """The machine's float32 rate: the better median of torch's and NumPy's matrix products."""
     size = 2048
     a, b = torch.randn(size, size), torch.randn(size, size)
     x, y = a.numpy(), b.numpy()
@@ -37,7 +37,7 @@ def matrix_product_gflops() -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
+    """The hardware and software of the measurement."""
     model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
     return {
         "processor": model,

@@ -1,7 +1,7 @@
-"""The whole network on the CPU, batch by batch, beside what a user would pick instead.
+"""The network on the CPU for several batch sizes, compared with the baselines.
 
-Each peer runs in a process of its own, so that its memory and its time to a first answer are its own. All compute the
-same network from the same bytes; rates are compared with the machine's matrix product, measured in the same process.
+Each baseline runs in a separate process, for its own peak memory and time to a first result. All compute the same
+network from the same bytes. Rates are compared with the machine's matrix product, measured in the same process.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.baselines.networks import ANY_BATCH, BASELINES, Pixels, Run
 from benchmarks.measure import bars, matrix_product_gflops, median_s, report
-from benchmarks.peers import ANY_BATCH, PEERS, Pixels, Run
 from rednet import Preprocess, RedNet, create_rednet
 from rednet.model.nn.involution import Involution
 
-ORDER = 33  # largest batch of the run in random order
+ORDER = 33  # largest batch size of the random order
 
 
 def network(name: str) -> RedNet:
@@ -37,7 +37,7 @@ def network(name: str) -> RedNet:
 
 
 def multiply_adds(net: RedNet, side: int) -> int:
-    """Of one image, counted while it runs."""
+    """Multiply-adds of one image, counted while the network runs."""
     count = 0
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -58,8 +58,8 @@ def multiply_adds(net: RedNet, side: int) -> int:
     return count
 
 
-def child(peer: str, name: str, side: int, batches: list[int]) -> dict[str, Any]:
-    """Everything about one peer; runs in its own process."""
+def child(baseline: str, name: str, side: int, batches: list[int]) -> dict[str, Any]:
+    """All measurements of one baseline, in its own process."""
     net, preprocess = network(name), Preprocess(resize=side, crop=side)
     photos = np.random.default_rng(0).integers(0, 256, (max(*batches, ORDER), 3, side, side), dtype=np.uint8)
     gflops = matrix_product_gflops()
@@ -69,8 +69,8 @@ def child(peer: str, name: str, side: int, batches: list[int]) -> dict[str, Any]
     run: Run | None = None
     for batch in batches:
         started = time.perf_counter()
-        if run is None or peer not in ANY_BATCH:
-            run = PEERS[peer](net, preprocess, batch)
+        if run is None or baseline not in ANY_BATCH:
+            run = BASELINES[baseline](net, preprocess, batch)
         run(photos[:batch])
         first_s = time.perf_counter() - started
         batch_s = median_s(partial(run, photos[:batch]))
@@ -78,7 +78,7 @@ def child(peer: str, name: str, side: int, batches: list[int]) -> dict[str, Any]
         rows.append(
             {
                 "network": name,
-                "peer": peer,
+                "baseline": baseline,
                 "batch": batch,
                 "images/s": rate,
                 "ms": 1000 * batch_s,
@@ -89,16 +89,17 @@ def child(peer: str, name: str, side: int, batches: list[int]) -> dict[str, Any]
                 "of it before": base_mb,
             }
         )
-    return {"rows": rows, "order": in_random_order(run, photos) if peer == "ours" and run else None}
+    return {"rows": rows, "order": in_random_order(run, photos) if baseline == "ours" and run else None}
 
 
 def in_random_order(run: Run, photos: Pixels) -> float:
-    """All batch sizes up to 33, in random order: the largest ratio of a size's first use to the uses right after it."""
+    """The largest ratio of a batch size's first use to the uses right after it, over all sizes up to 33 in random
+    order."""
     run(photos[:1])
     ratios = []
     for batch in random.Random(0).sample(range(1, ORDER + 1), ORDER):
         times = []
-        for _ in range(4):  # at once: a machine that slows down for some seconds slows them all
+        for _ in range(4):  # immediately, so that a slow moment of the machine affects all of them
             started = time.perf_counter()
             run(photos[:batch])
             times.append(time.perf_counter() - started)
@@ -115,22 +116,22 @@ def main() -> None:
     parser.add_argument("--network", default="rednet50")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES))
+    parser.add_argument("--child", choices=BASELINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(options.child, options.network, options.side, options.batches)))
         return
     rows: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
-    for peer in options.peers:
-        print(f"{peer} ...", file=sys.stderr)
+    for baseline in options.baselines:
+        print(f"{baseline} ...", file=sys.stderr)
         batches = [str(batch) for batch in options.batches]
-        command = [sys.executable, "-m", "benchmarks.network", "--child", peer, "--network", options.network]
+        command = [sys.executable, "-m", "benchmarks.network", "--child", baseline, "--network", options.network]
         command += ["--side", str(options.side), "--batches", *batches]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            print(f"{peer} failed", file=sys.stderr)
+            print(f"{baseline} failed", file=sys.stderr)
             continue
         result = json.loads(done.stdout.splitlines()[-1])
         rows += result["rows"]
@@ -140,7 +141,7 @@ def main() -> None:
     heading = f"{options.network}, {options.side}x{options.side}, float32"
     report(name, heading, rows, **more)
     print(more)
-    series = {f"batch {b}": {r["peer"]: r["images/s"] for r in rows if r["batch"] == b} for b in options.batches}
+    series = {f"batch {b}": {r["baseline"]: r["images/s"] for r in rows if r["batch"] == b} for b in options.batches}
     bars(name, heading, "images per second", series)
 
 

@@ -1,7 +1,7 @@
-"""The authors' own CUDA kernel, out of their own file, as a peer.
+"""The authors' CUDA kernel, from their own file, as a baseline.
 
-The file is `cls/mmcls/models/utils/involution_cuda.py` of https://github.com/d-li14/involution. It needs CuPy, and asks
-it for a function that CuPy has no more; and it imports a layer of MMCV that is not needed here.
+The file is `cls/mmcls/models/utils/involution_cuda.py` of https://github.com/d-li14/involution. It needs CuPy, and
+calls a function that CuPy has removed. It imports a layer of MMCV that is not needed here.
 """
 
 import runpy
@@ -17,7 +17,9 @@ from rednet.model.nn.involution import Involution
 
 
 def official_layer(path: Path) -> Callable[[Involution], nn.Module]:
-    """What makes a layer with the authors' kernel out of ours: float32, sides that are multiples of the stride.
+    """Returns a function that makes a layer with the authors' kernel from ours.
+
+    It supports float32, and sides that are multiples of the stride.
 
     Args:
         path: their file; it is run.
@@ -37,7 +39,7 @@ def official_layer(path: Path) -> Callable[[Involution], nn.Module]:
 
         def forward(self, x: Tensor) -> Tensor:
             layer, k = self.layer, self.layer.kernel_size
-            kernel = layer.conv2(layer.conv1(layer.avgpool(x))).contiguous()  # they count on the order of NCHW
+            kernel = layer.conv2(layer.conv1(layer.avgpool(x))).contiguous()  # the kernel requires NCHW
             kernel = kernel.unflatten(1, (layer.groups, k, k))
             out: Tensor = involve(x.contiguous(), kernel, stride=layer.stride, padding=k // 2)
             return out

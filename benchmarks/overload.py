@@ -1,9 +1,9 @@
-"""Three times more requests than the server can answer: what the accepted ones get, and what the refused ones are told.
+"""Three times more requests than the server can answer: latency of accepted requests, and success of retries.
 
 python -m benchmarks.overload PHOTOS [--checkpoint F]
 
-First for half a minute, then, after a pause, for ten seconds, in which whoever is refused comes back once, when told:
-of those the first ones while three times too many go on asking.
+First for half a minute. Then, after a pause, for ten seconds, in which each rejected request is retried once after its
+`Retry-After`. The first retries compete with the overload.
 """
 
 import argparse
@@ -24,7 +24,7 @@ DEADLINE_MS = 1000
 
 
 def gauges(url: str) -> dict[str, float]:
-    """What should be zero when nobody asks any more."""
+    """Gauges that are zero on an idle server."""
     wanted = ("rednet_queue_depth", "rednet_backlog_seconds")
     lines = urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines()
     return {line.split()[0]: float(line.split()[1]) for line in lines if line.split()[0] in wanted}
@@ -65,12 +65,12 @@ def main() -> None:
         rows = [
             row("closed loop", calm, SECONDS / 2),
             row(f"open loop, {TIMES_CAPACITY} times that", flood, SECONDS),
-            row("the same, coming back", burst, BURST_S),
+            row("the same, with retries", burst, BURST_S),
         ]
         after = gauges(base)
     good = sum(answer.status == 200 for answer in flood) / SECONDS / capacity
     retried = sum(answer.status == 200 for answer in burst.retries) / len(burst.retries)
-    # What sending takes from the server, more for the flood than for the calm, is no loss of the server's.
+    # The sender takes CPU time from the server, and more of it during the overload. That is not the server's loss.
     cores = usable_cores() - calm.sender_s / (SECONDS / 2), usable_cores() - flood.sender_s / SECONDS
     fair = good * cores[0] / cores[1]
     heading = f"overload, deadline {DEADLINE_MS} ms, {len(photos)} JPEG photos, load from the same cores"

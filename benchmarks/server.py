@@ -1,4 +1,4 @@
-"""A server of our own, as users start it, for benchmarks that ask it."""
+"""A `rednet serve` process for benchmarks."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def serving(*options: object) -> Iterator[str]:
-    """The address of a `rednet serve` with these options, from the moment on at which its port is open."""
+    """The address of a `rednet serve` with these options, when its port is open."""
     command = [sys.executable, "-m", "rednet", "serve", "--port", "0", *map(str, options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -29,7 +29,7 @@ def serving(*options: object) -> Iterator[str]:
 
 
 def post_when_ready(url: str, body: bytes) -> bytes:
-    """The answer to a photo, asked for until the server is ready."""
+    """The response to a photo, which is sent again until the server is ready."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/octet-stream"})
     while True:
         try:

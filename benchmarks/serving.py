@@ -1,10 +1,10 @@
-"""This server beside LitServe, mosec and plain FastAPI: the same photos, decoder and network, on the same cores.
+"""This server compared with LitServe, mosec and plain FastAPI: the same photos, decoder, network and cores.
 
 python -m benchmarks.serving PHOTOS [--rounds N] [--seconds S]
 
-Every server is asked in turn, round after round, and medians are compared. The null model shows what the servers
-themselves cost; beside the network stands the same work without any server, on the cores that the sender leaves. In
-the open loop, latency counts from when a request was due.
+The servers run in turn, in several rounds, and medians are compared. The null model shows the cost of the servers
+themselves. The network is also measured without a server, on the cores that the sender leaves. In the open loop,
+latency counts from when a request was due.
 """
 
 import argparse
@@ -22,24 +22,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.baselines.shared import MAX_BATCH, decoded, network
 from benchmarks.load import Answers, Load, closed_loop, open_loop
 from benchmarks.measure import RESULTS, report
-from benchmarks.rivals.shared import LARGEST_BATCH, decoded, network
 from rednet.service.system.cores import usable_cores
 
 CONNECTIONS = 32
 PORT = 9310
 SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0)  # of this server's capacity, in the open loop
-LONGEST_S = 2.0  # a server whose median is beyond is not asked for more
+MAX_MEDIAN_S = 2.0  # a server with a larger median latency is not loaded more
 
 
-class Rival(NamedTuple):
-    """A server, and how it is asked."""
+class Baseline(NamedTuple):
+    """A server, and the format of its requests."""
 
     name: str
     module: str
     path: str
-    json: bool = False  # photos travel as base64
+    json: bool = False  # photos are sent as base64
     workers: int | None = None
 
     def load(self, photos: Sequence[bytes]) -> Load:
@@ -52,25 +52,25 @@ class Rival(NamedTuple):
         return json.dumps({"images": [text]} if self.module == "ours" else {"image": text}).encode()
 
 
-RIVALS = (
-    Rival("RedNet Serve", "ours", "/v1/predict"),
-    Rival("RedNet Serve, base64 in JSON", "ours", "/v1/predict", json=True),
-    Rival("FastAPI, no batches", "plain", "/predict"),
-    Rival("LitServe, 1 worker, base64 in JSON", "with_litserve", "/predict", json=True, workers=1),
-    Rival("LitServe, 2 workers, base64 in JSON", "with_litserve", "/predict", json=True, workers=2),
-    Rival("mosec, 1 decoder", "with_mosec", "/inference", workers=1),
-    Rival("mosec, 2 decoders", "with_mosec", "/inference", workers=2),
+BASELINES = (
+    Baseline("RedNet Serve", "ours", "/v1/predict"),
+    Baseline("RedNet Serve, base64 in JSON", "ours", "/v1/predict", json=True),
+    Baseline("FastAPI, no batches", "with_fastapi", "/predict"),
+    Baseline("LitServe, 1 worker, base64 in JSON", "with_litserve", "/predict", json=True, workers=1),
+    Baseline("LitServe, 2 workers, base64 in JSON", "with_litserve", "/predict", json=True, workers=2),
+    Baseline("mosec, 1 decoder", "with_mosec", "/inference", workers=1),
+    Baseline("mosec, 2 decoders", "with_mosec", "/inference", workers=2),
 )
 
 
 @contextmanager
-def asked(rival: Rival, model: str, photos: Sequence[bytes]) -> Iterator[Load]:
-    """A load on a server that has just been started and has answered for a while; nothing else runs meanwhile, because
-    some of them are busy even when nobody asks."""
-    load = rival.load(photos)
-    command = [sys.executable, "-m", f"benchmarks.rivals.{rival.module}", "--model", model, "--port", str(PORT)]
-    if rival.workers:
-        command += ["--workers", str(rival.workers)]
+def warm_load(baseline: Baseline, model: str, photos: Sequence[bytes]) -> Iterator[Load]:
+    """A load on a server that was just started and warmed up. No other server runs meanwhile, because some are busy
+    even when idle."""
+    load = baseline.load(photos)
+    command = [sys.executable, "-m", f"benchmarks.baselines.{baseline.module}", "--model", model, "--port", str(PORT)]
+    if baseline.workers:
+        command += ["--workers", str(baseline.workers)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while not closed_loop(load, 1, 0.5).ok():
@@ -83,26 +83,26 @@ def asked(rival: Rival, model: str, photos: Sequence[bytes]) -> Iterator[Load]:
 
 
 def offline_rate(photos: Sequence[bytes], model: str, seconds: float) -> float:
-    """Photos a second without a server: batches decoded by as many threads as there are cores, then predicted."""
+    """Photos per second without a server: batches decoded by as many threads as there are cores, then predicted."""
     run = network(model)
     with ThreadPoolExecutor(usable_cores()) as pool:
-        run(list(pool.map(decoded, photos[:LARGEST_BATCH])))
+        run(list(pool.map(decoded, photos[:MAX_BATCH])))
         begins, count = time.monotonic(), 0
         while time.monotonic() < begins + seconds:
-            batch = [photos[(count + index) % len(photos)] for index in range(LARGEST_BATCH)]
+            batch = [photos[(count + index) % len(photos)] for index in range(MAX_BATCH)]
             run(list(pool.map(decoded, batch)))
-            count += LARGEST_BATCH
+            count += MAX_BATCH
         return count / (time.monotonic() - begins)
 
 
 def rates(photos: Sequence[bytes], model: str, rounds: int, seconds: float) -> list[dict[str, object]]:
     """A row for each server: its medians over all rounds, in the closed loop."""
-    runs: dict[str, list[Answers]] = {rival.name: [] for rival in RIVALS}
+    runs: dict[str, list[Answers]] = {baseline.name: [] for baseline in BASELINES}
     alone: list[float] = []
     for _ in range(rounds):
-        for rival in RIVALS:
-            with asked(rival, model, photos) as load:
-                runs[rival.name].append(closed_loop(load, CONNECTIONS, seconds))
+        for baseline in BASELINES:
+            with warm_load(baseline, model, photos) as load:
+                runs[baseline.name].append(closed_loop(load, CONNECTIONS, seconds))
         alone.append(offline_rate(photos, model, seconds))
     offline = statistics.median(alone)
     medians = {name: statistics.median(len(each.ok()) / seconds for each in answers) for name, answers in runs.items()}
@@ -129,16 +129,16 @@ def rates(photos: Sequence[bytes], model: str, rounds: int, seconds: float) -> l
 def curves(photos: Sequence[bytes], capacity: float, seconds: float) -> list[dict[str, object]]:
     """A row for each server and rate, in the open loop."""
     rows: list[dict[str, object]] = []
-    for rival in RIVALS:
-        if rival.workers == 1:
+    for baseline in BASELINES:
+        if baseline.workers == 1:
             continue
-        with asked(rival, "rednet", photos) as load:
+        with warm_load(baseline, "rednet", photos) as load:
             for share in SHARES:
                 answers = open_loop(load, share * capacity, seconds)
                 times = answers.ok()
-                row = {"server": rival.name, "offered/s": share * capacity, "failed": len(answers) - len(times)}
+                row = {"server": baseline.name, "offered/s": share * capacity, "failed": len(answers) - len(times)}
                 rows.append(row | {"p50 ms": 1000 * statistics.median(times), "p99 ms": 1000 * _p99(answers)})
-                if statistics.median(times) > LONGEST_S:
+                if statistics.median(times) > MAX_MEDIAN_S:
                     break
     return rows
 

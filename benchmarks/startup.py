@@ -1,4 +1,4 @@
-"""From the start of the process to the first answer over HTTP, beside a bare `import torch, fastapi`."""
+"""Time from the start of the process to the first response over HTTP, compared with `import torch, fastapi`."""
 
 import io
 import statistics
@@ -31,7 +31,7 @@ def main() -> None:
     content = io.BytesIO()
     Image.effect_mandelbrot((400, 300), (-2, -1.5, 1, 1.5), 50).convert("RGB").save(content, "PNG")
     bare, ours = [], []
-    for _ in range(RUNS):  # in turns: the machine's moods hit both
+    for _ in range(RUNS):  # interleaved, so that a slow moment of the machine affects both
         bare.append(imports_s())
         ours.append(first_answer_s(content.getvalue()))
     times = {"import torch, fastapi": bare, "rednet serve, first answer": ours}

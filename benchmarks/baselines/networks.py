@@ -1,4 +1,4 @@
-"""RedNet in what a user would pick instead of our engine: plain torch, its compiler, ONNX Runtime, OpenVINO."""
+"""Other ways to run RedNet: plain torch, torch.compile, ONNX Runtime and OpenVINO."""
 
 import copy
 import tempfile
@@ -20,7 +20,7 @@ Run = Callable[[Pixels], object]
 
 
 class Shifted(nn.Module):
-    """An involution layer in operators that every exporter knows: 49 shifted products."""
+    """An involution layer in operators that every exporter supports: 49 shifted products."""
 
     def __init__(self, layer: Involution) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Shifted(nn.Module):
 
 
 class Unfolded(nn.Module):
-    """An involution layer by its definition, unfolding, without our operator."""
+    """An involution layer by its definition, with `unfold` instead of our operator."""
 
     def __init__(self, layer: Involution) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def definition(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
 
 
 def portable(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
-    """Our form for where there is no native library, eager."""
+    """Our network without the native library, eager."""
     return _eager(fold_batchnorm(net), preprocess, "torch")
 
 
@@ -89,7 +89,7 @@ def _eager(net: RedNet, preprocess: Preprocess, implementation: str) -> Run:
 
 
 def compiled(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
-    """torch.compile of the network as it is, our native operator inside, with frozen weights.
+    """torch.compile of the network with our native operator and frozen weights.
 
     Without the operator it would compile 49 products per involution: minutes for every batch size, for the same speed.
     """
@@ -142,7 +142,7 @@ def ours(net: RedNet, preprocess: Preprocess, batch: int) -> Run:
     return lambda pixels: prepared(torch.from_numpy(pixels))
 
 
-PEERS: dict[str, Callable[[RedNet, Preprocess, int], Run]] = {
+BASELINES: dict[str, Callable[[RedNet, Preprocess, int], Run]] = {
     "definition": definition,
     "portable": portable,
     "torch.compile+operator": compiled,
@@ -150,4 +150,4 @@ PEERS: dict[str, Callable[[RedNet, Preprocess, int], Run]] = {
     "openvino": openvino,
     "ours": ours,
 }
-ANY_BATCH = ("definition", "portable", "ours")  # built once; the others are built for each batch size
+ANY_BATCH = ("definition", "portable", "ours")  # built once; others are built for each batch size

@@ -1,4 +1,4 @@
-"""FastAPI as in its tutorial: one photo a call, decoded and predicted in a pool of threads; no batches."""
+"""FastAPI as in its tutorial: one photo per request, decoded and predicted in a thread pool, without batches."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 
-from benchmarks.rivals.shared import Network, answer, decoded, network, options
+from benchmarks.baselines.shared import Network, answer, decoded, network, options
 
 
 def create_app(run: Network, workers: int) -> FastAPI:

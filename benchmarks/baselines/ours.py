@@ -1,9 +1,9 @@
-"""This project's server around the null model; around the network it is `rednet serve` itself."""
+"""This project's server around the null model; around the network it is `rednet serve`."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.rivals.shared import LARGEST_BATCH, MAX_PIXELS, checkpoint, null_network, options
+from benchmarks.baselines.shared import MAX_BATCH, MAX_PIXELS, checkpoint, null_network, options
 from rednet import prepare
 from rednet.service.build import Network, build
 from rednet.service.cli import parser as cli
@@ -20,7 +20,7 @@ from rednet.service.types import ExplainSpec, Pixels, RunnerOutput, Running
 
 class NullRunner:
     def warm_up(self, begin: Callable[[float], None]) -> CostTable:
-        return CostTable({1: 1e-5, LARGEST_BATCH: 8e-5}, LARGEST_BATCH)
+        return CostTable({1: 1e-5, MAX_BATCH: 8e-5}, MAX_BATCH)
 
     def launch(self, pixels: Sequence[Pixels], specs: Mapping[int, ExplainSpec]) -> Running:
         logits = null_network(pixels)
@@ -43,4 +43,4 @@ if __name__ == "__main__":
     chosen = options()
     if chosen.model == "null":
         sys.exit(serve_null(chosen.port, chosen.workers))
-    sys.exit(cli.main(["serve", "--port", str(chosen.port), "--precision", "fp32"]))  # as the others
+    sys.exit(cli.main(["serve", "--port", str(chosen.port), "--precision", "fp32"]))  # as in the other servers

@@ -1,4 +1,4 @@
-"""LitServe with its batches; photos come as base64 in JSON, as in its documentation of image inputs."""
+"""LitServe with batches. Photos are sent as base64 in JSON, as in its documentation of image inputs."""
 
 import base64
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from typing import Any
 
 import litserve
 
-from benchmarks.rivals.shared import LARGEST_BATCH, answer, decoded, network, options
+from benchmarks.baselines.shared import MAX_BATCH, answer, decoded, network, options
 from rednet.service.system.cores import usable_cores
 from rednet.service.types import Floats, Pixels
 
@@ -34,6 +34,6 @@ class Api(litserve.LitAPI):  # type: ignore[misc]  # it has no types
 
 chosen = options()
 if __name__ == "__main__":
-    api = Api(max_batch_size=LARGEST_BATCH, batch_timeout=0.002)
+    api = Api(max_batch_size=MAX_BATCH, batch_timeout=0.002)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=chosen.workers, timeout=60)
     server.run(port=chosen.port, host="127.0.0.1", log_level="warning", generate_client_file=False)

@@ -1,4 +1,4 @@
-"""What all of the servers do alike: decode, predict, name the classes."""
+"""The parts that all servers share: decoding, prediction, class names."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from rednet.service.system.cores import usable_cores
 from rednet.service.types import Floats, Pixels
 
 MAX_PIXELS = 50_000_000
-LARGEST_BATCH = 8
+MAX_BATCH = 8
 CLASSES = 10
 
 Network = Callable[[Sequence[Pixels]], Floats]  # photos to logits [B, CLASSES]
@@ -39,7 +39,7 @@ def decoded(photo: bytes) -> Pixels:
 
 
 def null_network(photos: Sequence[Pixels]) -> Floats:
-    """Logits that cost nothing: each photo's mean colours, from every hundredth pixel."""
+    """Logits without cost: each photo's mean colours, from every hundredth pixel."""
     logits = np.zeros((len(photos), CLASSES), np.float32)
     for index, photo in enumerate(photos):
         logits[index, :3] = photo[:, ::10, ::10].mean(axis=(1, 2)) / 64
@@ -47,7 +47,7 @@ def null_network(photos: Sequence[Pixels]) -> Floats:
 
 
 def network(model: str) -> Network:
-    """The network by name; loaded where it is called, because some servers do that in a process of their own."""
+    """The network by name. It is loaded in the calling process, because some servers use several."""
     torch.set_num_threads(usable_cores())
     if model == "null":
         return null_network

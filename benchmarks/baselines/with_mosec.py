@@ -5,7 +5,7 @@ from typing import Any
 
 import mosec
 
-from benchmarks.rivals.shared import LARGEST_BATCH, answer, decoded, network, options
+from benchmarks.baselines.shared import MAX_BATCH, answer, decoded, network, options
 from rednet.service.types import Pixels
 
 
@@ -28,8 +28,8 @@ class Predict(mosec.Worker):  # type: ignore[misc]
 
 chosen = options()
 if __name__ == "__main__":
-    sys.argv += ["--address", "127.0.0.1", "--timeout", "60000", "--log-level", "error"]  # it reads --port by itself
+    sys.argv += ["--address", "127.0.0.1", "--timeout", "60000", "--log-level", "error"]  # mosec reads --port itself
     server = mosec.Server()
     server.append_worker(Decode, num=chosen.workers)
-    server.append_worker(Predict, num=1, max_batch_size=LARGEST_BATCH, max_wait_time=1)
+    server.append_worker(Predict, num=1, max_batch_size=MAX_BATCH, max_wait_time=1)
     server.run()
