@@ -242,5 +242,5 @@ def test_evaluate_and_quantize_read_the_same_photos_as_train(
     assert "folders without photos: @eaDir" in said.err
     assert main(["quantize", str(tiny_path), str(data / "val"), "--output", str(data / "q.safetensors")]) == 0
     said = capsys.readouterr()
-    assert "int8 scales from 3 photos" in said.out
+    assert "activation ranges from 3 photos" in said.out
     assert "1 .heic files" in said.err
