@@ -195,7 +195,7 @@ def assert_unharmed(server: ServerProcess, expected: Sequence[object]) -> None:
         return [sample(server.client, name) for name in names]
 
     wait_until(lambda: gauges() == [0, 0, 1], "the gauges to be zero but for the scrape itself")
-    assert "defect" not in server.log
+    assert "unhandled exception" not in server.log
     for turn in range(GOOD_AFTERWARDS):
         response = predict(server.client, encoded(photo(turn % len(expected), 300, 200)))
         assert response.json()["predictions"] == expected[turn % len(expected)]
