@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rednet.model.native import unavailable
 from rednet.service.cli.parser import main
 from rednet.service.cli.result_formats import write_csv
 from tests.conftest import encoded, photo
@@ -96,7 +97,7 @@ def test_rows_are_what_predict_prints(
     assert main(arguments) == 1
     printed = json.loads(capsys.readouterr().out)["predictions"]
     written = [row for row in read_rows(unbroken) if f"{folder.name}/sub1/" in row["file"]]
-    assert printed == [{key: row[key] for key in row if key in ("classes", "error")} for row in written]
+    assert_equal(printed, [{key: row[key] for key in row if key in ("classes", "error")} for row in written])
 
 
 def test_skipped_files_are_counted_by_extension(
@@ -148,15 +149,33 @@ def test_killed_run_continues_to_the_same_file(
     read[suffix](output, unbroken)
 
 
+def assert_equal(ours: object, theirs: object) -> None:
+    """Exactly; within rounding where PyTorch runs the network, because its results depend on the size of a batch."""
+    if unavailable() is None:
+        assert ours == theirs
+    elif isinstance(ours, list) and isinstance(theirs, list):
+        for one, other in zip(ours, theirs, strict=True):
+            assert_equal(one, other)
+    elif isinstance(ours, dict) and isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    else:
+        assert ours == (pytest.approx(theirs, abs=1e-5) if isinstance(theirs, float) else theirs)
+
+
 def compare_jsonl(output: Path, unbroken: Path) -> None:
-    assert output.read_bytes() == unbroken.read_bytes()
+    if unavailable() is None:
+        assert output.read_bytes() == unbroken.read_bytes()
+    assert_equal(read_rows(output), read_rows(unbroken))
 
 
 def compare_csv(output: Path, unbroken: Path) -> None:
     converted = output.with_name("converted.csv")
     with unbroken.open("rb") as rows:
         write_csv(rows, converted, 3, 512)
-    assert output.read_bytes() == converted.read_bytes()
+    if unavailable() is None:
+        assert output.read_bytes() == converted.read_bytes()
     with output.open(newline="") as file:
         cells = list(csv.DictReader(file))
     for cell, row in zip(cells, read_rows(unbroken), strict=True):
@@ -167,8 +186,8 @@ def compare_csv(output: Path, unbroken: Path) -> None:
         else:
             assert cell["error_code"] == ""
             assert cell["label_3"] == row["classes"][2]["label"]
-            assert float(cell["probability_1"]) == row["classes"][0]["probability"]
-            assert float(cell["feature_511"]) == row["features"][511]
+            assert_equal(float(cell["probability_1"]), row["classes"][0]["probability"])
+            assert_equal(float(cell["feature_511"]), row["features"][511])
 
 
 def compare_parquet(output: Path, unbroken: Path) -> None:
@@ -210,7 +229,7 @@ def test_other_command_into_unfinished_output_is_refused(
     finally:
         process.send_signal(18)  # SIGCONT
         assert process.wait() == 1
-    assert output.read_bytes() == unbroken.read_bytes()
+    compare_jsonl(output, unbroken)
 
 
 def test_finished_output_is_replaced_only_with_force(
