@@ -28,13 +28,12 @@ class PhotoAnswers:
 
     Args:
         pipeline: it is started; used by nothing else.
-        devices: that share the work.
     """
 
-    def __init__(self, pipeline: Pipeline, devices: int = 1) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._memory = _Memory(MAX_BYTES)
-        wanted = BATCHES_AHEAD * devices * pipeline.client.costs.max_batch_size
+        wanted = BATCHES_AHEAD * pipeline.client.costs.max_batch_size
         self._ahead = min(MAX_AHEAD, max(MIN_AHEAD, wanted))
 
     async def in_order(self, photos: Sequence[str]) -> AsyncGenerator[Inference | ServiceError]:

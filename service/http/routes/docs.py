@@ -22,11 +22,11 @@ VIEWER = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 
 
 def _files() -> dict[str, File]:
-    files = dict(read_files(resources.files("rednet.service.http") / "docs_viewer"))
     if find_spec("fastapi_swagger") is None:
         return {}
+    ours = resources.files("rednet.service.http") / "docs_viewer"
     package = resources.files("fastapi_swagger") / "resources"
-    return files | {path: file for path, file in read_files(package) if path in VIEWER}
+    return dict(read_files(ours)) | {path: file for path, file in read_files(package) if path in VIEWER}
 
 
 router = APIRouter(include_in_schema=False)
