@@ -6,10 +6,11 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
-from rednet.service.build import build, load_network
+from rednet.service.build import build
 from rednet.service.http.api_keys import Keys
 from rednet.service.http.app import create_app
 from rednet.service.http.server import Server, uvicorn_config
+from rednet.service.network import load_network
 from rednet.service.observability import log
 from rednet.service.settings import Settings
 

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 
 from rednet import Preprocess
-from rednet.service.build import Network, build
+from rednet.service.build import build
 from rednet.service.cost_table import CostTable
 from rednet.service.decoding.limits import DecodeLimits
 from rednet.service.engine.transfer import Finished
@@ -26,6 +26,7 @@ from rednet.service.http.api_keys import read_keys
 from rednet.service.http.app import create_app
 from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.model_description import LabelBody, ModelBody
+from rednet.service.network import Network
 from rednet.service.settings import Settings
 from rednet.service.types import ExplainSpec, ModelRunner, Pixels, RunnerOutput, Running
 

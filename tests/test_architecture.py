@@ -31,10 +31,11 @@ SERVICE = {
     "parsing": "errors types",
     "observability": "model_description types",
     "pipeline": "decoding errors model_description observability types",
-    "build": "decoding engine model_description observability pipeline settings system types model model.inference",
+    "network": "engine model_description settings system types model model.inference",
+    "build": "decoding engine network observability pipeline settings system",
     "http": "errors model_description observability parsing pipeline scores settings system types",
-    "main": "build http observability settings",
-    "cli": "build engine errors http main model_description pipeline scores settings system types "
+    "main": "build http network observability settings",
+    "cli": "build engine errors http main model_description network pipeline scores settings system types "
     "model model.inference model.io model.training",
 }
 TABLES = {"model": MODEL, "service": SERVICE}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.baselines.shared import MAX_BATCH, MAX_PIXELS, checkpoint, null_network, options
 from rednet import prepare
-from rednet.service.build import Network, build
+from rednet.service.build import build
 from rednet.service.cli import parser as cli
 from rednet.service.cost_table import CostTable
 from rednet.service.decoding.limits import DecodeLimits, memory_for_decoders
@@ -13,6 +13,7 @@ from rednet.service.engine.transfer import Finished
 from rednet.service.http.app import create_app
 from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.model_description import describe
+from rednet.service.network import Network
 from rednet.service.observability import log
 from rednet.service.settings import Settings
 from rednet.service.types import ExplainSpec, Pixels, RunnerOutput, Running

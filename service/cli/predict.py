@@ -12,11 +12,12 @@ from typing import Any
 
 from rednet.model.io.output_files import check_output
 from rednet.model.training.progress import progress
-from rednet.service.build import Network, build, load_network
+from rednet.service.build import build
 from rednet.service.cli.answers import MAX_AHEAD, PhotoAnswers, wait_until_ready
 from rednet.service.cli.photo_paths import find_all
 from rednet.service.cli.results import Results, check_format, finish, open_results
 from rednet.service.errors import DeviceFailed, ServiceError, error_body
+from rednet.service.network import Network, load_network
 from rednet.service.pipeline import Pipeline
 from rednet.service.scores import top_classes
 from rednet.service.settings import Settings, read_settings
