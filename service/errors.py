@@ -1,4 +1,4 @@
-"""The errors of a request. Codes are stable and part of the API; `http/statuses.py` maps errors to HTTP statuses."""
+"""The errors of a request. Codes are stable and part of the API; `statuses.py` maps errors to statuses."""
 
 from typing import ClassVar, Self
 

@@ -6,8 +6,8 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
+from rednet.service.api_keys import Keys
 from rednet.service.build import build
-from rednet.service.http.api_keys import Keys
 from rednet.service.http.app import create_app
 from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.network import load_network

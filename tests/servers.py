@@ -18,11 +18,11 @@ import httpx
 import numpy as np
 
 from rednet import Preprocess
+from rednet.service.api_keys import read_keys
 from rednet.service.build import build
 from rednet.service.cost_table import CostTable
 from rednet.service.decoding.limits import DecodeLimits
 from rednet.service.engine.transfer import Finished
-from rednet.service.http.api_keys import read_keys
 from rednet.service.http.app import create_app
 from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.model_description import LabelBody, ModelBody

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rednet.service.http.api_keys import MIN_KEY_CHARS, KeyFileError, read_keys
+from rednet.service.api_keys import MIN_KEY_CHARS, KeyFileError, read_keys
 from tests.conftest import encoded, photo
 from tests.http_helpers import PREDICT, assert_error, connected, predict
 from tests.servers import REDNET, FakeRunner, ServerThread, wait_until

@@ -19,10 +19,13 @@ MODEL = {
     "training": "images inference io nn",
 }
 SERVICE = {
+    "api_keys": "",
     "cost_table": "",
     "errors": "",
+    "event_loop": "",
     "settings": "",
     "system": "",
+    "statuses": "errors",
     "types": "cost_table errors",
     "scores": "types",
     "model_description": "model",
@@ -31,11 +34,14 @@ SERVICE = {
     "parsing": "errors types",
     "observability": "model_description types",
     "pipeline": "decoding errors model_description observability types",
+    "server_timing": "observability pipeline types",
+    "open_inference": "errors event_loop model_description parsing pipeline scores types",
     "network": "engine model_description settings system types model model.inference",
     "build": "decoding engine network observability pipeline settings system",
-    "http": "errors model_description observability parsing pipeline scores settings system types",
-    "main": "build http network observability settings",
-    "cli": "build engine errors http main model_description network pipeline scores settings system types "
+    "http": "api_keys errors event_loop model_description observability open_inference parsing pipeline scores "
+    "server_timing settings statuses system types",
+    "main": "api_keys build http network observability settings",
+    "cli": "api_keys build engine errors main model_description network pipeline scores settings system types "
     "model model.inference model.io model.training",
 }
 TABLES = {"model": MODEL, "service": SERVICE}

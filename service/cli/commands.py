@@ -18,7 +18,7 @@ def serve(options: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(options).items() if name != "run"}
     settings = read_settings(flags, os.environ)
     from rednet.model.io.checkpoint_folder import checkpoint_in
-    from rednet.service.http.api_keys import read_keys
+    from rednet.service.api_keys import read_keys
     from rednet.service.system.sockets import bind, bind_unix, passed_sockets, remove_unix
 
     check_files(settings)

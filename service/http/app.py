@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from rednet.service.http.api_keys import Keys
+from rednet.service.api_keys import Keys
 from rednet.service.http.error_responses import add_error_handlers
 from rednet.service.http.image_requests import ImageRequests
 from rednet.service.http.middleware import AllowedHostsMiddleware, RequestContextMiddleware

@@ -19,8 +19,8 @@ from rednet.service.http.request_head import (
 )
 from rednet.service.http.response_transport import ResponseTransport
 from rednet.service.http.slow_readers import SlowReaderMonitor
-from rednet.service.http.statuses import STATUS
 from rednet.service.observability.log import new_id
+from rednet.service.statuses import STATUS
 
 HEAD_TIMEOUT_S = 10.0  # for the first byte on a connection, and for a whole head from its first byte
 # A chunk costs a microsecond, however small. More than FREE_CHUNKS must be MIN_CHUNK_BYTES long on average.

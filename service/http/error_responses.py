@@ -12,8 +12,8 @@ from starlette.types import Scope
 
 from rednet.service import errors
 from rednet.service.http.routes.context import context
-from rednet.service.http.statuses import STATUS
 from rednet.service.observability import log
+from rednet.service.statuses import STATUS
 
 
 def add_error_handlers(app: FastAPI) -> None:

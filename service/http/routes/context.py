@@ -10,8 +10,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from rednet.service.api_keys import Keys
 from rednet.service.errors import Unauthorized
-from rednet.service.http.api_keys import Keys
 from rednet.service.http.image_requests import ImageRequests
 from rednet.service.parsing.memory_budget import MemoryBudget
 from rednet.service.pipeline import Pipeline

@@ -1,29 +1,14 @@
 """Builds and sends large responses in pieces, so that they do not block the event loop or exceed the memory budget."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from rednet.service.parsing.memory_budget import MemoryBudget
 
-Item = TypeVar("Item")
-
-SLICE_S = 0.001  # of work, before the event loop serves other requests
 PIECE_BYTES = 65_536  # sent at once; responses up to this size are sent whole
-
-
-async def in_turns(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """The same items; the event loop serves other requests after every millisecond of work on them."""
-    since = time.monotonic()
-    for item in items:
-        yield item
-        if time.monotonic() - since > SLICE_S:
-            await asyncio.sleep(0)
-            since = time.monotonic()
 
 
 def comma_separated(items: Iterable[bytes]) -> Iterator[bytes]:

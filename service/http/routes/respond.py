@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fastapi import Response
 
+from rednet.service.event_loop import in_turns
 from rednet.service.http.routes.context import Context
-from rednet.service.http.routes.pieces import PiecesResponse, in_turns
-from rednet.service.observability import log
+from rednet.service.http.routes.pieces import PiecesResponse
 from rednet.service.pipeline import Answer
-from rednet.service.types import Inference
+from rednet.service.server_timing import note_timing
 
 
 async def respond(
@@ -30,21 +30,5 @@ async def respond(
     """
     pieces = [piece async for piece in in_turns(body)]
     server.pipeline.metrics.stage("respond", time.monotonic() - started)
-    inferences = [answer.outcome for answer in answers if isinstance(answer.outcome, Inference)]
-    times = {  # the slowest image's
-        "decode": max(answer.decode_s for answer in answers),
-        "queue": max(inference.queue_s for inference in inferences),
-        "inference": max(inference.inference_s for inference in inferences),
-    }
-    if drawn := [answer.drawn.draw_s for answer in answers if answer.drawn]:
-        times["draw"] = max(drawn)
-    batch = max(inference.batch_size for inference in inferences)
-    log.note_ms(**times)
-    log.note(batch_size=batch)
-    timing = _timing(times, batch, server.pipeline.model.precision)
+    timing = note_timing(answers, server.pipeline.model.precision)
     return PiecesResponse(pieces, media_type, {"Server-Timing": timing, **(headers or {})}, server.budget)
-
-
-def _timing(times: Mapping[str, float], batch: int, precision: str) -> str:
-    entries = [f"{stage};dur={1000 * time_s:.1f}" for stage, time_s in times.items()]
-    return ", ".join((*entries, f'batch;desc="{batch}"', f"precision;desc={precision}"))
