@@ -50,7 +50,11 @@ def parse_body(body_format: BodyFormat, body: bytes, limits: BodyLimits) -> Pars
     """
     if body_format.protocol == "v1":
         return uploads.parse_uploads(body_format.content_type, body, limits.max_images)
-    parsed = parse_infer(body_format.header_length, body, limits.max_images)
+    return with_checked_pixels(parse_infer(body_format.header_length, body, limits.max_images), limits)
+
+
+def with_checked_pixels(parsed: ParsedBody, limits: BodyLimits) -> ParsedBody:
+    """The same, but with an error in place of pixels that the network cannot take."""
     return replace(parsed, images=[_checked(image, limits) for image in parsed.images])
 
 

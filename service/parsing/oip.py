@@ -1,7 +1,7 @@
 """Parses infer requests of the Open Inference Protocol and encodes the responses.
 
-A body is a JSON object that describes every tensor. Values that are not in the JSON follow as binary data, tensor by
-tensor (Triton's binary tensor data extension).
+Over HTTP, a body is a JSON object that describes every tensor. Values that are not in the JSON follow as binary data,
+tensor by tensor (Triton's binary tensor data extension). Over gRPC (`rednet.service.grpc`), a message holds the same.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from rednet.service.parsing.base64_text import decode_base64
 from rednet.service.parsing.bodies import InferOptions, ParsedBody
 from rednet.service.parsing.json_text import load_json
 from rednet.service.parsing.multipart import too_many
-from rednet.service.parsing.oip_schemas import InferBody, InferInput, InferOutput, InputParameters, OutputParameters
+from rednet.service.parsing.oip_schemas import InferBody, InferInput, InputParameters, OutputParameters
 from rednet.service.types import Floats, Upload
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # names the header with the size of the JSON before the binary data
@@ -39,19 +39,39 @@ def parse_infer(header_length: str | None, body: bytes, max_images: int) -> Pars
         PayloadTooLarge: there are more than max_images.
     """
     json_bytes = _json_bytes(header_length, len(body))
+    request = check_infer(load_json(body[:json_bytes], unique=[b'"inputs"', b'"data"']))
+    (tensor,) = request.inputs
+    images = read_images(tensor, _binary_data(tensor, memoryview(body)[json_bytes:]), max_images)
+    return ParsedBody(images, infer_options(request))
+
+
+def check_infer(request: object) -> InferBody:
+    """Validate the description of an infer request.
+
+    Args:
+        request: JSON, or a gRPC message in the form of that JSON.
+
+    Raises:
+        MalformedRequest: it does not follow the protocol.
+    """
     try:
-        request = InferBody.model_validate(load_json(body[:json_bytes], unique=[b'"inputs"', b'"data"']))
+        checked = InferBody.model_validate(request)
     except ValidationError as error:
         raise MalformedRequest(first_error(error)) from None
-    (tensor,) = request.inputs
-    parameters = request.parameters.model_dump() if request.parameters else {}
-    if reserved := next((name for name in parameters if name.startswith("triton_")), None):
-        raise MalformedRequest(f"parameters: {reserved[:100]!r} is reserved: names must not begin with 'triton_'")
-    images = _images(tensor, memoryview(body)[json_bytes:], max_images)
-    return ParsedBody(images, _options(request.id, request.outputs or [], bool(parameters.get("binary_data_output"))))
+    for name in checked.parameters.model_dump() if checked.parameters else ():
+        if name.startswith("triton_"):
+            raise MalformedRequest(f"parameters: {name[:100]!r} is reserved: names must not begin with 'triton_'")
+    return checked
 
 
-def _options(request_id: str | None, outputs: Sequence[InferOutput], binary: bool) -> InferOptions:
+def infer_options(request: InferBody) -> InferOptions:
+    """The options of an infer request.
+
+    Raises:
+        MalformedRequest: an output is listed twice, or is requested in shared memory.
+    """
+    outputs = request.outputs or []
+    binary = bool(request.parameters and request.parameters.binary_data_output)
     as_binary: dict[str, bool] = {}
     classes: dict[str, int] = {}
     for output in outputs:
@@ -62,7 +82,7 @@ def _options(request_id: str | None, outputs: Sequence[InferOutput], binary: boo
         as_binary[output.name] = binary if parameters.binary_data is None else parameters.binary_data
         if parameters.classification:  # in Triton, 0 means no classification
             classes[output.name] = parameters.classification
-    return InferOptions(request_id, as_binary or dict.fromkeys(OUTPUTS, binary), classes)
+    return InferOptions(request.id, as_binary or dict.fromkeys(OUTPUTS, binary), classes)
 
 
 def _refuse_shared_memory(what: str, parameters: InputParameters | OutputParameters) -> None:
@@ -144,31 +164,51 @@ def _json_bytes(header_length: str | None, body_bytes: int) -> int:
     return int(header_length)
 
 
-def _images(tensor: InferInput, tail: memoryview, max_images: int) -> Sequence[Upload]:
+def read_images(
+    tensor: InferInput, binary: memoryview | Sequence[memoryview] | None, max_images: int
+) -> Sequence[Upload]:
+    """The images in a tensor. Photos are views of the binary data, if there is any.
+
+    Args:
+        tensor: the description, and the values as JSON.
+        binary: the values in binary, or the elements of a BYTES tensor, one by one; None: they are in the JSON.
+        max_images: in one request.
+
+    Raises:
+        MalformedRequest: the values do not match the description, or the tensor is not one of this model.
+        PayloadTooLarge: there are more than max_images.
+    """
     if tensor.shape[0] == 0:
         raise MalformedRequest("the request holds no image")
     if tensor.shape[0] > max_images:
         raise too_many(max_images)
-    parameters = tensor.parameters or InputParameters()
-    _refuse_shared_memory(f"input {tensor.name!r}", parameters)
-    size = parameters.binary_data_size
+    _refuse_shared_memory(f"input {tensor.name!r}", tensor.parameters or InputParameters())
+    return _photos(tensor, binary) if tensor.name == "image" else list(_pixels(tensor, binary))
+
+
+def _binary_data(tensor: InferInput, tail: memoryview) -> memoryview | None:
+    """The binary data of the only input, if it has any: the rest of the body."""
+    size = tensor.parameters.binary_data_size if tensor.parameters else None
     if (tensor.data is None) == (size is None):
         raise MalformedRequest(f"input {tensor.name!r} must have either data or binary_data_size")
     if len(tail) != (size or 0):
         raise MalformedRequest(f"{len(tail)} bytes follow the JSON, but binary_data_size is {size or 0}")
-    if tensor.name == "image":
-        return _photos(tensor, tail)
-    return list(_values(tensor, tail))
+    return None if size is None else tail
 
 
-def _photos(tensor: InferInput, tail: memoryview) -> Sequence[Upload]:
+def _photos(tensor: InferInput, binary: memoryview | Sequence[memoryview] | None) -> Sequence[Upload]:
     if tensor.datatype != "BYTES" or len(tensor.shape) != 1:
         raise MalformedRequest(f"input 'image' must be BYTES [N], not {tensor.datatype} {tensor.shape}")
     (images,) = tensor.shape
-    if tensor.data is None:
-        return _elements(tail, images)
-    texts = [text for text in tensor.data if isinstance(text, str)]
-    if not len(texts) == len(tensor.data) == images:
+    if isinstance(binary, memoryview):
+        return _elements(binary, images)
+    if binary is not None:
+        if len(binary) != images:
+            raise MalformedRequest(f"input 'image' must be {images} elements, not {len(binary)}")
+        return binary
+    data = tensor.data or []
+    texts = [text for text in data if isinstance(text, str)]
+    if not len(texts) == len(data) == images:
         raise MalformedRequest(f"the data of input 'image' must be {images} base64 strings")
     return [decode_base64(text) for text in texts]
 
@@ -188,17 +228,18 @@ def _elements(tail: memoryview, count: int) -> Sequence[memoryview]:
     return elements
 
 
-def _values(tensor: InferInput, tail: memoryview) -> Floats:
+def _pixels(tensor: InferInput, binary: memoryview | Sequence[memoryview] | None) -> Floats:
     """Copy the values of an FP32 tensor to an array of its shape."""
     if tensor.datatype != "FP32" or len(tensor.shape) != 4 or 0 in tensor.shape:
         raise MalformedRequest(f"input 'pixels' must be FP32 [N, 3, H, W], not {tensor.datatype} {tensor.shape}")
     values = prod(tensor.shape)  # a Python integer, which cannot overflow
-    if tensor.data is None:
-        if len(tail) != 4 * values:
-            raise MalformedRequest(f"FP32 {tensor.shape} takes {4 * values} bytes, not {len(tail)}")
-        return np.frombuffer(tail, "<f4").astype(np.float32).reshape(tensor.shape)
+    if binary is not None:
+        packed = binary if isinstance(binary, memoryview) else b"".join(binary)
+        if len(packed) != 4 * values:
+            raise MalformedRequest(f"FP32 {tensor.shape} takes {4 * values} bytes, not {len(packed)}")
+        return np.frombuffer(packed, "<f4").astype(np.float32).reshape(tensor.shape)
     try:
-        flat = _flat(tensor.data, tensor.shape)
+        flat = _flat(tensor.data or [], tensor.shape)
         if not {*map(type, flat)} <= {int, float}:  # NumPy would also accept strings and booleans
             raise TypeError
         with np.errstate(over="ignore"):  # values beyond the range of float32 become infinite
