@@ -1,4 +1,4 @@
-"""`rednet serve`: builds the pipeline and runs it behind HTTP."""
+"""`rednet serve`: builds the pipeline and runs it behind HTTP, and gRPC if that is asked for."""
 
 import logging
 import resource
@@ -9,7 +9,7 @@ from contextlib import suppress
 from rednet.service.api_keys import Keys
 from rednet.service.build import build
 from rednet.service.http.app import create_app
-from rednet.service.http.server import Server, uvicorn_config
+from rednet.service.http.server import OtherServer, Server, uvicorn_config
 from rednet.service.network import load_network
 from rednet.service.observability import log
 from rednet.service.settings import Settings
@@ -19,13 +19,19 @@ logger = logging.getLogger(__name__)
 MAX_OPEN_FILES = 65_536  # connections, above all
 
 
-def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | None) -> int:
+def serve(
+    settings: Settings,
+    sockets: Sequence[socket.socket],
+    keys: Keys | None,
+    grpc_sockets: Sequence[socket.socket] = (),
+) -> int:
     """Serve until a signal ends it, and return the process's exit status.
 
     Args:
         settings: the options.
         sockets: bound; the server listens on them.
         keys: one of which a request must carry; None: requests need no key.
+        grpc_sockets: bound; where to listen for gRPC, if anywhere.
 
     Raises:
         CheckpointError, ValueError: the checkpoint, the device or --max-pixels cannot be used.
@@ -40,7 +46,12 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], keys: Keys | Non
     pipeline.metrics.watch_log(lambda: writer.dropped)
     app = create_app(settings, pipeline, keys)
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
-    server = Server(uvicorn_config(app, settings), pipeline.client, settings.drain_timeout_s)
+    other: OtherServer | None = None
+    if grpc_sockets:
+        from rednet.service.grpc.server import GrpcServer  # noqa: PLC0415  (an extra)
+
+        other = GrpcServer(settings, pipeline, app.state.context.budget, keys, grpc_sockets)
+    server = Server(uvicorn_config(app, settings), pipeline.client, settings.drain_timeout_s, other)
     server.run(list(sockets))
     return server.exit_code
 

@@ -57,6 +57,12 @@ class Settings(BaseModel):
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     uds: Path | None = Field(None, description="path of a Unix socket to listen on, instead of host and port")
+    grpc_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port for gRPC on the addresses of --host; 0: any free one (default: no gRPC)",
+    )
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_THREADS)] = Field(
         "auto", description="CPU cores for one batch; auto: all cores that the process may use"
     )

@@ -25,6 +25,8 @@ def serve(options: argparse.Namespace) -> int:
     # Whatever can fail at once fails before PyTorch is imported.
     if settings.checkpoint is not None and settings.checkpoint.is_dir():
         settings = settings.model_copy(update={"checkpoint": checkpoint_in(settings.checkpoint)})
+    if settings.grpc_port is not None:
+        _check_grpc()
     keys = read_keys(settings.api_key_file) if settings.api_key_file else None
     sockets = passed_sockets(os.environ)
     if sockets and settings.uds is not None:
@@ -33,9 +35,17 @@ def serve(options: argparse.Namespace) -> int:
         sockets = [bind_unix(settings.uds)] if settings.uds else bind(settings.host, settings.port)
         if settings.uds:
             atexit.register(remove_unix, settings.uds, settings.uds.lstat().st_ino)
+    grpc_sockets = [] if settings.grpc_port is None else bind(settings.host, settings.grpc_port)
     from rednet.service.main import serve as run_server
 
-    return run_server(settings, sockets, keys)
+    return run_server(settings, sockets, keys, grpc_sockets)
+
+
+def _check_grpc() -> None:
+    try:
+        import rednet.service.grpc.server  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--grpc-port needs {error.name}: pip install 'rednet-serve[grpc]'") from None
 
 
 def predict(options: argparse.Namespace) -> int:

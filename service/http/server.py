@@ -1,5 +1,6 @@
 """uvicorn with a drain."""
 
+import asyncio
 import gc
 import logging
 import math
@@ -8,6 +9,7 @@ import socket
 import threading
 import time
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,13 +30,25 @@ MIN_DRAIN_S = 1.0
 KEEP_ALIVE_S = 75
 
 
+class OtherServer(Protocol):
+    """The server of another protocol, which runs on the same event loop and drains with HTTP."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Wait so long for calls in progress."""
+
+
 class Server(uvicorn.Server):
     """uvicorn with a drain. After SIGTERM, SIGINT or SIGHUP the port stays open, and new requests are refused, until
     all admitted ones are answered. A second SIGTERM or SIGINT stops at once.
     """
 
-    def __init__(self, config: uvicorn.Config, client: EngineClient, drain_timeout_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, client: EngineClient, drain_timeout_s: float, other: OtherServer | None = None
+    ) -> None:
         super().__init__(config)
+        self._other = other
         self._client = client
         self._drain_timeout_s = drain_timeout_s
         self._drain_since: float | None = None
@@ -51,6 +65,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._other:
+            await self._other.start()
         for each in sockets or ():
             logger.info("running on %s (press Ctrl-C to quit)", url(each))
 
@@ -80,6 +96,14 @@ class Server(uvicorn.Server):
                 self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for answers still being sent
                 return True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._other:
+            # After a drain, answers are still being sent, as for HTTP.
+            grace_s = 0.0 if self.force_exit else self.config.timeout_graceful_shutdown or MIN_DRAIN_S
+            await asyncio.gather(self._other.stop(grace_s), super().shutdown(sockets))
+        else:
+            await super().shutdown(sockets)
 
     @property
     def exit_code(self) -> int:

@@ -118,7 +118,7 @@ def encode_infer(
         tensors: rows of each output by name, in order.
         binary: by name, whether an output's values are sent as binary data.
     """
-    tail = (_row_bytes(row) for name, rows in tensors.items() if binary[name] for row in rows)
+    tail = (row_bytes(row) for name, rows in tensors.items() if binary[name] for row in rows)
     return _json_pieces(answer, tensors, binary), tail
 
 
@@ -148,7 +148,8 @@ def _row_size(row: Row) -> int:
     return 4 * row.size if isinstance(row, np.ndarray) else sum(LENGTH_BYTES + len(text.encode()) for text in row)
 
 
-def _row_bytes(row: Row) -> bytes:
+def row_bytes(row: Row) -> bytes:
+    """A row as binary data."""
     if isinstance(row, np.ndarray):
         return row.astype("<f4").tobytes()
     elements = [text.encode() for text in row]

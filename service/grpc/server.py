@@ -1,0 +1,125 @@
+"""The gRPC server. It runs on the event loop of the HTTP server, and ends with it."""
+
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+
+from rednet.service.api_keys import Keys
+from rednet.service.grpc.calls import Call, Calls
+from rednet.service.grpc.health import Health
+from rednet.service.grpc.inference import InferenceService
+from rednet.service.grpc.message_reader import MessageReader
+from rednet.service.grpc.messages import SERVICE
+from rednet.service.grpc.reflection import Reflection, read_request
+from rednet.service.grpc.statuses import UnknownMethod
+from rednet.service.parsing.memory_budget import MemoryBudget
+from rednet.service.pipeline import Pipeline
+from rednet.service.settings import Settings
+from rednet.service.system.sockets import url
+
+logger = logging.getLogger(__name__)
+
+HEALTH_SERVICE = "grpc.health.v1.Health"
+REFLECTION_SERVICE = "grpc.reflection.v1alpha.ServerReflection"
+REFLECTION_SERVICES = (REFLECTION_SERVICE, "grpc.reflection.v1.ServerReflection")  # whose messages are the same
+PUBLIC = ("ServerLive", "ServerReady")  # probes, which need no key, as over HTTP
+UNMATCHED = "unmatched"
+
+
+class GrpcServer:
+    """Answers gRPC beside HTTP, from the same pipeline.
+
+    Args:
+        settings: limits on messages and deadlines.
+        pipeline: started and closed by the HTTP server.
+        budget: for the memory of messages, HTTP's included.
+        keys: one of which a call must carry; None: calls need no key.
+        sockets: bound to the addresses to listen on. gRPC cannot take them over, and binds its own in their place.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pipeline: Pipeline,
+        budget: MemoryBudget,
+        keys: Keys | None,
+        sockets: Sequence[socket.socket],
+    ) -> None:
+        self._options = [
+            ("grpc.max_receive_message_length", settings.max_body_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # another server on the same port is an error
+            # Identity only: a small compressed message can be a huge one, and photos are compressed already.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
+        ]
+        self._sockets = sockets
+        self._reader = MessageReader(budget, settings.max_queue)
+        self._inference = InferenceService(pipeline, self._reader)
+        self._health = Health(pipeline, self._reader)
+        self._reflection = Reflection([SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE])
+        self._calls = Calls(pipeline.metrics, keys, settings.request_timeout_s)
+        self._has_reflection = settings.docs == "on"
+        self._server: Any = None
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            RuntimeError: another process has taken the port meanwhile.
+        """
+        self._server = grpc.aio.server(options=self._options)
+        self._server.add_generic_rpc_handlers(
+            [_Methods(self._handlers(), self._calls.handler(UNMATCHED, _unknown, guarded=False))]
+        )
+        addresses = [url(each).removeprefix("http://") for each in self._sockets]
+        for each in self._sockets:
+            each.close()
+        if any(address.startswith("[::]") for address in addresses):  # where gRPC listens for IPv4, too
+            addresses = [address for address in addresses if address.startswith("[::]")]
+        for address in addresses:
+            self._server.add_insecure_port(address)
+        await self._server.start()
+        logger.info("running gRPC on %s", ", ".join(addresses))
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, and wait for the others.
+
+        Args:
+            grace_s: after which they are cancelled.
+        """
+        self._reader.close()
+        self._health.close()
+        self._reflection.close()
+        await self._server.stop(grace_s)
+
+    def _handlers(self) -> Mapping[str, Any]:
+        """The handler of each method, by full name."""
+        handlers = {}
+        for name, answer in self._inference.methods.items():
+            path, public = f"/{SERVICE}/{name}", name in PUBLIC
+            handlers[path] = self._calls.handler(path, answer, guarded=not public, probe=public)
+        path = f"/{HEALTH_SERVICE}/Check"
+        handlers[path] = self._calls.handler(path, self._health.check, guarded=False, probe=True)
+        handlers[f"/{HEALTH_SERVICE}/Watch"] = grpc.unary_stream_rpc_method_handler(self._health.watch)
+        for service in REFLECTION_SERVICES if self._has_reflection else ():
+            path = f"/{service}/ServerReflectionInfo"
+            handlers[path] = grpc.stream_stream_rpc_method_handler(self._reflection.answer, read_request)
+        return handlers
+
+
+class _Methods:
+    """A `grpc.GenericRpcHandler`: finds the handler of a method."""
+
+    def __init__(self, handlers: Mapping[str, Any], unknown: Any) -> None:
+        self._handlers = handlers
+        self._unknown = unknown
+
+    def service(self, details: Any) -> Any:
+        return self._handlers.get(details.method, self._unknown)
+
+
+async def _unknown(call: Call) -> bytes:
+    raise UnknownMethod("the server has no such method; it serves " + SERVICE)
