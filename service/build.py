@@ -8,7 +8,6 @@ from rednet.service.decoding.limits import DecodeLimits, memory_for_decoders
 from rednet.service.engine.batcher import Batcher
 from rednet.service.engine.client import LocalClient
 from rednet.service.engine.engine import HUNG_S, Engine
-from rednet.service.observability.gpus import watch_gpus
 from rednet.service.observability.metrics import DeviceEvents, Metrics
 from rednet.service.pipeline import Pipeline
 from rednet.service.settings import Settings
@@ -21,39 +20,36 @@ logger = logging.getLogger(__name__)
 
 
 def build(
-    settings: Settings, network: "Network", decode_limits: DecodeLimits | None = None, hung_s: float = HUNG_S
+    settings: Settings, network: "Network", metrics: Metrics, decode_limits: DecodeLimits, hung_s: float = HUNG_S
 ) -> Pipeline:
     """Build everything that answers images, behind the pipeline, which is not started yet.
 
     Args:
         settings: the options.
         network: what answers them.
-        decode_limits: None: those that the machine's memory allows.
+        metrics: records what happens.
+        decode_limits: on images, and on the memory of the decoders.
         hung_s: a batch that takes longer means that its device hangs.
-
-    Raises:
-        ValueError: --max-pixels cannot be used.
     """
-    metrics = Metrics()
-    metrics.model(network.description)
-    if network.gpus:
-        watch_gpus(metrics.registry, network.gpus)
     engines = [
         Engine(runner, Batcher(1, settings.max_wait_ms / 1000), DeviceEvents(metrics, device), hung_s)
         for device, runner in network.runners.items()
     ]
-    decoders = usable_cores() if settings.decoders == "auto" else settings.decoders
-    decoder = Decoder(network.preprocess, decode_limits or _decode_limits(settings, decoders), decoders)
+    decoder = Decoder(network.preprocess, decode_limits, _decoders(settings))
     return Pipeline(network.description, LocalClient(engines, settings.max_queue), decoder, metrics)
 
 
-def _decode_limits(settings: Settings, decoders: int) -> DecodeLimits:
-    """The limits of decoding on this machine.
+def _decoders(settings: Settings) -> int:
+    return usable_cores() if settings.decoders == "auto" else settings.decoders
+
+
+def decode_limits(settings: Settings) -> DecodeLimits:
+    """The limits of decoding on this machine, with the memory that this process has left.
 
     Raises:
         ValueError: the memory does not suffice for an image of --max-pixels, which was asked for.
     """
-    limits = DecodeLimits.derive(settings.max_pixels, memory_for_decoders(), decoders)
+    limits = DecodeLimits.derive(settings.max_pixels, memory_for_decoders(), _decoders(settings))
     if limits.largest_pixels < limits.max_pixels:
         found = f"there is memory to decode {limits.largest_pixels} pixels in every format, not {limits.max_pixels}"
         if "max_pixels" in settings.model_fields_set:

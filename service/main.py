@@ -6,13 +6,19 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
-from rednet.service.api_keys import Keys
-from rednet.service.build import build
+from rednet.service.api_keys import KeyFile
+from rednet.service.build import build, decode_limits
+from rednet.service.decoding.limits import DecodeLimits
 from rednet.service.http.app import create_app
 from rednet.service.http.server import OtherServer, Server, uvicorn_config
-from rednet.service.network import load_network
+from rednet.service.network import Network, load_network
 from rednet.service.observability import log
+from rednet.service.observability.gpus import watch_gpus
+from rednet.service.observability.metrics import Metrics
+from rednet.service.pipeline import Pipeline
+from rednet.service.reloading import ReloadablePipeline, reload_keys
 from rednet.service.settings import Settings
+from rednet.service.system.hangup import Hangups
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +28,8 @@ MAX_OPEN_FILES = 65_536  # connections, above all
 def serve(
     settings: Settings,
     sockets: Sequence[socket.socket],
-    keys: Keys | None,
+    keys: KeyFile | None,
+    hangups: Hangups,
     grpc_sockets: Sequence[socket.socket] = (),
 ) -> int:
     """Serve until a signal ends it, and return the process's exit status.
@@ -31,6 +38,7 @@ def serve(
         settings: the options.
         sockets: bound; the server listens on them.
         keys: one of which a request must carry; None: requests need no key.
+        hangups: receive SIGHUP.
         grpc_sockets: bound; where to listen for gRPC, if anywhere.
 
     Raises:
@@ -38,22 +46,42 @@ def serve(
     """
     writer = log.configure(settings.log_level, settings.log_format)
     _raise_file_limit()
+    metrics = Metrics()
+    metrics.watch_log(lambda: writer.dropped)
     network = load_network(settings)
-    model = network.description
-    for reason in model.passed_over:
-        logger.warning("rejected backend: %s", reason)
-    pipeline = build(settings, network)
-    pipeline.metrics.watch_log(lambda: writer.dropped)
+    if network.gpus:
+        watch_gpus(metrics.registry, network.gpus)
+    limits = decode_limits(settings)  # also of networks to come: now there is one of them in memory, as there will be
+    pipeline = ReloadablePipeline(
+        _build(settings, network, metrics, limits),
+        lambda: _build(settings, load_network(settings), metrics, limits),
+        metrics,
+    )
+    del network  # a reload must be able to free it
+
+    async def reload() -> None:
+        logger.info("SIGHUP: loading the API keys and the checkpoint again")
+        if keys:
+            await reload_keys(keys, metrics)
+        await pipeline.reload()
+
     app = create_app(settings, pipeline, keys)
-    logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     other: OtherServer | None = None
     if grpc_sockets:
         from rednet.service.grpc.server import GrpcServer  # noqa: PLC0415  (an extra)
 
-        other = GrpcServer(settings, pipeline, app.state.context.budget, keys, grpc_sockets)
-    server = Server(uvicorn_config(app, settings), pipeline.client, settings.drain_timeout_s, other)
+        other = GrpcServer(settings, pipeline, app.state.current_context().budget, keys, grpc_sockets)
+    server = Server(uvicorn_config(app, settings), pipeline, settings.drain_timeout_s, hangups, reload, other)
     server.run(list(sockets))
     return server.exit_code
+
+
+def _build(settings: Settings, network: Network, metrics: Metrics, limits: DecodeLimits) -> Pipeline:
+    model = network.description
+    for reason in model.passed_over:
+        logger.warning("rejected backend: %s", reason)
+    logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
+    return build(settings, network, metrics, limits)
 
 
 def _raise_file_limit() -> None:

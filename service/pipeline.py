@@ -68,7 +68,6 @@ class Pipeline:
         self.client = client
         self.metrics = metrics
         self._decoder = decoder
-        metrics.watch(client, lambda: self.state)
 
     async def start(self) -> None:
         """Start the decoders, then the engine, whose warm-up measures what batches cost here."""
@@ -78,7 +77,7 @@ class Pipeline:
     async def close(self) -> None:
         """Stop, and fail what is still waiting."""
         await self.client.close()
-        self._decoder.close()
+        await self._decoder.close()
 
     @property
     def state(self) -> State:

@@ -34,8 +34,8 @@ class Settings(BaseModel):
 
     checkpoint: Path | None = Field(
         None,
-        description="checkpoint file (.safetensors, official .pth or PaddleClas .pdparams), or a folder with one "
-        "(default: the embedded one)",
+        description="checkpoint file (.safetensors, official .pth or PaddleClas .pdparams), or a folder with one; "
+        "loaded again on SIGHUP (default: the embedded one)",
     )
     model_name: str | None = Field(
         None,
@@ -79,7 +79,9 @@ class Settings(BaseModel):
         256, le=65_536, description="maximum number of images accepted and not yet answered; more get 429"
     )
     api_key_file: Path | None = Field(
-        None, description="file with one API key per line, one of which requests must send (default: no key required)"
+        None,
+        description="file with one API key per line, as KEY or NAME:KEY, one of which requests must send; read again "
+        "on SIGHUP (default: no key required)",
     )
     metrics_access: Literal["open", "key"] = Field("open", description="open or key: whether /metrics requires a key")
     allow_origins: str | None = Field(

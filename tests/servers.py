@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 
 from rednet import Preprocess
-from rednet.service.api_keys import read_keys
+from rednet.service.api_keys import KeyFile
 from rednet.service.build import build
 from rednet.service.cost_table import CostTable
 from rednet.service.decoding.limits import DecodeLimits
@@ -27,7 +27,10 @@ from rednet.service.http.app import create_app
 from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.model_description import LabelBody, ModelBody
 from rednet.service.network import Network
+from rednet.service.observability.metrics import Metrics
+from rednet.service.reloading import ReloadablePipeline
 from rednet.service.settings import Settings
+from rednet.service.system.hangup import Hangups
 from rednet.service.types import ExplainSpec, ModelRunner, Pixels, RunnerOutput, Running
 
 REDNET = Path(sys.executable).with_name("rednet")
@@ -172,16 +175,20 @@ class ServerThread:
         runner: ModelRunner,
         hung_s: float = PATIENCE_S,
         classes: Sequence[str] = CLASSES,
+        next_network: Callable[[], Network] = lambda: fake_network(FakeRunner()),
         **options: object,
     ) -> None:
         settings = Settings.model_validate({"port": 0, "decoders": 2} | options)
         limits = DecodeLimits.derive(settings.max_pixels, DECODER_BYTES, 2)
-        pipeline = build(settings, fake_network(runner, classes), limits, hung_s)
-        self.engine_client = pipeline.client
-        keys = read_keys(settings.api_key_file) if settings.api_key_file else None
+        metrics = Metrics()
+        first = build(settings, fake_network(runner, classes), metrics, limits, hung_s)
+        self.engine_client = first.client
+        pipeline = ReloadablePipeline(first, lambda: build(settings, next_network(), metrics, limits), metrics)
+        keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
         self.app = create_app(settings, pipeline, keys)
         config = uvicorn_config(self.app, settings)
-        self._server = Server(config, pipeline.client, settings.drain_timeout_s)
+        self._hangups = Hangups()
+        self._server = Server(config, pipeline, settings.drain_timeout_s, self._hangups, pipeline.reload)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self) -> "ServerThread":
@@ -206,6 +213,10 @@ class ServerThread:
     def terminate(self, by: signal.Signals = signal.SIGTERM) -> None:
         """What a signal would do; only a main thread gets real ones."""
         self._server.handle_exit(by, None)
+
+    def hang_up(self) -> None:
+        """What SIGHUP would do."""
+        self._hangups.receive()
 
     @property
     def exit_code(self) -> int:

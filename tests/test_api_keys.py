@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rednet.service.api_keys import MIN_KEY_CHARS, KeyFileError, read_keys
+from rednet.service.api_keys import MIN_KEY_CHARS, UNNAMED, KeyFile, KeyFileError
 from tests.conftest import encoded, photo
 from tests.http_helpers import PREDICT, assert_error, connected, predict
 from tests.servers import REDNET, FakeRunner, ServerThread, wait_until
@@ -38,11 +38,37 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_only_keys_of_the_file_are_valid(key_file: Path) -> None:
     """Comments, parts of keys and the empty key are invalid."""
-    keys = read_keys(key_file)
-    assert keys.accept(ONE)
-    assert keys.accept(OTHER)
+    keys = KeyFile(key_file)
+    assert (keys.name_of(ONE), keys.name_of(OTHER)) == (UNNAMED, UNNAMED)
     for wrong in ("", "# for the shop", ONE[:-1], ONE + "0", ONE.upper(), ONE + OTHER, "ключ", "\0"):
-        assert not keys.accept(wrong)
+        assert keys.name_of(wrong) is None
+
+
+def test_keys_of_a_file_have_names(tmp_path: Path) -> None:
+    """A name may have several keys. What comes before a colon is a name only if it could be one."""
+    path = tmp_path / "keys"
+    path.write_text(f"shop:{ONE}\nshop: {OTHER}\nmr.x_1-b:{ONE}:more\n{ONE}2\n+/=:{ONE}\nshop:{ONE}\n")
+    keys = KeyFile(path)
+    assert len(keys) == 5
+    assert keys.name_of(ONE) == keys.name_of(OTHER) == "shop"
+    assert keys.name_of(f"{ONE}:more") == "mr.x_1-b"
+    assert keys.name_of(f"{ONE}2") == keys.name_of(f"+/=:{ONE}") == UNNAMED
+    assert keys.name_of(f"shop:{ONE}") is None
+
+
+def test_keys_stay_if_their_file_cannot_be_read_again(tmp_path: Path) -> None:
+    """A reload takes all of a file or nothing."""
+    path = tmp_path / "keys"
+    path.write_text(f"shop:{ONE}\n")
+    keys = KeyFile(path)
+    for content in ("", f"shop:{OTHER}\nshort\n"):
+        path.write_text(content)
+        with pytest.raises(KeyFileError):
+            keys.reload()
+        assert (keys.name_of(ONE), keys.name_of(OTHER)) == ("shop", None)
+    path.write_text(f"bakery:{OTHER}\n")
+    keys.reload()
+    assert (keys.name_of(ONE), keys.name_of(OTHER)) == (None, "bakery")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +79,11 @@ def test_only_keys_of_the_file_are_valid(key_file: Path) -> None:
         (b"0123456789abcdef\nsecretsecret\n", f"line 2: an API key must have at least {MIN_KEY_CHARS} characters"),
         (b"secret secret secret\n", "line 1: an API key must consist of printable ASCII"),
         (b"secretsecretsecret\xff\n", "line 1: an API key must consist of printable ASCII"),
+        (b"shop:secretsecret\n", f"line 1: an API key must have at least {MIN_KEY_CHARS} characters"),
+        (
+            b"shop:secretsecretsecret\nbakery:secretsecretsecret\n",
+            "line 2: another line has this API key",
+        ),
     ],
 )
 def test_invalid_key_file_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
@@ -60,7 +91,7 @@ def test_invalid_key_file_is_rejected(tmp_path: Path, content: bytes, message: s
     path = tmp_path / "keys"
     path.write_bytes(content)
     with pytest.raises(KeyFileError, match=message) as caught:
-        read_keys(path)
+        KeyFile(path)
     assert "secretsecret" not in str(caught.value)
 
 

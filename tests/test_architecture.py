@@ -32,19 +32,20 @@ SERVICE = {
     "decoding": "errors system types model.images",
     "engine": "cost_table errors types model.inference",
     "parsing": "errors types",
-    "observability": "model_description types",
+    "observability": "model_description",
     "pipeline": "decoding errors model_description observability types",
+    "reloading": "api_keys observability pipeline system types",
     "server_timing": "observability pipeline types",
     "open_inference": "errors event_loop model_description parsing pipeline scores types",
     "network": "engine model_description settings system types model model.inference",
     "build": "decoding engine network observability pipeline settings system",
-    "http": "api_keys errors event_loop model_description observability open_inference parsing pipeline scores "
-    "server_timing settings statuses system types",
-    "grpc": "api_keys errors model_description observability open_inference parsing pipeline server_timing settings "
+    "http": "api_keys errors event_loop model_description observability open_inference parsing pipeline reloading "
+    "scores server_timing settings statuses system types",
+    "grpc": "api_keys errors model_description observability open_inference parsing reloading server_timing settings "
     "statuses system types",
-    "main": "api_keys build grpc http network observability settings",
-    "cli": "api_keys build engine errors grpc main model_description network pipeline scores settings system types "
-    "model model.inference model.io model.training",
+    "main": "api_keys build decoding grpc http network observability pipeline reloading settings system",
+    "cli": "api_keys build engine errors grpc main model_description network observability pipeline scores settings "
+    "system types model model.inference model.io model.training",
 }
 TABLES = {"model": MODEL, "service": SERVICE}
 

@@ -43,7 +43,7 @@ def using(use: Callable[[Decoder], Coroutine[None, None, None]], count: int = 1)
         try:
             await use(decoder)
         finally:
-            decoder.close()
+            await decoder.close()
 
     asyncio.run(run())
     assert not decoder_pids(os.getpid())
@@ -306,7 +306,7 @@ def test_close_rejects_current_waiting_and_later_photos() -> None:
         await decoder.decode(PHOTO)
         tasks = [asyncio.create_task(decoder.decode(PHOTO)) for _ in range(3)]
         await asyncio.sleep(0)
-        decoder.close()
+        await decoder.close()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(each, Draining) for each in outcomes)
         with pytest.raises(Draining):
@@ -399,7 +399,7 @@ async def main():
     print("decoding", flush=True)
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     print(sum(not isinstance(each, Exception) for each in outcomes), flush=True)
-    decoder.close()
+    await decoder.close()
 asyncio.run(main())
 """
     process = subprocess.Popen(

@@ -35,7 +35,7 @@ BODY = json.dumps({"images": [PHOTO]}).encode()
 
 def with_parser(work: Callable[[Parser], Awaitable[Result]]) -> Result:
     async def run() -> Result:
-        parser = Parser(LIMITS)
+        parser = Parser()
         try:
             return await work(parser)
         finally:
@@ -72,7 +72,7 @@ PLAIN = plain(ParsedBody([b"photo"]))  # of BODY
 async def parsed_in_process(parser: Parser, body_format: BodyFormat, body: bytes) -> object:
     async with in_file(body) as file:
         try:
-            return plain(await parser.parse(body_format, file))
+            return plain(await parser.parse(body_format, file, LIMITS))
         except ServiceError as error:
             return type(error), error.message
 
@@ -103,14 +103,14 @@ def test_raw_image_is_not_parsed_in_the_process() -> None:
 
     async def check(parser: Parser) -> None:
         async with in_file(b"x" * 1_000_000) as file:
-            parsed = parser.parse_quickly(BodyFormat("v1", "image/png"), file)
+            parsed = parser.parse_quickly(BodyFormat("v1", "image/png"), file, LIMITS)
             assert parsed
             (image,) = parsed.images
             assert isinstance(image, memoryview)
             assert image == b"x" * 1_000_000
             image.release()
-            assert parser.parse_quickly(JSON_FORMAT, file) is None
-        assert plain(parser.parse_quickly(JSON_FORMAT, BODY) or pytest.fail("it is small")) == PLAIN
+            assert parser.parse_quickly(JSON_FORMAT, file, LIMITS) is None
+        assert plain(parser.parse_quickly(JSON_FORMAT, BODY, LIMITS) or pytest.fail("it is small")) == PLAIN
 
     with_parser(check)
 
@@ -127,9 +127,9 @@ def test_small_body_that_is_costly_to_parse_goes_to_the_process(body_format: Bod
     """It has thousands of values or dozens of parts, whatever its size."""
 
     async def check(parser: Parser) -> None:
-        assert parser.parse_quickly(body_format, body) is None
+        assert parser.parse_quickly(body_format, body, LIMITS) is None
         try:
-            there: object = plain(await parser.parse(body_format, body))
+            there: object = plain(await parser.parse(body_format, body, LIMITS))
         except ServiceError as error:
             there = type(error), error.message
         assert there == parsed_here(body_format, body)
@@ -160,8 +160,8 @@ def limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **constants: int) -
     monkeypatch.syspath_prepend(tmp_path)
     start = parser_module.Parser.__init__
 
-    def changed(parser: Parser, limits: BodyLimits) -> None:
-        start(parser, limits)
+    def changed(parser: Parser) -> None:
+        start(parser)
         parser._command[3] = "limited_parser"
 
     monkeypatch.setattr(parser_module.Parser, "__init__", changed)

@@ -19,6 +19,7 @@ from rednet.service.errors import (
     UnreadableImage,
     UnsupportedMediaType,
 )
+from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Answer, Pipeline
 from rednet.service.settings import Settings
 from rednet.service.types import ClassActivation, Inference, State
@@ -41,7 +42,7 @@ def with_pipeline(work: Work, runner: FakeRunner, ready: bool = True, **options:
 
     async def run() -> None:
         settings = Settings.model_validate({"decoders": 2} | options)
-        pipeline = build(settings, fake_network(runner), LIMITS)
+        pipeline = build(settings, fake_network(runner), Metrics(), LIMITS)
         await pipeline.start()
         try:
             if ready:

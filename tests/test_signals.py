@@ -2,13 +2,13 @@
 
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,12 @@ import httpx
 import pytest
 
 from tests.conftest import encoded, photo
-from tests.http_helpers import occupy, predict
-from tests.servers import PATIENCE_S, REDNET, FakeRunner, ServerProcess, ServerThread, free_port, is_ready, wait_until
+from tests.http_helpers import PREDICT, connected, predict, sample
+from tests.servers import PATIENCE_S, REDNET, ServerProcess, free_port, is_ready, wait_until
 
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 ENDS_WITHIN_S = 2.0
+RELOADED = "has answered its last request"
 INTERPRETER_S = 0.3  # until Python runs our first line on a busy machine; before that, PID 1 ignores signals
 
 
@@ -97,32 +98,57 @@ def test_failed_command_as_pid_1_passes_on_status_and_message(tmp_path: Path) ->
     assert "cannot be read" in done.stderr
 
 
-def test_sighup_drains_like_sigterm() -> None:
-    """Accepted requests are answered, new ones rejected. A second SIGHUP has no effect, because shells send one,
-    too."""
-    runner = FakeRunner()
-    with ServerThread(runner) as running, ThreadPoolExecutor(1) as pool:
-        held = occupy(running, runner, pool)
-        running.terminate(signal.SIGHUP)
-        running.terminate(signal.SIGHUP)
-        assert running.client.get("/readyz").status_code == 503
-        runner.go_on.set()
-        assert held.result().status_code == 200
-        running.wait_for_end()
-        assert running.exit_code == 0
+@as_pid_1
+def test_pid_1_reloads_on_sighup(tiny_path: Path, tmp_path: Path) -> None:
+    """As `docker kill --signal HUP` asks for."""
+    log = tmp_path / "log"
+    with init("", log, "--checkpoint", tiny_path) as (process, ours):
+        wait_until(lambda: "ready" in log.read_text(), "readiness")
+        os.kill(ours, signal.SIGHUP)
+        wait_until(lambda: RELOADED in log.read_text(), "the reload")
+        os.kill(ours, signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
 
 
-def test_sighup_ends_the_server_with_status_0(tiny_path: Path) -> None:
-    """The default action would cut responses off. The decoders stay alive during the drain."""
+def test_sighup_reloads(tiny_path: Path) -> None:
+    """Again and again. Decoder processes ignore the signal, which a service manager may send to all of them."""
     with ServerProcess("--checkpoint", tiny_path) as running:
-        assert predict(running.client, encoded(photo())).status_code == 200
-        decoders = children(running.process.pid)
-        assert decoders
-        for decoder in decoders:
-            os.kill(decoder, signal.SIGHUP)
-        running.process.send_signal(signal.SIGHUP)
-        assert running.process.wait(PATIENCE_S) == 0
+        for turn in range(1, 3):
+            for process in (*children(running.process.pid), running.process.pid):
+                os.kill(process, signal.SIGHUP)
+            wait_until(lambda turn=turn: running.log.count(RELOADED) == turn, "the reload")  # type: ignore[misc]
+            assert predict(running.client, encoded(photo())).status_code == 200
+        assert running.terminate() == 0
         assert "a decoder process exited" not in running.log
+
+
+def test_sighup_during_the_start_reloads_afterwards(tiny_path: Path) -> None:
+    """The default action would end a server that systemd is told to reload as soon as it has started it."""
+    with ServerProcess("--checkpoint", tiny_path, ready=False, before=HANGS_UP_DURING_IMPORTS) as running:
+        wait_until(lambda: RELOADED in running.log, "the reload")
+        assert predict(running.client, encoded(photo())).status_code == 200
+        assert running.terminate() == 0
+
+
+# A program that runs another one, and sends it SIGHUP as soon as it handles the signal.
+HANGS_UP_DURING_IMPORTS = [
+    sys.executable,
+    "-c",
+    """
+import os, re, signal, sys, time
+from pathlib import Path
+parent = os.getpid()
+if not os.fork():
+    def is_handled():
+        caught = re.search(r"SigCgt:\\s*(\\w+)", Path(f"/proc/{parent}/status").read_text())[1]
+        return int(caught, 16) >> (signal.SIGHUP - 1) & 1
+    while not is_handled():
+        time.sleep(0.001)
+    os.kill(parent, signal.SIGHUP)
+    os._exit(0)
+os.execv(sys.argv[1], sys.argv[1:])
+""",
+]
 
 
 def test_nohup_keeps_a_server_running(tiny_path: Path) -> None:
@@ -131,26 +157,90 @@ def test_nohup_keeps_a_server_running(tiny_path: Path) -> None:
         running.process.send_signal(signal.SIGHUP)
         time.sleep(0.5)
         assert predict(running.client, encoded(photo())).status_code == 200
+        assert "SIGHUP" not in running.log
         assert running.terminate() == 0
 
 
-def test_closed_terminal_drains_the_server(tiny_path: Path) -> None:
-    """The kernel sends SIGHUP to all processes of the terminal, and log lines fail. The exit status is still 0."""
-    ours, theirs = pty.openpty()
-    command = [str(REDNET), "serve", "--port", "0", "--checkpoint", str(tiny_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", TERMINAL, *command], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-    )
-    try:
+class TerminalServer:
+    """`rednet serve` in a terminal of its own."""
+
+    def __init__(self, *options: object) -> None:
+        self.terminal, theirs = pty.openpty()
+        self.log = b""
+        command = [str(part) for part in (REDNET, "serve", "--port", "0", *options)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TERMINAL, *command],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
         os.close(theirs)
-        log = b""
-        while b"ready" not in log:
-            log += os.read(ours, 10_000)
-        os.close(ours)
-        assert process.wait(PATIENCE_S) == 0
-    finally:
-        process.kill()
-        process.wait()
+
+    def __enter__(self) -> "TerminalServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def read_until(self, text: str) -> None:
+        """Read what the server writes to the terminal, up to this text."""
+        while text.encode() not in self.log:
+            self.log += os.read(self.terminal, 10_000)
+
+    @property
+    def url(self) -> str:
+        found = re.search(rb"running on (http://\S+)", self.log)
+        assert found
+        return found[1].decode()
+
+
+def test_closed_terminal_drains_the_server(tiny_path: Path) -> None:
+    """The kernel sends SIGHUP to all processes of the terminal, and so does a shell; log lines fail. Accepted requests
+    are answered, new ones rejected, and the exit status is 0."""
+    body = encoded(photo())
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+    with TerminalServer("--checkpoint", tiny_path) as running:
+        running.read_until("ready")
+        with (
+            connected(running.url, head.encode() + body[:100]) as accepted,
+            httpx.Client(base_url=running.url) as client,
+        ):
+            wait_until(lambda: sample(client, "rednet_inflight_requests") == 2, "the upload beside the scrape")
+            os.close(running.terminal)
+            wait_until(lambda: client.get("/readyz").status_code == 503, "the drain")
+            running.process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
+            assert client.get("/readyz").json() == {"status": "draining"}
+            accepted.sendall(body[100:])
+            assert accepted.recv(10_000).startswith(b"HTTP/1.1 200")
+        assert running.process.wait(PATIENCE_S) == 0
+
+
+def test_sighup_reloads_while_the_terminal_is_open(tiny_path: Path) -> None:
+    """Whoever sends it; then the terminal is closed."""
+    with TerminalServer("--checkpoint", tiny_path) as running:
+        running.read_until("ready")
+        running.process.send_signal(signal.SIGHUP)
+        running.read_until(RELOADED)
+        os.close(running.terminal)
+        assert running.process.wait(PATIENCE_S) == 0
+
+
+def test_terminal_that_is_closed_during_the_start_ends_the_server(tiny_path: Path) -> None:
+    """At once, as without a handler: nothing has been accepted."""
+    with TerminalServer("--checkpoint", tiny_path) as running:
+        wait_until(lambda: handles(running.process.pid, signal.SIGHUP), "the handler")
+        os.close(running.terminal)
+        assert running.process.wait(PATIENCE_S) == -signal.SIGHUP
+
+
+def handles(process: int, sent: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    assert caught
+    return bool(int(caught[1], 16) >> (sent - 1) & 1)
 
 
 TERMINAL = """

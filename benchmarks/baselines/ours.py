@@ -15,7 +15,11 @@ from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.model_description import describe
 from rednet.service.network import Network
 from rednet.service.observability import log
+from rednet.service.observability.metrics import Metrics
+from rednet.service.pipeline import Pipeline
+from rednet.service.reloading import ReloadablePipeline
 from rednet.service.settings import Settings
+from rednet.service.system.hangup import Hangups
 from rednet.service.types import ExplainSpec, Pixels, RunnerOutput, Running
 
 
@@ -34,8 +38,14 @@ def serve_null(port: int, workers: int) -> int:
     served = checkpoint()
     described = describe(served, [prepare(served.net, served.preprocess)])
     limits = DecodeLimits.derive(MAX_PIXELS, memory_for_decoders(), workers)
-    pipeline = build(settings, Network(described, served.preprocess, {"null": NullRunner}), limits)
-    server = Server(uvicorn_config(create_app(settings, pipeline), settings), pipeline.client, settings.drain_timeout_s)
+    network, metrics = Network(described, served.preprocess, {"null": NullRunner}), Metrics()
+
+    def load() -> Pipeline:
+        return build(settings, network, metrics, limits)
+
+    pipeline = ReloadablePipeline(load(), load, metrics)
+    config = uvicorn_config(create_app(settings, pipeline), settings)
+    server = Server(config, pipeline, settings.drain_timeout_s, Hangups(), pipeline.reload)
     server.run()
     return server.exit_code
 

@@ -11,23 +11,26 @@ from typing import Any
 
 from rednet.service.settings import check_files, read_settings
 from rednet.service.system.cores import usable_cores
+from rednet.service.system.hangup import Hangups
 from rednet.service.system.terminal import printable
 
 
 def serve(options: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(options).items() if name != "run"}
     settings = read_settings(flags, os.environ)
+    hangups = Hangups()
+    hangups.install()  # before anything slow: a reload that is requested now must not end the server
     from rednet.model.io.checkpoint_folder import checkpoint_in
-    from rednet.service.api_keys import read_keys
+    from rednet.service.api_keys import KeyFile
     from rednet.service.system.sockets import bind, bind_unix, passed_sockets, remove_unix
 
     check_files(settings)
     # Whatever can fail at once fails before PyTorch is imported.
     if settings.checkpoint is not None and settings.checkpoint.is_dir():
-        settings = settings.model_copy(update={"checkpoint": checkpoint_in(settings.checkpoint)})
+        checkpoint_in(settings.checkpoint)
     if settings.grpc_port is not None:
         _check_grpc()
-    keys = read_keys(settings.api_key_file) if settings.api_key_file else None
+    keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
     sockets = passed_sockets(os.environ)
     if sockets and settings.uds is not None:
         raise ValueError(f"--uds {settings.uds}: the service manager has already passed a socket to listen on")
@@ -38,7 +41,7 @@ def serve(options: argparse.Namespace) -> int:
     grpc_sockets = [] if settings.grpc_port is None else bind(settings.host, settings.grpc_port)
     from rednet.service.main import serve as run_server
 
-    return run_server(settings, sockets, keys, grpc_sockets)
+    return run_server(settings, sockets, keys, hangups, grpc_sockets)
 
 
 def _check_grpc() -> None:

@@ -12,12 +12,13 @@ from typing import Any
 
 from rednet.model.io.output_files import check_output
 from rednet.model.training.progress import progress
-from rednet.service.build import build
+from rednet.service.build import build, decode_limits
 from rednet.service.cli.answers import MAX_AHEAD, PhotoAnswers, wait_until_ready
 from rednet.service.cli.photo_paths import find_all
 from rednet.service.cli.results import Results, check_format, finish, open_results
 from rednet.service.errors import DeviceFailed, ServiceError, error_body
 from rednet.service.network import Network, load_network
+from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Pipeline
 from rednet.service.scores import top_classes
 from rednet.service.settings import Settings, read_settings
@@ -41,7 +42,7 @@ def predict(options: argparse.Namespace) -> int:
     network = load_network(settings)
     try:
         if options.output is None:
-            return asyncio.run(_print(build(settings, network), photos, options))
+            return asyncio.run(_print(_pipeline(settings, network), photos, options))
         return _write(settings, network, photos, options)
     except DeviceFailed:
         return 1  # the log says why
@@ -104,7 +105,7 @@ def _write(settings: Settings, network: Network, photos: Sequence[str], options:
         if results.done:
             print(f"continuing after {results.done} of {len(photos)} photos", file=sys.stderr)
         if results.done < len(photos):
-            asyncio.run(_add_rows(build(settings, network), photos, files, results, options))
+            asyncio.run(_add_rows(_pipeline(settings, network), photos, files, results, options))
         width = model.feature_channels if options.features else 0
         finish(options.output, min(options.top_k, len(model.labels)), width, replace=options.force)
     print(f"{printable(options.output)}: {len(photos)} photos, {results.failed} of them unreadable")
@@ -123,6 +124,10 @@ async def _add_rows(
             if options.features and isinstance(outcome, Inference):
                 row["features"] = outcome.features
             results.add(row)
+
+
+def _pipeline(settings: Settings, network: Network) -> Pipeline:
+    return build(settings, network, Metrics(), decode_limits(settings))
 
 
 @asynccontextmanager

@@ -119,11 +119,11 @@ class Decoder:
             if job.set_aside:
                 self._count_set_aside(job, -1)
 
-    def close(self) -> None:
-        """Stop the processes and fail all images with `Draining`. Blocks until the processes have exited."""
+    async def close(self) -> None:
+        """Stop the processes and fail all images with `Draining`; returns when the processes have exited."""
         self._closed = True
-        for pool in self._pools:
-            pool.close(Draining())
+        workers = [worker for pool in self._pools for worker in pool.close(Draining())]
+        await asyncio.gather(*(worker.wait_for_exit() for worker in workers))
 
     def on_decoded(self, pool: Pool, job: DecodeJob, took_s: float) -> None:
         """A pool has finished a job, with or without success."""

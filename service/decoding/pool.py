@@ -111,8 +111,8 @@ class Pool:
         """Expected time until a worker would take the job, in seconds."""
         return (self._queue.wait_s(job) - job.cost_s) / self._size
 
-    def close(self, error: ServiceError) -> None:
-        """Kill the workers and fail all jobs with the error. Blocks until the workers have exited."""
+    def close(self, error: ServiceError) -> Sequence[WorkerHandle]:
+        """Kill the workers and fail all jobs with the error; returns the workers, whose processes are about to exit."""
         self._closed = True
         if self._restart_timer:
             self._restart_timer.cancel()
@@ -121,8 +121,7 @@ class Pool:
         for worker in workers:
             for job in worker.kill():
                 job.fail(error.with_message(error.message))
-        for worker in workers:
-            worker.join()
+        return workers
 
     def on_decoded(self, job: DecodeJob, took_s: float) -> None:
         self._decoder.on_decoded(self, job, took_s)

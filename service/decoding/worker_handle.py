@@ -107,9 +107,9 @@ class WorkerHandle(asyncio.Protocol):
         self._close()
         return jobs
 
-    def join(self) -> None:
-        """Block until the process has exited."""
-        self._child.join(EXIT_TIMEOUT_S)
+    async def wait_for_exit(self) -> None:
+        """Wait until the process, which was killed, has exited."""
+        await asyncio.to_thread(self._child.join, EXIT_TIMEOUT_S)
         if self._socket and not self._connecting:
             self._socket.close()
 

@@ -114,6 +114,7 @@ class Engine:
     def _run(self) -> None:
         try:
             runner = self._load()
+            del self._load  # it may hold the network, which is then freed when the thread ends
             self._executor.costs = runner.warm_up(lambda expected_s: self._watchdog.begin(expected_s, WARM_UP_FACTOR))
             self._watchdog.end()
             self._batcher.max_batch_size = self.costs.max_batch_size

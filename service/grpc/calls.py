@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import structlog
 
-from rednet.service.api_keys import Keys
+from rednet.service.api_keys import KeyFile
 from rednet.service.errors import DeadlineExceeded, Internal, MalformedRequest, Refused, ServiceError, Unauthorized
 from rednet.service.grpc import statuses
 from rednet.service.observability import log
@@ -69,7 +69,7 @@ class Calls:
         timeout_s: the server's own limit on the time of a call.
     """
 
-    def __init__(self, metrics: Metrics, keys: Keys | None, timeout_s: float) -> None:
+    def __init__(self, metrics: Metrics, keys: KeyFile | None, timeout_s: float) -> None:
         self._metrics = metrics
         self._keys = keys
         self._timeout_s = timeout_s
@@ -135,8 +135,11 @@ class Calls:
         if self._keys:
             header = call.metadata.get("authorization", "")
             shown = BEARER.fullmatch(header) if isinstance(header, str) else None
-            if shown is None or not self._keys.accept(shown[1]):
+            name = self._keys.name_of(shown[1]) if shown else None
+            if name is None:
                 raise Unauthorized
+            log.note(key=name)
+            self._metrics.authenticated(name)
 
     def _count(self, call: Call, error: ServiceError) -> None:
         if isinstance(error, Refused):

@@ -11,7 +11,7 @@ from rednet.service.grpc import statuses
 from rednet.service.grpc.calls import Call
 from rednet.service.grpc.message_reader import MessageReader
 from rednet.service.grpc.messages import SERVICE, decode
-from rednet.service.pipeline import Pipeline
+from rednet.service.reloading import ReloadablePipeline
 from rednet.service.types import State
 
 SERVICES = ("", SERVICE)  # the server as a whole, and the service that has a state
@@ -26,7 +26,7 @@ class Health:
         reader: for the messages.
     """
 
-    def __init__(self, pipeline: Pipeline, reader: MessageReader) -> None:
+    def __init__(self, pipeline: ReloadablePipeline, reader: MessageReader) -> None:
         self._pipeline = pipeline
         self._reader = reader
         self._closed = False
@@ -58,6 +58,6 @@ class Health:
 
     @property
     def _status(self) -> int:
-        ready = self._pipeline.state is State.READY
+        ready = self._pipeline.current.state is State.READY
         status: int = HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
         return status

@@ -12,7 +12,7 @@ from rednet.service.grpc.message_reader import MessageReader
 from rednet.service.grpc.messages import message_class
 from rednet.service.observability import log
 from rednet.service.parsing.bodies import BodyLimits
-from rednet.service.pipeline import Pipeline
+from rednet.service.reloading import ReloadablePipeline
 from rednet.service.server_timing import note_timing
 from rednet.service.types import State
 
@@ -36,10 +36,9 @@ class InferenceService:
         reader: for the messages.
     """
 
-    def __init__(self, pipeline: Pipeline, reader: MessageReader) -> None:
+    def __init__(self, pipeline: ReloadablePipeline, reader: MessageReader) -> None:
         self._pipeline = pipeline
         self._reader = reader
-        self._limits = BodyLimits.of(pipeline.client.max_images, pipeline.model.preprocess)
 
     @property
     def methods(self) -> Mapping[str, Callable[[Call], Awaitable[bytes]]]:
@@ -54,15 +53,16 @@ class InferenceService:
         }
 
     async def _server_live(self, call: Call) -> bytes:
-        return _serialized(ServerLiveResponse(live=self._pipeline.state is not State.FAILED))
+        return _serialized(ServerLiveResponse(live=self._pipeline.current.state is not State.FAILED))
 
     async def _server_ready(self, call: Call) -> bytes:
-        return _serialized(ServerReadyResponse(ready=self._pipeline.state is State.READY))
+        return _serialized(ServerReadyResponse(ready=self._pipeline.current.state is State.READY))
 
     async def _model_ready(self, call: Call) -> bytes:
         request = await self._reader.read_small(call, ModelReadyRequest)
-        open_inference.check_model(self._pipeline.model, request.name, request.version)
-        return _serialized(ModelReadyResponse(ready=self._pipeline.state is State.READY))
+        pipeline = self._pipeline.current
+        open_inference.check_model(pipeline.model, request.name, request.version)
+        return _serialized(ModelReadyResponse(ready=pipeline.state is State.READY))
 
     async def _server_metadata(self, call: Call) -> bytes:
         return _serialized(
@@ -75,7 +75,7 @@ class InferenceService:
 
     async def _model_metadata(self, call: Call) -> bytes:
         request = await self._reader.read_small(call, ModelMetadataRequest)
-        model = self._pipeline.model
+        model = self._pipeline.current.model
         open_inference.check_model(model, request.name, request.version)
         return _serialized(
             ModelMetadataResponse(
@@ -88,13 +88,14 @@ class InferenceService:
         )
 
     async def _model_infer(self, call: Call) -> bytes:
-        pipeline, model = self._pipeline, self._pipeline.model
+        pipeline = self._pipeline.current  # whatever is loaded meanwhile
+        model, limits = pipeline.model, BodyLimits.of(pipeline.client.max_images, pipeline.model.preprocess)
         with pipeline.admit(call.timeout_s) as admitted:
             async with self._reader.read(call) as message:
                 if len(message) > MAX_INLINE_BYTES:
-                    request = await asyncio.to_thread(parse_request, message, model, self._limits)
+                    request = await asyncio.to_thread(parse_request, message, model, limits)
                 else:
-                    request = parse_request(message, model, self._limits)
+                    request = parse_request(message, model, limits)
                 body, asked = request.body, request.body.infer
                 assert asked
                 log.note(images=len(body.images))

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from rednet.service.api_keys import Keys
+from rednet.service.api_keys import KeyFile
 from rednet.service.grpc.calls import Call, Calls
 from rednet.service.grpc.health import Health
 from rednet.service.grpc.inference import InferenceService
@@ -16,7 +16,7 @@ from rednet.service.grpc.messages import SERVICE
 from rednet.service.grpc.reflection import Reflection, read_request
 from rednet.service.grpc.statuses import UnknownMethod
 from rednet.service.parsing.memory_budget import MemoryBudget
-from rednet.service.pipeline import Pipeline
+from rednet.service.reloading import ReloadablePipeline
 from rednet.service.settings import Settings
 from rednet.service.system.sockets import url
 
@@ -43,9 +43,9 @@ class GrpcServer:
     def __init__(
         self,
         settings: Settings,
-        pipeline: Pipeline,
+        pipeline: ReloadablePipeline,
         budget: MemoryBudget,
-        keys: Keys | None,
+        keys: KeyFile | None,
         sockets: Sequence[socket.socket],
     ) -> None:
         self._options = [

@@ -2,21 +2,22 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from rednet.service.api_keys import Keys
+from rednet.service.api_keys import KeyFile
 from rednet.service.http.error_responses import add_error_handlers
 from rednet.service.http.image_requests import ImageRequests
 from rednet.service.http.middleware import AllowedHostsMiddleware, RequestContextMiddleware
 from rednet.service.http.routes import docs, explain, health, page, v1, v2
 from rednet.service.http.routes.context import Context, require_key
-from rednet.service.parsing.bodies import BodyLimits
 from rednet.service.parsing.memory_budget import MemoryBudget
 from rednet.service.parsing.oip import HEADER_LENGTH
 from rednet.service.parsing.parser import Parser
 from rednet.service.pipeline import Pipeline
+from rednet.service.reloading import ReloadablePipeline
 from rednet.service.settings import Settings
 
 MAX_LARGE_BODIES = 16  # bodies of the largest size that fit into memory at a time; of everyday photos, thousands
@@ -24,7 +25,7 @@ MAX_LARGE_BODIES = 16  # bodies of the largest size that fit into memory at a ti
 EXPOSED_HEADERS = ["Retry-After", "X-Request-Id", "Server-Timing", "WWW-Authenticate", HEADER_LENGTH]
 
 
-def create_app(settings: Settings, pipeline: Pipeline, keys: Keys | None = None) -> FastAPI:
+def create_app(settings: Settings, pipeline: ReloadablePipeline, keys: KeyFile | None = None) -> FastAPI:
     """The application around a pipeline, which it starts and closes.
 
     Args:
@@ -32,6 +33,10 @@ def create_app(settings: Settings, pipeline: Pipeline, keys: Keys | None = None)
         pipeline: not started.
         keys: one of which a request must carry; None: requests need no key.
     """
+
+    @lru_cache(maxsize=1)
+    def context_of(current: Pipeline) -> Context:
+        return Context(current, ImageRequests(settings, current, parser, budget), budget, keys)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,10 +58,9 @@ def create_app(settings: Settings, pipeline: Pipeline, keys: Keys | None = None)
         redirect_slashes=False,  # a redirect would carry a wrong address behind a proxy; the middleware strips slashes
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log have them
     )
-    parser = Parser(BodyLimits.of(pipeline.client.max_images, pipeline.model.preprocess))
+    parser = Parser()
     budget = MemoryBudget(MAX_LARGE_BODIES * settings.max_body_bytes)
-    images = ImageRequests(settings, pipeline, parser, budget)
-    app.state.context = Context(pipeline, images, budget, keys)
+    app.state.current_context = lambda: context_of(pipeline.current)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.direct, dependencies=guard)
     app.include_router(v1.router, dependencies=guard)

@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from rednet.service.errors import DeadlineExceeded, MalformedRequest
 from rednet.service.observability import log
-from rednet.service.parsing.bodies import BodyFormat, InferOptions, ParsedBody
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody
 from rednet.service.parsing.body_file import BodyFile
 from rednet.service.parsing.body_reader import BodyReader
 from rednet.service.parsing.memory_budget import MemoryBudget
@@ -42,7 +42,7 @@ class ImageRequests:
 
     Args:
         settings: limits on bodies and deadlines.
-        pipeline: for the images.
+        pipeline: for the images; the limits on bodies follow from its network.
         parser: for the bodies.
         budget: for the memory of all bodies.
     """
@@ -52,6 +52,7 @@ class ImageRequests:
         self._pipeline = pipeline
         self._reader = BodyReader(settings.max_body_bytes, budget)
         self._parser = parser
+        self._limits = BodyLimits.of(pipeline.client.max_images, pipeline.model.preprocess)
 
     async def answer(
         self, request: Request, body_format: BodyFormat, explain: ExplainSpec | None = None, draw: bool = False
@@ -100,11 +101,11 @@ class ImageRequests:
         return int(asked) / 1000
 
     async def _parse(self, body_format: BodyFormat, body: bytes | BodyFile, ends: float) -> ParsedBody:
-        if parsed := self._parser.parse_quickly(body_format, body):
+        if parsed := self._parser.parse_quickly(body_format, body, self._limits):
             return parsed
         try:
             async with asyncio.timeout_at(ends):
-                return await self._parser.parse(body_format, body)
+                return await self._parser.parse(body_format, body, self._limits)
         except TimeoutError:
             raise DeadlineExceeded("no answer before the deadline") from None
 

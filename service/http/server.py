@@ -6,8 +6,8 @@ import logging
 import math
 import signal
 import socket
-import threading
 import time
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Protocol
 
@@ -15,9 +15,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from rednet.service.http.connections import Connection
+from rednet.service.reloading import ReloadablePipeline, Reloader
 from rednet.service.settings import Settings
+from rednet.service.system.hangup import Hangups
 from rednet.service.system.sockets import url
-from rednet.service.types import EngineClient, State
+from rednet.service.types import State
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +42,35 @@ class OtherServer(Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn with a drain. After SIGTERM, SIGINT or SIGHUP the port stays open, and new requests are refused, until
-    all admitted ones are answered. A second SIGTERM or SIGINT stops at once.
+    """uvicorn with a drain and reloads.
+
+    After SIGTERM or SIGINT the port stays open, and new requests are refused, until all admitted ones are answered. A
+    second signal stops at once. SIGHUP reloads, or if it comes from a closed terminal drains as SIGTERM does.
+
+    Args:
+        config: of uvicorn.
+        pipeline: what the application answers with.
+        drain_timeout_s: time for admitted requests to be answered.
+        hangups: receive SIGHUP.
+        reload: what to do then; it must not raise.
+        other: a server beside this one.
     """
 
     def __init__(
-        self, config: uvicorn.Config, client: EngineClient, drain_timeout_s: float, other: OtherServer | None = None
+        self,
+        config: uvicorn.Config,
+        pipeline: ReloadablePipeline,
+        drain_timeout_s: float,
+        hangups: Hangups,
+        reload: Callable[[], Awaitable[None]],
+        other: OtherServer | None = None,
     ) -> None:
         super().__init__(config)
         self._other = other
-        self._client = client
+        self._pipeline = pipeline
         self._drain_timeout_s = drain_timeout_s
+        self._hangups = hangups
+        self._reloader = Reloader(reload)
         self._drain_since: float | None = None
         self._min_drain_s = MIN_DRAIN_S
         self._failed = False
@@ -58,15 +78,13 @@ class Server(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         gc.collect()
         gc.freeze()  # a million objects that stay: traversing them again and again would delay requests
-        # SIGHUP drains, too, unless it is ignored, as under `nohup`. uvicorn itself handles SIGTERM and SIGINT.
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            signal.signal(signal.SIGHUP, self.handle_exit)
         super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._other:
             await self._other.start()
+        self._hangups.serving = True
         for each in sockets or ():
             logger.info("running on %s (press Ctrl-C to quit)", url(each))
 
@@ -75,24 +93,34 @@ class Server(uvicorn.Server):
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
         elif self._drain_since is None:
-            if self._client.state is State.STARTING:  # nothing has been admitted
-                self._min_drain_s = 0.0
-            self._drain_since = time.monotonic()
-            self._client.begin_drain()
-        elif sig != signal.SIGHUP:  # a closing terminal sends it twice: the kernel does, and the shell
+            self._begin_drain()
+        else:
             self.should_exit = self.force_exit = True
 
+    def _begin_drain(self) -> None:
+        if self._pipeline.state is State.STARTING:  # nothing has been admitted
+            self._min_drain_s = 0.0
+        self._drain_since = time.monotonic()
+        self._pipeline.begin_drain()
+
     async def on_tick(self, counter: int) -> bool:
-        if self._client.state is State.FAILED:
+        if self._pipeline.state is State.FAILED:
             self._failed = True  # for good: a device that hung may recover while the server stops
-            await self._client.close()  # requests that wait for a hung engine would keep the server running
+            await self._close()  # requests that wait for a hung engine would keep the server running
             self.config.timeout_graceful_shutdown = 1
             return True
-        if self._drain_since is not None:
+        if self._drain_since is None:
+            match self._hangups.take():
+                case "end":
+                    self._begin_drain()
+                case "reload":
+                    self._reloader.request()
+        else:
+            await self._reloader.stop()
             drained_s = time.monotonic() - self._drain_since
             left_s = self._drain_timeout_s - drained_s
-            if left_s <= 0 or (drained_s >= self._min_drain_s and not self._client.requests):
-                await self._client.close()  # fails what is still waiting
+            if left_s <= 0 or (drained_s >= self._min_drain_s and not self._pipeline.requests):
+                await self._close()  # fails what is still waiting
                 self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for answers still being sent
                 return True
         return await super().on_tick(counter)
@@ -104,6 +132,10 @@ class Server(uvicorn.Server):
             await asyncio.gather(self._other.stop(grace_s), super().shutdown(sockets))
         else:
             await super().shutdown(sockets)
+
+    async def _close(self) -> None:
+        await self._reloader.stop()
+        await self._pipeline.close()
 
     @property
     def exit_code(self) -> int:

@@ -18,7 +18,6 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from rednet.service.model_description import ModelBody
-from rednet.service.types import EngineClient, State
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -52,6 +51,10 @@ class Metrics:
         self._backlog = gauge("rednet_backlog_seconds", "Predicted time to process the queue.")
         self._images = counter("rednet_images", "Images answered, by outcome.", ("endpoint", "outcome"))
         self._refused = counter("rednet_refused", "Requests refused before any work.", ("reason",))
+        text = "Requests with a valid API key, by the name of the key."
+        self._requests_by_key = counter("rednet_requests_by_key", text, ("key",))
+        text = "Reloads after SIGHUP, by what was loaded again."
+        self._reloads = counter("rednet_reloads", text, ("what", "outcome"))
         text = "Requests answered with 504 whose X-Request-Timeout-Ms was shorter than the server's own timeout."
         self._short_deadlines = counter("rednet_short_deadline_exceeded", text)
         text = "Images dropped before a stage because the client had disconnected or the deadline had passed."
@@ -65,13 +68,20 @@ class Metrics:
         text = "Relative deviation of the backend from the reference output in the self-check at start."
         self._deviation = gauge("rednet_selfcheck_deviation_ratio", text)
 
-    def watch(self, client: EngineClient, state: Callable[[], State]) -> None:
-        """Read gauges from the client on every scrape."""
-        self._queue_depth.set_function(lambda: client.queue_depth)
-        self._backlog.set_function(lambda: client.backlog_s)
-        self._ready.set_function(lambda: state() is State.READY)
+    def watch(
+        self,
+        *,
+        queue_depth: Callable[[], int],
+        backlog_s: Callable[[], float],
+        offered_s: Callable[[], float],
+        ready: Callable[[], bool],
+    ) -> None:
+        """Read these values on every scrape."""
+        self._queue_depth.set_function(queue_depth)
+        self._backlog.set_function(backlog_s)
+        self._ready.set_function(ready)
         text = "Predicted device time of all requested images, including refused ones. The rate is the offered load."
-        self.registry.register(_CallbackCounter("rednet_offered_seconds", text, lambda: client.offered_s))
+        self.registry.register(_CallbackCounter("rednet_offered_seconds", text, offered_s))
 
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Read the number of dropped log lines on every scrape."""
@@ -79,8 +89,17 @@ class Metrics:
         self.registry.register(_CallbackCounter("rednet_log_lines_dropped", text, dropped))
 
     def model(self, model: ModelBody) -> None:
+        """Describe the current model, instead of the one before."""
+        self._model.clear()
         self._model.labels(model.name, model.architecture, model.device, model.precision).set(1)
         self._deviation.set(model.deviation)
+
+    def reloaded(self, what: Literal["api_keys", "checkpoint"], outcome: Literal["ok", "failed"]) -> None:
+        self._reloads.labels(what, outcome).inc()
+
+    def authenticated(self, key: str) -> None:
+        """A request has an API key of that name."""
+        self._requests_by_key.labels(key).inc()
 
     def request_started(self) -> None:
         self._inflight.inc()

@@ -3,7 +3,6 @@
 import asyncio
 import heapq
 import itertools
-import json
 import logging
 import os
 import signal
@@ -41,15 +40,10 @@ CAUSED_BY_BODY = {-signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIG
 
 
 class Parser:
-    """Parses large bodies in separate processes, a few at once, smaller ones first. Used from one event loop.
+    """Parses large bodies in separate processes, a few at once, smaller ones first. Used from one event loop."""
 
-    Args:
-        limits: on the contents of bodies.
-    """
-
-    def __init__(self, limits: BodyLimits) -> None:
-        self._command = [sys.executable, "-P", "-m", "rednet.service.parsing.worker", json.dumps(asdict(limits))]
-        self._limits = limits
+    def __init__(self) -> None:
+        self._command = [sys.executable, "-P", "-m", "rednet.service.parsing.worker"]
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._free = MAX_CONCURRENT
@@ -57,13 +51,13 @@ class Parser:
         self._order = itertools.count()
         self._closed = False
 
-    def parse_quickly(self, body_format: BodyFormat, body: bytes | BodyFile) -> ParsedBody | None:
+    def parse_quickly(self, body_format: BodyFormat, body: bytes | BodyFile, limits: BodyLimits) -> ParsedBody | None:
         """Parse a body here if that does not block the event loop for long; None: it needs `parse`."""
         if isinstance(body, BodyFile):
             return ParsedBody([body.view(0, body.size)]) if is_image(body_format, body.head(HEAD_BYTES)) else None
-        return parse_body(body_format, body, self._limits) if is_quick(body_format, body) else None
+        return parse_body(body_format, body, limits) if is_quick(body_format, body) else None
 
-    async def parse(self, body_format: BodyFormat, body: bytes | BodyFile) -> ParsedBody:
+    async def parse(self, body_format: BodyFormat, body: bytes | BodyFile, limits: BodyLimits) -> ParsedBody:
         """Parse a body in another process. Images may be views of the file. Cancelling kills the process.
 
         Raises:
@@ -73,10 +67,10 @@ class Parser:
         """
         if isinstance(body, bytes):
             with _in_file(body) as file:
-                parsed = await self.parse(body_format, file)
+                parsed = await self.parse(body_format, file, limits)
                 return replace(parsed, images=[_copied(image) for image in parsed.images])
         size = body.size
-        body.append(header := orjson.dumps(asdict(body_format)))
+        body.append(header := orjson.dumps({"body_format": asdict(body_format), "limits": asdict(limits)}))
         async with self._turn(size):
             for _ in range(MAX_ATTEMPTS):
                 reply = await self._reply(body, REQUEST.pack(size, len(header)))

@@ -1,13 +1,14 @@
 """The parser process: parses large bodies until the connection closes.
 
-python -m rednet.service.parsing.worker LIMITS    # JSON of `BodyLimits`; the connection to the server is standard input
+python -m rednet.service.parsing.worker    # the connection to the server is standard input
 
 The process forks for every body. The child is limited to the memory and CPU time that the body may cost, never sees the
 body of another request, and returns all its memory to the system when it exits. It runs nothing but `parse_body`, and
 sends back only numbers and text, never anything that the server would execute.
 
-A request is `REQUEST` and two descriptors: a file, which holds the body followed by its `BodyFormat` as JSON, and a
-socket for the reply. The reply is one line of JSON, see `reply_to`. Images are written to the file, behind the body.
+A request is `REQUEST` and two descriptors: a file, which holds the body followed by its `BodyFormat` and `BodyLimits`
+as JSON, and a socket for the reply. The reply is one line of JSON, see `reply_to`. Images are written to the file,
+behind the body.
 """
 
 import gc
@@ -44,7 +45,7 @@ CPU_S, BYTES_PER_CPU_S = 2, 8_000_000
 MEMORY_BYTES, MEMORY_PER_BYTE = 250_000_000, 25
 
 
-def reply_to(fd: int, size: int, format_size: int, limits: BodyLimits) -> dict[str, Any]:
+def reply_to(fd: int, size: int, header_size: int) -> dict[str, Any]:
     """Parse the body in a file.
 
     Returns:
@@ -52,9 +53,10 @@ def reply_to(fd: int, size: int, format_size: int, limits: BodyLimits) -> dict[s
         photo is null, or an error message. If parsing fails: `{"error": [code, message]}` or `{"traceback": text}`.
     """
     try:
-        body_format = BodyFormat(**json.loads(os.pread(fd, format_size, size)))
+        header = json.loads(os.pread(fd, header_size, size))
+        body_format, limits = BodyFormat(**header["body_format"]), BodyLimits(**header["limits"])
         with mmap.mmap(fd, size) as shared:
-            reply = _stored(fd, size + format_size, parse_body(body_format, bytes(shared), limits))
+            reply = _stored(fd, size + header_size, parse_body(body_format, bytes(shared), limits))
             if sys.platform == "linux":
                 shared.madvise(mmap.MADV_REMOVE)  # frees the body, which is not needed for another attempt any more
             return reply
@@ -94,12 +96,10 @@ class Forker:
 
     Args:
         control: connection to the server.
-        limits: on the contents of bodies.
     """
 
-    def __init__(self, control: socket.socket, limits: BodyLimits) -> None:
+    def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self._limits = limits
         self._replies: dict[int, socket.socket] = {}  # by process id
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -126,22 +126,22 @@ class Forker:
                     self._selector.unregister(key.fileobj)
                     self._kill(key.data)
 
-    def _begin(self, fd: int, reply: socket.socket, size: int, format_size: int) -> None:
+    def _begin(self, fd: int, reply: socket.socket, size: int, header_size: int) -> None:
         process = os.fork()
         if not process:
-            self._parse(fd, reply, size, format_size)
+            self._parse(fd, reply, size, header_size)
         os.close(fd)
         self._replies[process] = reply
         self._selector.register(reply, selectors.EVENT_READ, process)
 
-    def _parse(self, fd: int, reply: socket.socket, size: int, format_size: int) -> NoReturn:
+    def _parse(self, fd: int, reply: socket.socket, size: int, header_size: int) -> NoReturn:
         """Parse one body in the forked process and exit."""
         try:
             for other in (*self._replies.values(), self._control):  # otherwise the server would not see them close
                 other.close()
             _limit(resource.RLIMIT_CPU, CPU_S + ceil(size / BYTES_PER_CPU_S))
             _limit(resource.RLIMIT_AS, _address_space() + MEMORY_BYTES + MEMORY_PER_BYTE * size)
-            line = orjson.dumps(reply_to(fd, size, format_size, self._limits)) + b"\n"
+            line = orjson.dumps(reply_to(fd, size, header_size)) + b"\n"
             if len(line) > MAX_REPLY_BYTES:
                 line = orjson.dumps({"error": ["payload_too_large", "the id in the body is too long"]}) + b"\n"
             reply.sendall(line)
@@ -179,7 +179,6 @@ def _address_space() -> int:
 
 
 def main() -> None:
-    limits = BodyLimits(**json.loads(sys.argv[1]))
     # Supervisors and terminals send these to all processes, but a draining server still needs its parser.
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
@@ -187,7 +186,7 @@ def main() -> None:
     with suppress(OSError):  # when memory runs out, the kernel should kill this process
         Path("/proc/self/oom_score_adj").write_text("1000")
     gc.freeze()  # so that the garbage collector of a child does not touch these objects, whose memory it shares
-    Forker(socket.socket(fileno=0), limits).run()
+    Forker(socket.socket(fileno=0)).run()
 
 
 if __name__ == "__main__":
