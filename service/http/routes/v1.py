@@ -28,7 +28,7 @@ from rednet.service.http.schemas import (
 from rednet.service.model_description import ModelBody
 from rednet.service.parsing.bodies import BodyFormat
 from rednet.service.pipeline import Answer
-from rednet.service.scores import top_classes
+from rednet.service.scores import most_probable
 from rednet.service.types import Floats, Inference
 
 ERRORS = described_errors(ErrorBody)
@@ -54,12 +54,11 @@ async def predict(
     answers, ignored = await _answers(request, server)
     started = time.monotonic()
     labels = server.pipeline.model.labels
-    names = [label.label for label in labels]
     predictions = (
         {
             "classes": [
-                {"index": each["index"], "id": labels[each["index"]].id, **each}
-                for each in top_classes(answer.outcome.logits, names, top_k)
+                {"index": i, "id": labels[i].id, "label": labels[i].label, "probability": value}
+                for i, value in most_probable(answer.outcome.logits, top_k)
             ]
         }
         if isinstance(answer.outcome, Inference)
