@@ -1,8 +1,10 @@
 """Measured batch times. Batch size, backlog and `Retry-After` follow from them."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 # A larger batch is worthwhile if it takes less than this share of the time per image. Batches grow only while images
 # wait, and then a higher rate shortens the wait. A smaller gain is noise.
@@ -41,6 +43,25 @@ class CostTable:
         """The time of a number of images in full batches."""
         full, rest = divmod(images, self.max_batch_size)
         return full * self.batch_s(self.max_batch_size) + self.batch_s(rest)
+
+
+class Device(Protocol):
+    """What runs images."""
+
+    def backlog_s(self, images: int) -> float:
+        """Predicted time to run `images` images."""
+
+
+def together_s(images: int, devices: Sequence[Device]) -> float:
+    """The time that devices together take for a number of images; a faster device takes more of them."""
+    if len(devices) == 1:
+        return devices[0].backlog_s(images)
+    alone_s = [device.backlog_s(images) for device in devices]
+    if min(alone_s) <= 0:  # nothing to do, or nothing known yet
+        return 0.0
+    # An image is not split: the last one takes at least as long as on the fastest device.
+    share = math.ceil(images / len(devices))
+    return max(1 / sum(1 / each_s for each_s in alone_s), min(device.backlog_s(share) for device in devices))
 
 
 def measure(batch_s: Callable[[int], float], max_size: int, auto: bool, min_size: int = 1) -> CostTable:

@@ -92,6 +92,15 @@ class DeadlineExceeded(ServiceError):
     code = "deadline_exceeded"
 
 
+class Cancelled(ServiceError):
+    """The client disconnected before the image ran. Nothing is sent."""
+
+    code = "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("the image was cancelled")
+
+
 class Internal(ServiceError):
     """An unexpected error in the server. The details are in the log and not in the response."""
 

@@ -1,14 +1,13 @@
 """`rednet serve`: builds the pipeline and runs it behind HTTP, and gRPC if that is asked for."""
 
 import logging
-import resource
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 
 from rednet.service.api_keys import KeyFile
 from rednet.service.build import build, decode_limits
 from rednet.service.decoding.limits import DecodeLimits
+from rednet.service.engine.admission import OwnCounts
 from rednet.service.http.app import create_app
 from rednet.service.http.server import OtherServer, Server, uvicorn_config
 from rednet.service.network import Network, load_network
@@ -18,11 +17,11 @@ from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Pipeline
 from rednet.service.reloading import ReloadablePipeline, reload_keys
 from rednet.service.settings import Settings
+from rednet.service.system.file_limit import raise_file_limit
 from rednet.service.system.hangup import Hangups
+from rednet.service.types import QueueCounts
 
 logger = logging.getLogger(__name__)
-
-MAX_OPEN_FILES = 65_536  # connections, above all
 
 
 def serve(
@@ -45,17 +44,18 @@ def serve(
         CheckpointError, ValueError: the checkpoint, the device or --max-pixels cannot be used.
     """
     writer = log.configure(settings.log_level, settings.log_format)
-    _raise_file_limit()
-    metrics = Metrics()
+    raise_file_limit()
+    metrics, counts = Metrics(), OwnCounts()
     metrics.watch_log(lambda: writer.dropped)
     network = load_network(settings)
     if network.gpus:
         watch_gpus(metrics.registry, network.gpus)
     limits = decode_limits(settings)  # also of networks to come: now there is one of them in memory, as there will be
     pipeline = ReloadablePipeline(
-        _build(settings, network, metrics, limits),
-        lambda: _build(settings, load_network(settings), metrics, limits),
+        _build(settings, network, metrics, counts, limits),
+        lambda: _build(settings, load_network(settings), metrics, counts, limits),
         metrics,
+        counts,
     )
     del network  # a reload must be able to free it
 
@@ -76,17 +76,11 @@ def serve(
     return server.exit_code
 
 
-def _build(settings: Settings, network: Network, metrics: Metrics, limits: DecodeLimits) -> Pipeline:
+def _build(
+    settings: Settings, network: Network, metrics: Metrics, counts: QueueCounts, limits: DecodeLimits
+) -> Pipeline:
     model = network.description
     for reason in model.passed_over:
         logger.warning("rejected backend: %s", reason)
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
-    return build(settings, network, metrics, limits)
-
-
-def _raise_file_limit() -> None:
-    """Many systems allow a process a thousand open files unless it asks for more, and idle connections count."""
-    now, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    with suppress(ValueError):  # the system may have a lower limit of its own
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), hard))
+    return build(settings, network, metrics, counts, limits)

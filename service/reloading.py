@@ -9,7 +9,7 @@ from rednet.service.api_keys import KeyFile, KeyFileError
 from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Pipeline
 from rednet.service.system.daemon_thread import run_in_daemon_thread
-from rednet.service.types import State
+from rednet.service.types import QueueCounts, State
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +27,19 @@ class ReloadablePipeline:
         load: makes another pipeline, of the checkpoint as it is now. Called on a thread; it raises `ValueError` or
             `OSError` if that is impossible, with a message for the operator.
         metrics: of the server, which all its pipelines report to.
+        counts: of the server, which all its pipelines add to.
     """
 
-    def __init__(self, first: Pipeline, load: Callable[[], Pipeline], metrics: Metrics) -> None:
+    def __init__(self, first: Pipeline, load: Callable[[], Pipeline], metrics: Metrics, counts: QueueCounts) -> None:
         self.current = first
         self.metrics = metrics
         self._load = load
         self._replaced: Pipeline | None = None
-        self._closed_offered_s = 0.0  # by pipelines that are closed
         metrics.model(first.model)
         metrics.watch(
-            queue_depth=lambda: sum(each.client.queue_depth for each in self._pipelines),
-            backlog_s=lambda: sum(each.client.backlog_s for each in self._pipelines),
-            offered_s=lambda: self._closed_offered_s + sum(each.client.offered_s for each in self._pipelines),
+            queue_depth=counts.total_accepted,
+            backlog_s=lambda: self.current.client.backlog_s,
+            offered_s=counts.total_offered_s,
             ready=lambda: self.current.state is State.READY,
         )
 
@@ -99,7 +99,6 @@ class ReloadablePipeline:
         while old.client.requests:  # noqa: ASYNC110  (as above)
             await asyncio.sleep(POLL_S)
         await old.close()
-        self._closed_offered_s += old.client.offered_s
         self._replaced = None
         logger.info("the network before has answered its last request")
 

@@ -67,7 +67,12 @@ class Settings(BaseModel):
         "auto", description="CPU cores for one batch; auto: all cores that the process may use"
     )
     decoders: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_THREADS)] = Field(
-        "auto", description="processes that decode small images; auto: one for each core that the process may use"
+        "auto", description="processes that decode small images; auto: one for each core that the server may use"
+    )
+    frontends: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_THREADS)] = Field(
+        "auto",
+        description="processes that speak HTTP, in front of one that runs the network; 1: a single process for both; "
+        "auto: 1 on the CPU of a small machine, more on a GPU or with many cores",
     )
     max_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description="maximum number of images in a batch; auto: chosen by measurements during warm-up"

@@ -16,6 +16,7 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.NumericalOverflow: 422,
     errors.Overloaded: 429,
     errors.HeadersTooLarge: 431,
+    errors.Cancelled: 499,
     errors.Internal: 500,
     errors.NotReady: 503,
     errors.DecoderUnavailable: 503,

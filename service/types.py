@@ -71,7 +71,7 @@ class Job:
     pixels: Pixels
     enqueued: float
     deadline: float
-    reply: Callable[[Inference | ServiceError], None]  # called once, unless the job is cancelled; must not raise
+    reply: Callable[[Inference | ServiceError], None]  # called exactly once; must not raise
     explain: ExplainSpec | None = None
 
 
@@ -152,6 +152,25 @@ class Permit(Protocol):
 
     def set_aside(self, change: int) -> None:
         """Change by how many images wait for slow decoding, during which they hold no slots."""
+
+
+class QueueCounts(Protocol):
+    """What all processes that admit requests count together.
+
+    Attributes:
+        processes: how many there are.
+        accepted: images that this one has accepted and not yet answered.
+        offered_s: predicted device time of all images that this one has admitted or refused, in seconds. A request
+            that would be late even with an empty queue does not count: more devices would not help it.
+    """
+
+    processes: int
+    accepted: int
+    offered_s: float
+
+    def total_accepted(self) -> int: ...
+
+    def total_offered_s(self) -> float: ...
 
 
 class EngineClient(Protocol):

@@ -22,12 +22,14 @@ from rednet.service.api_keys import KeyFile
 from rednet.service.build import build
 from rednet.service.cost_table import CostTable
 from rednet.service.decoding.limits import DecodeLimits
+from rednet.service.engine.admission import OwnCounts
 from rednet.service.engine.transfer import Finished
 from rednet.service.http.app import create_app
 from rednet.service.http.server import Server, uvicorn_config
 from rednet.service.model_description import LabelBody, ModelBody
 from rednet.service.network import Network
 from rednet.service.observability.metrics import Metrics
+from rednet.service.pipeline import Pipeline
 from rednet.service.reloading import ReloadablePipeline
 from rednet.service.settings import Settings
 from rednet.service.system.hangup import Hangups
@@ -180,10 +182,14 @@ class ServerThread:
     ) -> None:
         settings = Settings.model_validate({"port": 0, "decoders": 2} | options)
         limits = DecodeLimits.derive(settings.max_pixels, DECODER_BYTES, 2)
-        metrics = Metrics()
-        first = build(settings, fake_network(runner, classes), metrics, limits, hung_s)
+        metrics, counts = Metrics(), OwnCounts()
+        first = build(settings, fake_network(runner, classes), metrics, counts, limits, hung_s)
         self.engine_client = first.client
-        pipeline = ReloadablePipeline(first, lambda: build(settings, next_network(), metrics, limits), metrics)
+
+        def load() -> Pipeline:
+            return build(settings, next_network(), metrics, counts, limits)
+
+        pipeline = ReloadablePipeline(first, load, metrics, counts)
         keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
         self.app = create_app(settings, pipeline, keys)
         config = uvicorn_config(self.app, settings)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from rednet.service.build import build
 from rednet.service.decoding.limits import DecodeLimits
+from rednet.service.engine.admission import OwnCounts
 from rednet.service.errors import (
     DeadlineExceeded,
     Draining,
@@ -42,7 +43,7 @@ def with_pipeline(work: Work, runner: FakeRunner, ready: bool = True, **options:
 
     async def run() -> None:
         settings = Settings.model_validate({"decoders": 2} | options)
-        pipeline = build(settings, fake_network(runner), Metrics(), LIMITS)
+        pipeline = build(settings, fake_network(runner), Metrics(), OwnCounts(), LIMITS)
         await pipeline.start()
         try:
             if ready:

@@ -9,6 +9,7 @@ from rednet.service.build import build
 from rednet.service.cli import parser as cli
 from rednet.service.cost_table import CostTable
 from rednet.service.decoding.limits import DecodeLimits, memory_for_decoders
+from rednet.service.engine.admission import OwnCounts
 from rednet.service.engine.transfer import Finished
 from rednet.service.http.app import create_app
 from rednet.service.http.server import Server, uvicorn_config
@@ -40,10 +41,12 @@ def serve_null(port: int, workers: int) -> int:
     limits = DecodeLimits.derive(MAX_PIXELS, memory_for_decoders(), workers)
     network, metrics = Network(described, served.preprocess, {"null": NullRunner}), Metrics()
 
-    def load() -> Pipeline:
-        return build(settings, network, metrics, limits)
+    counts = OwnCounts()
 
-    pipeline = ReloadablePipeline(load(), load, metrics)
+    def load() -> Pipeline:
+        return build(settings, network, metrics, counts, limits)
+
+    pipeline = ReloadablePipeline(load(), load, metrics, counts)
     config = uvicorn_config(create_app(settings, pipeline), settings)
     server = Server(config, pipeline, settings.drain_timeout_s, Hangups(), pipeline.reload)
     server.run()

@@ -22,6 +22,8 @@ def serve(options: argparse.Namespace) -> int:
     hangups.install()  # before anything slow: a reload that is requested now must not end the server
     from rednet.model.io.checkpoint_folder import checkpoint_in
     from rednet.service.api_keys import KeyFile
+    from rednet.service.observability.gpus import count_gpus
+    from rednet.service.processes.counts import front_end_count
     from rednet.service.system.sockets import bind, bind_unix, passed_sockets, remove_unix
 
     check_files(settings)
@@ -39,6 +41,11 @@ def serve(options: argparse.Namespace) -> int:
         if settings.uds:
             atexit.register(remove_unix, settings.uds, settings.uds.lstat().st_ino)
     grpc_sockets = [] if settings.grpc_port is None else bind(settings.host, settings.grpc_port)
+    front_ends = front_end_count(settings, usable_cores(), count_gpus())
+    if front_ends > 1:
+        from rednet.service.processes.supervisor import supervise
+
+        return supervise(settings, sockets, front_ends, hangups)
     from rednet.service.main import serve as run_server
 
     return run_server(settings, sockets, keys, hangups, grpc_sockets)

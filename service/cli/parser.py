@@ -1,9 +1,7 @@
 """The command line of `rednet`."""
 
 import argparse
-import atexit
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rednet import __version__
+from rednet.service.system.exit import end
 from rednet.service.system.init_process import fork_if_init
 from rednet.service.system.terminal import printable
 
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run(options)
         sys.stdout.flush()
         if arguments is None and run.__name__ == "serve":
-            _end(status)
+            end(status)
         return status
     except BrokenPipeError:  # as in `rednet predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,15 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _end(status: int) -> None:
-    """Exit without finalising the interpreter. The engine's thread may still be inside torch, in a long batch or in
-    warm-up, and the C++ runtime aborts a process that is finalised while such a thread runs.
-    """
-    logging.shutdown()
-    atexit._run_exitfuncs()  # writes the last log lines
-    os._exit(status)
 
 
 def open_standard_streams() -> None:

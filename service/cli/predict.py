@@ -16,6 +16,7 @@ from rednet.service.build import build, decode_limits
 from rednet.service.cli.answers import MAX_AHEAD, PhotoAnswers, wait_until_ready
 from rednet.service.cli.photo_paths import find_all
 from rednet.service.cli.results import Results, check_format, finish, open_results
+from rednet.service.engine.admission import OwnCounts
 from rednet.service.errors import DeviceFailed, ServiceError, error_body
 from rednet.service.network import Network, load_network
 from rednet.service.observability.metrics import Metrics
@@ -127,7 +128,7 @@ async def _add_rows(
 
 
 def _pipeline(settings: Settings, network: Network) -> Pipeline:
-    return build(settings, network, Metrics(), decode_limits(settings))
+    return build(settings, network, Metrics(), OwnCounts(), decode_limits(settings))
 
 
 @asynccontextmanager

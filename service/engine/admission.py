@@ -4,10 +4,12 @@ thread."""
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rednet.service.cost_table import SAFETY_FACTOR
 from rednet.service.engine.retry_scheduler import RetryScheduler
 from rednet.service.errors import Overloaded
+from rednet.service.types import QueueCounts
 
 SMOOTHING = 0.05  # weight of the newest answer in the running estimate
 # Time constants of the running estimate of the load. It rises quickly when a flood begins, and outlasts short pauses.
@@ -17,6 +19,21 @@ BUSIER_S, IDLER_S = 0.5, 2.0
 MAX_REJECTED_SHARE = 0.75
 # Bounds on what one answer teaches: more is an outlier, less an answer that did not need the device (a damaged photo).
 MAX_RATIO, MIN_RATIO = 10.0, 0.5
+
+
+@dataclass(slots=True)
+class OwnCounts:
+    """The `QueueCounts` of the only process."""
+
+    processes: int = 1
+    accepted: int = 0
+    offered_s: float = 0.0
+
+    def total_accepted(self) -> int:
+        return self.accepted
+
+    def total_offered_s(self) -> float:
+        return self.offered_s
 
 
 class Permit:
@@ -67,17 +84,19 @@ class Admission:
         work_s: predicts the device time of a number of images. Whatever else an answer takes (decoding, sending,
             waiting for a core) is learned from the answers, as a factor.
         clock: returns the time, in seconds.
+        counts: shared with other processes that admit images to the same devices; None: there are none.
     """
 
     def __init__(
-        self, max_images: int, work_s: Callable[[int], float], clock: Callable[[], float] = time.monotonic
+        self,
+        max_images: int,
+        work_s: Callable[[int], float],
+        clock: Callable[[], float] = time.monotonic,
+        counts: QueueCounts | None = None,
     ) -> None:
         self.max_images = max_images
-        self.accepted = 0
         self.requests = 0  # admitted and not yet answered; images of those whose body is still arriving are not counted
-        # Predicted device time of all images that were admitted or refused, in seconds. A request that would be late
-        # even with an empty queue does not count: more devices would not help it.
-        self.offered_s = 0.0
+        self._counts = counts or OwnCounts()
         self._images_per_request = 1.0  # running estimate, for requests that are refused before their body is read
         self._work_s = work_s
         self._clock = clock
@@ -86,6 +105,16 @@ class Admission:
         self._rejected_share = 0.0  # of requests, a running estimate
         self._load = 0.0  # share of the last seconds during which images were accepted and unanswered
         self._load_known_at = clock()
+
+    @property
+    def accepted(self) -> int:
+        """Images that are accepted and not yet answered, by all processes."""
+        return self._counts.total_accepted()
+
+    @property
+    def offered_s(self) -> float:
+        """Predicted device time of all images that were admitted or refused by all processes, in seconds."""
+        return self._counts.total_offered_s()
 
     @property
     def backlog_s(self) -> float:
@@ -131,14 +160,15 @@ class Admission:
         now = self._clock()
         self._load = self._load_at(now)
         self._load_known_at = now
-        self.accepted += images
+        self._counts.accepted += images
 
     def _load_at(self, now: float) -> float:
-        share = math.exp((self._load_known_at - now) / (BUSIER_S if self.accepted else IDLER_S))
-        return self._load * share + (1 - share if self.accepted else 0.0)
+        is_busy = self.accepted > 0
+        share = math.exp((self._load_known_at - now) / (BUSIER_S if is_busy else IDLER_S))
+        return self._load * share + (1 - share if is_busy else 0.0)
 
     def _offer(self, images: float) -> None:
-        self.offered_s += images * self._work_s(self.max_images) / self.max_images
+        self._counts.offered_s += images * self._work_s(self.max_images) / self.max_images
 
     def _check(self, images: int, deadline: float, offered: float) -> float:
         """The present time, if these images fit behind those that are accepted.
@@ -152,13 +182,14 @@ class Admission:
             Overloaded: they do not; it says when to try again.
         """
         now = self._clock()
-        if not self.accepted:
+        accepted = self.accepted
+        if not accepted:
             return now
-        if self.accepted > self.max_images - images:
-            reason = f"{self.accepted} images are waiting"
+        if accepted > self.max_images - images:
+            reason = f"{accepted} images are waiting"
             wait_s = self.backlog_s - self.predicted_s(self.max_images - images)
         # A queue of half a deadline keeps the device as busy as a longer one.
-        elif (late_s := now + SAFETY_FACTOR * self.predicted_s(self.accepted + images) - deadline) > 0:
+        elif (late_s := now + SAFETY_FACTOR * self.predicted_s(accepted + images) - deadline) > 0:
             reason, wait_s = "the answer would come after the deadline", late_s
         else:
             return now
@@ -168,7 +199,8 @@ class Admission:
             self._offer(offered)
             self._rejected_share += (1 - self._rejected_share) * SMOOTHING
             room = 1 - min(MAX_REJECTED_SHARE, self._rejected_share)
-            work_s = images * self.predicted_s(self.max_images) / self.max_images / room
+            # Every process schedules its own share of the rejected requests.
+            work_s = self._counts.processes * images * self.predicted_s(self.max_images) / self.max_images / room
         error = Overloaded(
             f"{reason}; try again later", self._retries.schedule(now, wait_s, work_s, self._load_at(now))
         )

@@ -1,16 +1,15 @@
 """The engines of this process behind asyncio."""
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
-from rednet.service.cost_table import CostTable
+from rednet.service.cost_table import CostTable, together_s
 from rednet.service.engine.admission import Admission
 from rednet.service.engine.engine import Engine
 from rednet.service.errors import DeviceFailed, Draining, NotReady, ServiceError
-from rednet.service.types import ExplainSpec, Inference, Permit, Pixels, State
+from rednet.service.types import ExplainSpec, Inference, Permit, Pixels, QueueCounts, State
 
 STARTING_RETRY_S = 2.0
 LAST_BATCH_S = 1.0  # how long closing waits for the running batch, whose requests have already failed
@@ -23,11 +22,12 @@ class LocalClient:
         engines: at least one; started by `start`, stopped by `close`. An image goes to the engine that is expected to
             answer it first.
         max_queue: the most images that may be accepted and unanswered.
+        counts: of the server; None: this is its only client.
     """
 
-    def __init__(self, engines: Sequence[Engine], max_queue: int) -> None:
+    def __init__(self, engines: Sequence[Engine], max_queue: int, counts: QueueCounts | None = None) -> None:
         self._engines = engines
-        self._admission = Admission(max_queue, self._work_s)
+        self._admission = Admission(max_queue, self._work_s, counts=counts)
         self._loads: Counter[Engine] = Counter()  # images given to each engine and not yet answered
         self._draining = False
         self._closed = False
@@ -111,15 +111,7 @@ class LocalClient:
         return DeviceFailed() if self.state is State.FAILED else Draining()
 
     def _work_s(self, images: int) -> float:
-        """The time that all devices together take for a number of images; a faster device takes more of them."""
-        if len(self._engines) == 1:
-            return self._engines[0].backlog_s(images)
-        alone_s = [engine.backlog_s(images) for engine in self._engines]
-        if min(alone_s) <= 0:  # nothing to do, or nothing known yet
-            return 0.0
-        # An image is not split: the last one takes at least as long as on the fastest device.
-        share = math.ceil(images / len(self._engines))
-        return max(1 / sum(1 / each_s for each_s in alone_s), min(engine.backlog_s(share) for engine in self._engines))
+        return together_s(images, self._engines)
 
     def _refuse_unless_ready(self) -> None:
         match self.state:

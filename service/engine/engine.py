@@ -6,7 +6,6 @@ waits for the host. A synchronous one (a CPU) has always finished.
 
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from collections.abc import Callable
 from rednet.service.cost_table import CostTable
 from rednet.service.engine.batcher import Batcher
 from rednet.service.engine.executor import Executor
+from rednet.service.engine.inbox import Inbox, Message, QueueInbox
 from rednet.service.engine.watchdog import Watchdog
-from rednet.service.errors import DeadlineExceeded, DeviceFailed, Draining, ServiceError
+from rednet.service.errors import Cancelled, DeadlineExceeded, DeviceFailed, Draining, ServiceError
 from rednet.service.types import EngineEvents, ExplainSpec, Inference, Job, ModelRunner, Pixels, State
 
 log = logging.getLogger(__name__)
@@ -35,15 +35,21 @@ class Engine:
         batcher: the queue, used only by this engine. Warm-up sets its batch size.
         events: notified of batches and dropped images.
         hung_s: a batch that takes longer than this, and far longer than predicted, counts as hung.
+        inbox: where messages arrive; None: from this process only.
     """
 
     def __init__(
-        self, load: Callable[[], ModelRunner], batcher: Batcher, events: EngineEvents, hung_s: float = HUNG_S
+        self,
+        load: Callable[[], ModelRunner],
+        batcher: Batcher,
+        events: EngineEvents,
+        hung_s: float = HUNG_S,
+        inbox: Inbox | None = None,
     ) -> None:
         self._load = load
         self._batcher = batcher
         self._events = events
-        self._inbox: queue.SimpleQueue[Job | int | None] = queue.SimpleQueue()  # a job, an id to cancel, None: stop
+        self._inbox = inbox or QueueInbox()
         self._ids = itertools.count()
         self._closing = threading.Lock()  # held to send a message, and to decide that no more messages are read
         self._closed = False
@@ -91,7 +97,7 @@ class Engine:
         reply: Callable[[Inference | ServiceError], None],
         explain: ExplainSpec | None = None,
     ) -> int:
-        """Queue an image; returns an id for `cancel`. `reply` is called exactly once, unless the image is cancelled."""
+        """Queue an image; returns an id for `cancel`. `reply` is called exactly once."""
         job = Job(next(self._ids), pixels, time.monotonic(), deadline, reply, explain)
         if not self._send(job):
             reply(self._why_closed())
@@ -105,7 +111,7 @@ class Engine:
         """Drop an image if its batch has not been cut yet."""
         self._send(job_id)
 
-    def _send(self, message: Job | int | None) -> bool:
+    def _send(self, message: Message) -> bool:
         with self._closing:
             if not self._closed:
                 self._inbox.put(message)
@@ -152,20 +158,17 @@ class Engine:
         wake_at = self._batcher.wake_at()
         if (poll_at := self._executor.poll_at()) is not None:
             wake_at = poll_at
-        try:
-            self._handle(self._inbox.get(timeout=None if wake_at is None else max(0.0, wake_at - time.monotonic())))
-            while True:
-                self._handle(self._inbox.get_nowait())
-        except queue.Empty:
-            pass
+        for message in self._inbox.get(None if wake_at is None else max(0.0, wake_at - time.monotonic())):
+            self._handle(message)
 
-    def _handle(self, message: Job | int | None) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
             case Job():
                 self._batcher.add(message)
             case int():
-                if self._batcher.cancel(message):
+                if job := self._batcher.cancel(message):
                     self._events.dropped("queue", 1)
+                    job.reply(Cancelled())
             case None:
                 self._stopping = True
 
@@ -180,13 +183,12 @@ class Engine:
         """Accept no more jobs, and answer all that were accepted."""
         with self._closing:
             self._closed = True
-        while True:
-            try:
-                self._handle(self._inbox.get_nowait())
-            except queue.Empty:
-                break
+        while messages := self._inbox.get(0.0):
+            for message in messages:
+                self._handle(message)
         for job in (*self._in_flight.values(), *self._batcher.clear()):
             job.reply(self._why_closed())
+        self._inbox.close()
 
     def _why_closed(self) -> ServiceError:
         return DeviceFailed() if self.state is State.FAILED else Draining()

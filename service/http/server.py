@@ -97,6 +97,10 @@ class Server(uvicorn.Server):
         else:
             self.should_exit = self.force_exit = True
 
+    def request_reload(self) -> None:
+        """Reload soon."""
+        self._reloader.request()
+
     def _begin_drain(self) -> None:
         if self._pipeline.state is State.STARTING:  # nothing has been admitted
             self._min_drain_s = 0.0
@@ -114,7 +118,7 @@ class Server(uvicorn.Server):
                 case "end":
                     self._begin_drain()
                 case "reload":
-                    self._reloader.request()
+                    self.request_reload()
         else:
             await self._reloader.stop()
             drained_s = time.monotonic() - self._drain_since

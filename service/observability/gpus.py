@@ -44,3 +44,12 @@ def watch_gpus(registry: CollectorRegistry, uuids: Mapping[str, str]) -> None:
         log.warning("no metrics of device memory and utilisation: %s", error)
         return
     registry.register(GpuCollector(uuids))
+
+
+def count_gpus() -> int:
+    """The number of NVIDIA devices of this machine, without loading CUDA."""
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0

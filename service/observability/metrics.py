@@ -1,5 +1,6 @@
 """Prometheus metrics. All times are in seconds."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, get_args
@@ -14,10 +15,12 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from rednet.service.model_description import ModelBody
+from rednet.service.observability.server_processes import ServerProcessCollector
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -26,18 +29,27 @@ Stage = Literal["decode", "queue", "inference", "draw", "respond"]
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own.
+    """The metrics of one server.
 
     Label cardinality is bounded: `endpoint` is the route template, or `unmatched`.
+
+    In a server of several processes, `prometheus_client` keeps what each one counts in files of the folder that
+    PROMETHEUS_MULTIPROC_DIR names, also after the process has ended, and a scrape of any process shows all of them.
     """
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
+        self.registry = CollectorRegistry()  # what a scrape shows
         PlatformCollector(registry=self.registry)
-        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
-        duration = partial(Histogram, buckets=LATENCY_BUCKETS, registry=self.registry)
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            counted = CollectorRegistry()
+            MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
+            self.registry.register(ServerProcessCollector(os.getppid()))
+        else:
+            counted = self.registry
+            ProcessCollector(registry=self.registry)
+        counter = partial(Counter, registry=counted)
+        duration = partial(Histogram, buckets=LATENCY_BUCKETS, registry=counted)
 
         text = "Time from the end of a request's head until the server has sent the response."
         self._requests = duration("rednet_request_duration_seconds", text, ("endpoint", "status"))
@@ -45,10 +57,9 @@ class Metrics:
         stages = duration("rednet_stage_duration_seconds", text, ("stage",))
         self._stages = {stage: stages.labels(stage) for stage in get_args(Stage)}
         text = "Images per batch."
-        self._batch_size = Histogram("rednet_batch_size", text, buckets=BATCH_BUCKETS, registry=self.registry)
-        self._queue_depth = gauge("rednet_queue_depth", "Images accepted and not yet answered.")
-        self._inflight = gauge("rednet_inflight_requests", "Requests in progress.")
-        self._backlog = gauge("rednet_backlog_seconds", "Predicted time to process the queue.")
+        self._batch_size = Histogram("rednet_batch_size", text, buckets=BATCH_BUCKETS, registry=counted)
+        text = "Requests in progress."
+        self._inflight = Gauge("rednet_inflight_requests", text, registry=counted, multiprocess_mode="livesum")
         self._images = counter("rednet_images", "Images answered, by outcome.", ("endpoint", "outcome"))
         self._refused = counter("rednet_refused", "Requests refused before any work.", ("reason",))
         text = "Requests with a valid API key, by the name of the key."
@@ -62,11 +73,8 @@ class Metrics:
         self._busy = counter("rednet_device_busy_seconds", "Time the device spent on batches.", ("device",))
         text = "Time the device was idle although an image of its next batch had arrived."
         self._starved = counter("rednet_device_starved_seconds", text, ("device",))
-        self._ready = gauge("rednet_ready", "1 while requests are accepted.")
-        text = "Always 1; the labels describe the model."
-        self._model = gauge("rednet_model_info", text, ("name", "architecture", "device", "precision"))
-        text = "Relative deviation of the backend from the reference output in the self-check at start."
-        self._deviation = gauge("rednet_selfcheck_deviation_ratio", text)
+        self._described: ModelBody | None = None
+        self.registry.register(_OnScrape(self._describe))
 
     def watch(
         self,
@@ -77,22 +85,20 @@ class Metrics:
         ready: Callable[[], bool],
     ) -> None:
         """Read these values on every scrape."""
-        self._queue_depth.set_function(queue_depth)
-        self._backlog.set_function(backlog_s)
-        self._ready.set_function(ready)
+        self._gauge("rednet_queue_depth", "Images accepted and not yet answered.", queue_depth)
+        self._gauge("rednet_backlog_seconds", "Predicted time to process the queue.", backlog_s)
+        self._gauge("rednet_ready", "1 while requests are accepted.", ready)
         text = "Predicted device time of all requested images, including refused ones. The rate is the offered load."
-        self.registry.register(_CallbackCounter("rednet_offered_seconds", text, offered_s))
+        self._counter("rednet_offered_seconds", text, offered_s)
 
-    def watch_log(self, dropped: Callable[[], int]) -> None:
+    def watch_log(self, dropped: Callable[[], float]) -> None:
         """Read the number of dropped log lines on every scrape."""
         text = "Log lines dropped because they could not be written, or not fast enough."
-        self.registry.register(_CallbackCounter("rednet_log_lines_dropped", text, dropped))
+        self._counter("rednet_log_lines_dropped", text, dropped)
 
     def model(self, model: ModelBody) -> None:
         """Describe the current model, instead of the one before."""
-        self._model.clear()
-        self._model.labels(model.name, model.architecture, model.device, model.precision).set(1)
-        self._deviation.set(model.deviation)
+        self._described = model
 
     def reloaded(self, what: Literal["api_keys", "checkpoint"], outcome: Literal["ok", "failed"]) -> None:
         self._reloads.labels(what, outcome).inc()
@@ -134,15 +140,38 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
+    def _counter(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Register a counter whose value is read on every scrape."""
+        self.registry.register(_OnScrape(lambda: [CounterMetricFamily(name, text, read())]))
 
-class _CallbackCounter(Collector):
-    """A counter whose value is read on every scrape."""
+    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Register a gauge whose value is read on every scrape."""
+        self.registry.register(_OnScrape(lambda: [GaugeMetricFamily(name, text, read())]))
 
-    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
-        self._name, self._text, self._read = name, text, read
+    def _describe(self) -> Iterable[Metric]:
+        """The metrics of the current model. It changes with a reload, and gauges in files cannot forget old labels."""
+        model = self._described
+        if model is None:
+            return
+        info = GaugeMetricFamily(
+            "rednet_model_info",
+            "Always 1; the labels describe the model.",
+            labels=("name", "architecture", "device", "precision"),
+        )
+        info.add_metric((model.name, model.architecture, model.device, model.precision), 1)
+        yield info
+        text = "Relative deviation of the backend from the reference output in the self-check at start."
+        yield GaugeMetricFamily("rednet_selfcheck_deviation_ratio", text, model.deviation)
 
-    def collect(self) -> Iterable[CounterMetricFamily]:
-        yield CounterMetricFamily(self._name, self._text, self._read())
+
+class _OnScrape(Collector):
+    """Metrics whose values are read on every scrape."""
+
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        return self._read()
 
 
 class DeviceEvents:

@@ -1,0 +1,216 @@
+"""The process of one front end: HTTP, parsing, decoding and rendering around a remote engine. Imports no torch.
+
+python -m rednet.service.processes.front_end OPTIONS
+
+OPTIONS is the JSON of `FrontEndOptions`.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import uvicorn
+
+from rednet.model.images.preprocess import Preprocess
+from rednet.service.api_keys import KeyFile
+from rednet.service.build import decode_limits, decoder_count
+from rednet.service.decoding.decoder import Decoder
+from rednet.service.engine.messages import ONLY_HELLO, Hello, take_frame
+from rednet.service.engine.remote_client import RemoteClient
+from rednet.service.http.app import create_app
+from rednet.service.http.connections import Connection
+from rednet.service.http.server import Server, uvicorn_config
+from rednet.service.model_description import ModelBody
+from rednet.service.observability import log
+from rednet.service.observability.gpus import watch_gpus
+from rednet.service.observability.metrics import Metrics
+from rednet.service.pipeline import Pipeline
+from rednet.service.processes.acceptor import Acceptor
+from rednet.service.processes.board import LOG_LINES_DROPPED, Board, SharedCounts
+from rednet.service.processes.options import FrontEndOptions
+from rednet.service.reloading import ReloadablePipeline, reload_keys
+from rednet.service.settings import Settings
+from rednet.service.system.exit import run_process
+from rednet.service.system.file_limit import raise_file_limit
+from rednet.service.system.hangup import Hangups
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 65_536
+
+
+class FrontEnd:
+    """What one front end answers with, and the engine that it uses.
+
+    Args:
+        settings: the options of the server.
+        options: of this front end.
+        board: of the server.
+        metrics: of this front end.
+    """
+
+    def __init__(self, settings: Settings, options: FrontEndOptions, board: Board, metrics: Metrics) -> None:
+        self._settings, self._board, self._metrics = settings, board, metrics
+        self._counts = SharedCounts(board, options.row)
+        self._limits = decode_limits(settings, board.rows)
+        self._decoders = decoder_count(settings, board.rows)
+        self.engine = self._used = options.engine
+        self.keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
+        self.pipeline = ReloadablePipeline(self._build(), self._build, metrics, self._counts)
+
+    async def reload(self) -> bool:
+        """Load the keys again, or switch to the engine that `engine` names by now; returns whether it is used."""
+        wanted = self.engine
+        if wanted == self._used:
+            if self.keys:
+                await reload_keys(self.keys, self._metrics)
+            return True
+        await self.pipeline.reload()
+        client = self.pipeline.current.client
+        assert isinstance(client, RemoteClient)
+        self._used = client.path
+        return self._used == wanted
+
+    def _build(self) -> Pipeline:
+        hello = ask_hello(self.engine)
+        model = ModelBody.model_validate(hello.model)
+        client = RemoteClient(self.engine, hello, self._settings.max_queue, self._counts, _end_for_other_model)
+        decoder = Decoder(Preprocess(**model.preprocess), self._limits, self._decoders)
+        return Pipeline(model, client, decoder, self._metrics)
+
+
+def _end_for_other_model() -> None:
+    logger.error("the engine's process serves another model than before: starting again")
+    signal.raise_signal(signal.SIGTERM)
+
+
+class FrontEndServer(Server):
+    """A `Server` that shares its sockets with others, obeys its supervisor, and ends with it.
+
+    Args:
+        config: of uvicorn.
+        settings: the options of the server.
+        options: of this front end.
+        front_end: what it answers with.
+        board: of the server.
+        publish: called often, to tell the other front ends what has changed.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        settings: Settings,
+        options: FrontEndOptions,
+        front_end: FrontEnd,
+        board: Board,
+        publish: Callable[[], None],
+    ) -> None:
+        super().__init__(config, front_end.pipeline, settings.drain_timeout_s, Hangups(), self._reload)
+        self._options, self._front_end, self._board, self._publish = options, front_end, board, publish
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+        loop = asyncio.get_running_loop()
+        new = partial(Connection, self.config, self.server_state, self.lifespan.state)
+        count = self.server_state.connections.__len__
+        self._acceptors = [Acceptor(each, new, count, self._board, self._options.row) for each in sockets or ()]
+        self._supervisor = _Supervisor(self.obey)
+        connection = socket.socket(fileno=self._options.control)
+        await loop.create_unix_connection(lambda: self._supervisor, sock=connection)
+        self._supervisor.send("up")
+
+    async def on_tick(self, counter: int) -> bool:
+        self._publish()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for acceptor in self._acceptors:
+            acceptor.close()
+        await super().shutdown(sockets)
+
+    def obey(self, command: str, argument: str) -> None:
+        """Do what the supervisor says."""
+        match command:
+            case "ping":
+                self._supervisor.send("pong")
+            case "reload":
+                self._front_end.engine = argument
+                self.request_reload()
+            case "gone":
+                logger.error("the supervisor is gone")
+                self.handle_exit(signal.SIGTERM, None)
+
+    async def _reload(self) -> None:
+        engine = self._front_end.engine
+        outcome = "reloaded" if await self._front_end.reload() else "stayed"
+        self._supervisor.send(f"{outcome} {engine}")
+
+
+class _Supervisor(asyncio.Protocol):
+    """The connection to the supervisor; `child.py` has the protocol.
+
+    Args:
+        obey: called with each command and its argument, and with `gone` when the supervisor has died.
+    """
+
+    def __init__(self, obey: Callable[[str, str], None]) -> None:
+        self._obey = obey
+        self._received = b""
+
+    def send(self, line: str) -> None:
+        self._transport.write(f"{line}\n".encode())
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._received = (self._received + data).split(b"\n")
+        for line in lines:
+            command, _, argument = line.decode().partition(" ")
+            self._obey(command, argument)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._obey("gone", "")
+
+
+def ask_hello(path: str) -> Hello:
+    """Wait until the engine's process has loaded the network, and return what it serves."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        connection.send(bytes([ONLY_HELLO]))
+        received = bytearray()
+        while (content := take_frame(received)) is None:
+            data = connection.recv(READ_BYTES)
+            if not data:
+                raise OSError("the engine's process has ended")
+            received += data
+    return Hello(**content)
+
+
+def main() -> int:
+    options = FrontEndOptions.from_json(sys.argv[1])
+    settings = options.read_settings()
+    writer = log.configure(settings.log_level, settings.log_format)
+    raise_file_limit()
+    board, metrics = Board(options.board), Metrics()
+    already_dropped = board.get(options.row, LOG_LINES_DROPPED)  # by the front end before this one
+
+    def publish() -> None:
+        board.set(options.row, LOG_LINES_DROPPED, already_dropped + writer.dropped)
+
+    metrics.watch_log(lambda: board.total(LOG_LINES_DROPPED))
+    if gpus := ask_hello(options.engine).gpus:
+        watch_gpus(metrics.registry, gpus)
+    front_end = FrontEnd(settings, options, board, metrics)
+    app = create_app(settings, front_end.pipeline, front_end.keys)
+    server = FrontEndServer(uvicorn_config(app, settings), settings, options, front_end, board, publish)
+    server.run([socket.socket(fileno=fd) for fd in options.sockets])
+    return server.exit_code
+
+
+if __name__ == "__main__":
+    run_process(main)
