@@ -19,6 +19,7 @@ from rednet.service.reloading import ReloadablePipeline, reload_keys
 from rednet.service.settings import Settings
 from rednet.service.system.file_limit import raise_file_limit
 from rednet.service.system.hangup import Hangups
+from rednet.service.system.sockets import grpc_addresses
 from rednet.service.types import QueueCounts
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,9 @@ def serve(
     if grpc_sockets:
         from rednet.service.grpc.server import GrpcServer  # noqa: PLC0415  (an extra)
 
-        other = GrpcServer(settings, pipeline, app.state.current_context().budget, keys, grpc_sockets)
+        other = GrpcServer(
+            settings, pipeline, app.state.current_context().budget, keys, grpc_addresses(grpc_sockets), grpc_sockets
+        )
     server = Server(uvicorn_config(app, settings), pipeline, settings.drain_timeout_s, hangups, reload, other)
     server.run(list(sockets))
     return server.exit_code

@@ -3,17 +3,21 @@
 import os
 import re
 import signal
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
+from rednet import load_checkpoint, save_checkpoint
 from tests.conftest import encoded, photo
-from tests.servers import PATIENCE_S, ServerProcess, wait_until
+from tests.servers import PATIENCE_S, ServerProcess, free_port, wait_until
 
 JPEG = encoded(photo(1), "JPEG")
 ENGINE, FRONT_END = "processes.engine", "processes.front_end"
@@ -184,6 +188,84 @@ def test_images_that_cannot_wait_for_another_engine_are_refused_at_once(server: 
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
     wait_until(lambda: server.client.get("/readyz").status_code == 200, "another engine")
+
+
+def other_checkpoint(path: Path) -> None:
+    """Write the embedded network under other names of its classes."""
+    checkpoint = load_checkpoint()
+    labels = [label._replace(name=f"another {label.name}") for label in checkpoint.labels]
+    save_checkpoint(path, replace(checkpoint, labels=labels, name="another"), replace=True)
+
+
+def test_sighup_switches_all_front_ends_to_the_checkpoint_as_it_is_now(tmp_path: Path) -> None:
+    """Without a lost request; every answer is wholly of one network, and nothing is left of the process before."""
+    path = tmp_path / "served.safetensors"
+    save_checkpoint(path, load_checkpoint())
+    answers: Counter[tuple[int, str, bool]] = Counter()
+    stop = threading.Event()
+
+    def ask(server: ServerProcess) -> None:
+        while not stop.is_set():
+            answer = predict(server)
+            body = answer.json()
+            label = body["predictions"][0]["classes"][0]["label"]
+            answers[answer.status_code, body["model"], label.startswith("another ")] += 1
+
+    with ServerProcess("--frontends", 2, "--checkpoint", path) as server, ThreadPoolExecutor(4) as pool:
+        before = processes(server, ENGINE)
+        try:
+            asking = [pool.submit(ask, server) for _ in range(4)]
+            other_checkpoint(path)
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: "has answered its last request" in server.log, "the other network")
+            wait_until(lambda: answers[200, "another", True] >= 20, "answers of the other network")
+        finally:
+            stop.set()
+        for each in asking:
+            each.result()
+        assert answers.keys() == {(200, "rednet26-imagenette", False), (200, "another", True)}
+        assert not set(before) & set(processes(server, ENGINE))
+        assert len(processes(server, ENGINE)) == 1
+        assert 'name="another"' in server.client.get("/metrics").text
+        assert metric(server, "rednet_queue_depth") == 0
+        os.kill(processes(server, FRONT_END)[0], signal.SIGKILL)
+        wait_until(lambda: len(processes(server, FRONT_END)) == 2, "another front end")
+        assert {predict(server).json()["model"] for _ in range(4)} == {"another"}
+
+
+def test_sighup_keeps_the_network_if_the_checkpoint_is_broken(tmp_path: Path) -> None:
+    """API keys are loaded again in any case."""
+    path, keys = tmp_path / "served.safetensors", tmp_path / "keys"
+    save_checkpoint(path, load_checkpoint())
+    keys.write_text("first:0123456789abcdef\n")
+    with ServerProcess("--frontends", 2, "--checkpoint", path, "--api-key-file", keys) as server:
+        engine = processes(server, ENGINE)
+        broken = tmp_path / "broken"
+        broken.write_bytes(b"no weights")
+        broken.replace(path)
+        keys.write_text("second:fedcba9876543210\n")
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "the checkpoint was not loaded" in server.log, "the end of the reload")
+        assert processes(server, ENGINE) == engine
+        for _ in range(4):
+            assert predict(server, Authorization="Bearer fedcba9876543210").status_code == 200
+            assert predict(server, Authorization="Bearer 0123456789abcdef").status_code == 401
+
+
+def test_front_ends_serve_grpc() -> None:
+    """Each of them, at the same port."""
+    grpc = pytest.importorskip("grpc", reason="the extra [grpc] is not installed")
+    pytest.importorskip("google.rpc", reason="the extra [grpc] is not installed")
+    port = free_port()
+    with ServerProcess("--frontends", 2, "--grpc-port", port) as server:
+        for _ in range(8):
+            options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+            with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+                live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+                assert live(b"") == b"\x08\x01"  # live: true
+        os.kill(processes(server, FRONT_END)[0], signal.SIGKILL)
+        wait_until(lambda: len(processes(server, FRONT_END)) == 2, "another front end")
+        wait_until(lambda: server.log.count("running gRPC on") == 3, "its port")
 
 
 def test_sigterm_answers_what_was_accepted_and_leaves_nothing_behind() -> None:

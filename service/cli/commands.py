@@ -45,7 +45,7 @@ def serve(options: argparse.Namespace) -> int:
     if front_ends > 1:
         from rednet.service.processes.supervisor import supervise
 
-        return supervise(settings, sockets, front_ends, hangups)
+        return supervise(settings, sockets, front_ends, hangups, grpc_sockets)
     from rednet.service.main import serve as run_server
 
     return run_server(settings, sockets, keys, hangups, grpc_sockets)

@@ -18,7 +18,6 @@ from rednet.service.grpc.statuses import UnknownMethod
 from rednet.service.parsing.memory_budget import MemoryBudget
 from rednet.service.reloading import ReloadablePipeline
 from rednet.service.settings import Settings
-from rednet.service.system.sockets import url
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,9 @@ class GrpcServer:
         pipeline: started and closed by the HTTP server.
         budget: for the memory of messages, HTTP's included.
         keys: one of which a call must carry; None: calls need no key.
-        sockets: bound to the addresses to listen on. gRPC cannot take them over, and binds its own in their place.
+        addresses: where to listen.
+        placeholders: sockets that are bound there. gRPC cannot take them over, and binds its own in their place.
+            Without them, other processes of this server listen there, too, and the kernel distributes connections.
     """
 
     def __init__(
@@ -46,16 +47,17 @@ class GrpcServer:
         pipeline: ReloadablePipeline,
         budget: MemoryBudget,
         keys: KeyFile | None,
-        sockets: Sequence[socket.socket],
+        addresses: Sequence[str],
+        placeholders: Sequence[socket.socket] = (),
     ) -> None:
         self._options = [
             ("grpc.max_receive_message_length", settings.max_body_bytes),
             ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),  # another server on the same port is an error
+            ("grpc.so_reuseport", 0 if placeholders else 1),  # another server on the same port is an error
             # Identity only: a small compressed message can be a huge one, and photos are compressed already.
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ]
-        self._sockets = sockets
+        self._addresses, self._placeholders = addresses, placeholders
         self._reader = MessageReader(budget, settings.max_queue)
         self._inference = InferenceService(pipeline, self._reader)
         self._health = Health(pipeline, self._reader)
@@ -74,15 +76,12 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers(
             [_Methods(self._handlers(), self._calls.handler(UNMATCHED, _unknown, guarded=False))]
         )
-        addresses = [url(each).removeprefix("http://") for each in self._sockets]
-        for each in self._sockets:
+        for each in self._placeholders:
             each.close()
-        if any(address.startswith("[::]") for address in addresses):  # where gRPC listens for IPv4, too
-            addresses = [address for address in addresses if address.startswith("[::]")]
-        for address in addresses:
+        for address in self._addresses:
             self._server.add_insecure_port(address)
         await self._server.start()
-        logger.info("running gRPC on %s", ", ".join(addresses))
+        logger.info("running gRPC on %s", ", ".join(self._addresses))
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, and wait for the others.

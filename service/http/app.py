@@ -25,13 +25,16 @@ MAX_LARGE_BODIES = 16  # bodies of the largest size that fit into memory at a ti
 EXPOSED_HEADERS = ["Retry-After", "X-Request-Id", "Server-Timing", "WWW-Authenticate", HEADER_LENGTH]
 
 
-def create_app(settings: Settings, pipeline: ReloadablePipeline, keys: KeyFile | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, pipeline: ReloadablePipeline, keys: KeyFile | None = None, processes: int = 1
+) -> FastAPI:
     """The application around a pipeline, which it starts and closes.
 
     Args:
         settings: limits on bodies and deadlines.
         pipeline: not started.
         keys: one of which a request must carry; None: requests need no key.
+        processes: that share the memory for bodies.
     """
 
     @lru_cache(maxsize=1)
@@ -59,7 +62,7 @@ def create_app(settings: Settings, pipeline: ReloadablePipeline, keys: KeyFile |
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log have them
     )
     parser = Parser()
-    budget = MemoryBudget(MAX_LARGE_BODIES * settings.max_body_bytes)
+    budget = MemoryBudget(max(1, MAX_LARGE_BODIES // processes) * settings.max_body_bytes)
     app.state.current_context = lambda: context_of(pipeline.current)
     guard = [Depends(require_key)] if keys else []
     app.include_router(v1.direct, dependencies=guard)

@@ -23,7 +23,7 @@ from rednet.service.engine.messages import ONLY_HELLO, Hello, take_frame
 from rednet.service.engine.remote_client import RemoteClient
 from rednet.service.http.app import create_app
 from rednet.service.http.connections import Connection
-from rednet.service.http.server import Server, uvicorn_config
+from rednet.service.http.server import OtherServer, Server, uvicorn_config
 from rednet.service.model_description import ModelBody
 from rednet.service.observability import log
 from rednet.service.observability.gpus import watch_gpus
@@ -98,6 +98,7 @@ class FrontEndServer(Server):
         front_end: what it answers with.
         board: of the server.
         publish: called often, to tell the other front ends what has changed.
+        other: a server beside this one.
     """
 
     def __init__(
@@ -108,8 +109,9 @@ class FrontEndServer(Server):
         front_end: FrontEnd,
         board: Board,
         publish: Callable[[], None],
+        other: OtherServer | None,
     ) -> None:
-        super().__init__(config, front_end.pipeline, settings.drain_timeout_s, Hangups(), self._reload)
+        super().__init__(config, front_end.pipeline, settings.drain_timeout_s, Hangups(), self._reload, other)
         self._options, self._front_end, self._board, self._publish = options, front_end, board, publish
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -206,8 +208,14 @@ def main() -> int:
     if gpus := ask_hello(options.engine).gpus:
         watch_gpus(metrics.registry, gpus)
     front_end = FrontEnd(settings, options, board, metrics)
-    app = create_app(settings, front_end.pipeline, front_end.keys)
-    server = FrontEndServer(uvicorn_config(app, settings), settings, options, front_end, board, publish)
+    app = create_app(settings, front_end.pipeline, front_end.keys, board.rows)
+    other: OtherServer | None = None
+    if options.grpc:
+        from rednet.service.grpc.server import GrpcServer  # noqa: PLC0415  (an extra)
+
+        budget = app.state.current_context().budget
+        other = GrpcServer(settings, front_end.pipeline, budget, front_end.keys, options.grpc)
+    server = FrontEndServer(uvicorn_config(app, settings), settings, options, front_end, board, publish, other)
     server.run([socket.socket(fileno=fd) for fd in options.sockets])
     return server.exit_code
 

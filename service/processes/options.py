@@ -55,11 +55,13 @@ class FrontEndOptions(ProcessOptions):
     Attributes:
         engine: path of the unix socket of the engine's process.
         sockets: descriptors on which it accepts connections, as do all others.
+        grpc: addresses at which it listens for gRPC, as do all others.
         board: descriptor of the numbers that front ends share.
         row: its own on the board.
     """
 
     engine: str
     sockets: Sequence[int]
+    grpc: Sequence[str]
     board: int
     row: int

@@ -26,7 +26,7 @@ from rednet.service.processes.options import FrontEndOptions
 from rednet.service.reloading import Reloader
 from rednet.service.settings import Settings
 from rednet.service.system.hangup import Hangups
-from rednet.service.system.sockets import url
+from rednet.service.system.sockets import grpc_addresses, url
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Supervisor:
         sockets: bound; all front ends accept connections from them.
         front_ends: how many there are.
         hangups: receive SIGHUP.
+        grpc: addresses at which all front ends listen for gRPC.
         hung_s: a process that does not answer for so long is replaced.
         engine: the module of the engine's process.
     """
@@ -55,13 +56,14 @@ class Supervisor:
         sockets: Sequence[socket.socket],
         front_ends: int,
         hangups: Hangups,
+        grpc: Sequence[str],
         hung_s: float,
         engine: str = ENGINE,
     ) -> None:
         self._settings = settings.model_dump_json(exclude_unset=True)
         self._sockets = sockets
         self._count, self._engine_module, self._hung_s = front_ends, engine, hung_s
-        self._hangups = hangups
+        self._hangups, self._grpc = hangups, grpc
         self._folder = Path(tempfile.mkdtemp(prefix="rednet-"))
         self._environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._folder)}
         self._numbers = itertools.count(1)  # of engines
@@ -136,6 +138,7 @@ class Supervisor:
             settings=self._settings,
             engine=self._engine.path,
             sockets=[each.fileno() for each in self._sockets],
+            grpc=self._grpc,
             board=self._board_fd,
             row=row,
         )
@@ -207,7 +210,24 @@ async def _stop_engine(engine: EngineKeeper, keeping: "asyncio.Future[None]") ->
     stopping.cancel()
 
 
-def supervise(settings: Settings, sockets: Sequence[socket.socket], front_ends: int, hangups: Hangups) -> int:
-    """Run a server of several processes, and return its exit status."""
+def supervise(
+    settings: Settings,
+    sockets: Sequence[socket.socket],
+    front_ends: int,
+    hangups: Hangups,
+    grpc_sockets: Sequence[socket.socket] = (),
+) -> int:
+    """Run a server of several processes, and return its exit status.
+
+    Args:
+        settings: the options.
+        sockets: bound; all front ends accept connections from them.
+        front_ends: how many there are.
+        hangups: receive SIGHUP.
+        grpc_sockets: bound; closed, as every front end binds its own to listen for gRPC.
+    """
     log.configure(settings.log_level, settings.log_format)
-    return asyncio.run(Supervisor(settings, sockets, front_ends, hangups, HUNG_S).run())
+    grpc = grpc_addresses(grpc_sockets)
+    for each in grpc_sockets:
+        each.close()
+    return asyncio.run(Supervisor(settings, sockets, front_ends, hangups, grpc, HUNG_S).run())

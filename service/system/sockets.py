@@ -102,6 +102,12 @@ def url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def grpc_addresses(sockets: Sequence[socket.socket]) -> Sequence[str]:
+    """The addresses of bound sockets, as gRPC takes them. At `[::]` it listens for IPv4, too."""
+    addresses = [url(each).removeprefix("http://") for each in sockets]
+    return [each for each in addresses if each.startswith("[::]")] or addresses
+
+
 def _remove_stale(path: Path) -> None:
     """Remove a socket's file that no process listens on any more."""
     with socket.socket(socket.AF_UNIX) as probe:
