@@ -42,9 +42,9 @@ SERVICE = {
     "http": "api_keys errors event_loop model_description observability open_inference parsing pipeline reloading "
     "scores server_timing settings statuses system types",
     "grpc": "api_keys errors model_description observability open_inference parsing reloading server_timing settings "
-    "statuses system types",
+    "statuses types",
     "main": "api_keys build decoding engine grpc http network observability pipeline reloading settings system types",
-    "processes": "api_keys build decoding engine http model_description network observability pipeline reloading "
+    "processes": "api_keys build decoding engine grpc http model_description network observability pipeline reloading "
     "settings system types model.images",
     "cli": "api_keys build engine errors grpc main model_description network observability pipeline processes scores "
     "settings system types model model.inference model.io model.training",
