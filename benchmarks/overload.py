@@ -1,6 +1,6 @@
 """Three times more requests than the server can answer: latency of accepted requests, and success of retries.
 
-python -m benchmarks.overload PHOTOS [--checkpoint F]
+python -m benchmarks.overload PHOTOS [--checkpoint F] [--frontends N]
 
 First for half a minute. Then, after a pause, for ten seconds, in which each rejected request is retried once after its
 `Retry-After`. The first retries compete with the overload.
@@ -49,9 +49,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=Path, help="a folder of JPEG files")
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--frontends", default="auto", help="HTTP processes of the server (default: auto)")
     options = parser.parse_args()
     photos = [path.read_bytes() for path in sorted(options.photos.glob("*.JP*G"))]
-    with serving(*(["--checkpoint", options.checkpoint] if options.checkpoint else [])) as base:
+    chosen = ["--frontends", options.frontends, *(["--checkpoint", options.checkpoint] if options.checkpoint else [])]
+    with serving(*chosen) as base:
         url = f"{base}/v1/predict"
         post_when_ready(url, photos[0])
         closed_loop(Load(url, photos), CONNECTIONS, 3)

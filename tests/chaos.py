@@ -1,7 +1,9 @@
 """Good requests, bad ones, and callers who leave, all at once, while decoders are killed at random; then the server
 must be as if nothing had happened.
 
-python -m tests.chaos [--requests N] [--seed S]    # on the embedded checkpoint; `make chaos` runs 10,000
+python -m tests.chaos [--requests N] [--seed S] [--frontends N]
+
+On the embedded checkpoint; `make chaos` runs 10,000.
 """
 
 import argparse
@@ -226,9 +228,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frontends", default="auto")
     options = parser.parse_args()
     started = time.monotonic()
-    with ServerProcess(*OPTIONS) as server:
+    with ServerProcess(*OPTIONS, "--frontends", options.frontends) as server:
         report = run(server, options.requests, options.seed)
         print(report)
         print(f"{options.requests} requests in {time.monotonic() - started:.0f} s; all gauges zero, 100 of 100 right")

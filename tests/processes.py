@@ -1,4 +1,4 @@
-"""A server's decoder processes, found in /proc, and what can happen to them."""
+"""A server's processes, found in /proc, and what can happen to them."""
 
 import os
 import random
@@ -11,17 +11,45 @@ from pathlib import Path
 PROC = Path("/proc")
 
 
-def decoder_pids(of: int) -> list[int]:
-    """The decoders that a process has started; none where there is no /proc."""
+def descendants(of: int) -> list[int]:
+    """The processes that a process has started, and those that they have; none where there is no /proc."""
     pids = sorted(int(entry.name) for entry in PROC.glob("[0-9]*"))
-    return [pid for pid in pids if is_decoder(pid) and _parent(pid) == of]
+    parents = {pid: _parent(pid) for pid in pids}
+    found = {of}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - {of})
+
+
+def decoder_pids(of: int) -> list[int]:
+    """The decoders of a server."""
+    return [pid for pid in descendants(of) if is_decoder(pid)]
+
+
+def module_pids(of: int, module: str) -> list[int]:
+    """The processes of a server that run a module of `rednet.service.processes`."""
+    return [pid for pid in descendants(of) if f"rednet.service.processes.{module}".encode() in _command(pid)]
+
+
+def memory_mb(of: int) -> float:
+    """Resident memory of a server's processes in MB, without decoders: theirs depends on the last photo."""
+    pages = 0
+    for pid in (of, *descendants(of)):
+        with suppress(OSError):
+            if not is_decoder(pid):
+                pages += int((PROC / str(pid) / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def is_decoder(pid: int) -> bool:
+    return b"rednet.service.decoding.worker" in _command(pid)
+
+
+def _command(pid: int) -> bytes:
     try:
-        return b"rednet.service.decoding.worker" in (PROC / str(pid) / "cmdline").read_bytes()
+        return (PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
-        return False
+        return b""
 
 
 def _parent(pid: int) -> int:

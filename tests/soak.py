@@ -1,6 +1,6 @@
 """Mixed load for a long time: does the server's memory grow?
 
-python -m tests.soak [--minutes N]    # on the embedded checkpoint; `make soak` runs an hour
+python -m tests.soak [--minutes N] [--frontends N]    # on the embedded checkpoint; `make soak` runs an hour
 """
 
 import argparse
@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 
 from tests.chaos import OPTIONS, Mischief, assert_as_promised, assert_unharmed, right_answers, wreak
+from tests.processes import memory_mb
 from tests.servers import ServerProcess
-from tests.test_damaged_photos import resident_mb
 
 EVERY_S = 10.0
 REQUESTS, AT_ONCE = 100, 6  # in that time
@@ -32,7 +32,7 @@ def soak(server: ServerProcess, seconds: float, every_s: float = EVERY_S, seed: 
         report = asyncio.run(wreak(server.url, mischief, REQUESTS, AT_ONCE))
         assert_as_promised(report)
         statuses += report.statuses
-        samples.append((at, resident_mb(server.process.pid)))
+        samples.append((at, memory_mb(server.process.pid)))
         settled = [sample for sample in samples if sample[0] >= SETTLED * seconds]
         if len(samples) % 30 == 1:
             print(f"{at / 60:5.1f} min  {samples[-1][1]:7.1f} MB  {dict(sorted(statuses.items()))}", flush=True)
@@ -46,8 +46,9 @@ def soak(server: ServerProcess, seconds: float, every_s: float = EVERY_S, seed: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--frontends", default="auto")
     options = parser.parse_args()
-    with ServerProcess(*OPTIONS) as server:
+    with ServerProcess(*OPTIONS, "--frontends", options.frontends) as server:
         growth = soak(server, 60 * options.minutes)
     print(f"memory grew by {growth:.2f} MB in ten minutes; {MOST_MB} are allowed")
     raise SystemExit(int(growth > MOST_MB))

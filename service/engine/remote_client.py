@@ -100,6 +100,11 @@ class RemoteClient:
         return State.READY if all(link.is_ready for link in self._links) else State.STARTING
 
     @property
+    def slots_in_use(self) -> int:
+        """Images that the engine's process has, including cancelled ones."""
+        return 0 if self._closed else self.slots.count - len(self.free)
+
+    @property
     def max_images(self) -> int:
         return self._admission.max_images
 

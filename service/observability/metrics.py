@@ -96,6 +96,11 @@ class Metrics:
         text = "Log lines dropped because they could not be written, or not fast enough."
         self._counter("rednet_log_lines_dropped", text, dropped)
 
+    def watch_slots(self, in_use: Callable[[], float]) -> None:
+        """Read the number of slots in use on every scrape."""
+        text = "Images whose pixels or answer are in memory that front ends share with the engine."
+        self._gauge("rednet_slots_in_use", text, in_use)
+
     def model(self, model: ModelBody) -> None:
         """Describe the current model, instead of the one before."""
         self._described = model

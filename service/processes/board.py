@@ -4,7 +4,7 @@ reader may see a value that is a moment old, but never half of one."""
 import mmap
 import os
 
-COLUMNS = ACCEPTED, OFFERED_S, CONNECTIONS, LOG_LINES_DROPPED = range(4)
+COLUMNS = ACCEPTED, OFFERED_S, CONNECTIONS, SLOTS_IN_USE, LOG_LINES_DROPPED = range(5)
 CELL_BYTES = 8
 
 

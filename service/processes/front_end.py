@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import uvicorn
@@ -30,7 +30,7 @@ from rednet.service.observability.gpus import watch_gpus
 from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Pipeline
 from rednet.service.processes.acceptor import Acceptor
-from rednet.service.processes.board import LOG_LINES_DROPPED, Board, SharedCounts
+from rednet.service.processes.board import LOG_LINES_DROPPED, SLOTS_IN_USE, Board, SharedCounts
 from rednet.service.processes.options import FrontEndOptions
 from rednet.service.reloading import ReloadablePipeline, reload_keys
 from rednet.service.settings import Settings
@@ -59,6 +59,7 @@ class FrontEnd:
         self._limits = decode_limits(settings, board.rows)
         self._decoders = decoder_count(settings, board.rows)
         self.engine = self._used = options.engine
+        self._clients: Sequence[RemoteClient] = ()  # of the current engine, and of the one before or after it
         self.keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
         self.pipeline = ReloadablePipeline(self._build(), self._build, metrics, self._counts)
 
@@ -75,10 +76,16 @@ class FrontEnd:
         self._used = client.path
         return self._used == wanted
 
+    @property
+    def slots_in_use(self) -> int:
+        """Images that engines have, including cancelled ones."""
+        return sum(client.slots_in_use for client in self._clients)
+
     def _build(self) -> Pipeline:
         hello = ask_hello(self.engine)
         model = ModelBody.model_validate(hello.model)
         client = RemoteClient(self.engine, hello, self._settings.max_queue, self._counts, _end_for_other_model)
+        self._clients = (*self._clients[-1:], client)
         decoder = Decoder(Preprocess(**model.preprocess), self._limits, self._decoders)
         return Pipeline(model, client, decoder, self._metrics)
 
@@ -203,8 +210,10 @@ def main() -> int:
 
     def publish() -> None:
         board.set(options.row, LOG_LINES_DROPPED, already_dropped + writer.dropped)
+        board.set(options.row, SLOTS_IN_USE, front_end.slots_in_use)
 
     metrics.watch_log(lambda: board.total(LOG_LINES_DROPPED))
+    metrics.watch_slots(lambda: board.total(SLOTS_IN_USE))
     if gpus := ask_hello(options.engine).gpus:
         watch_gpus(metrics.registry, gpus)
     front_end = FrontEnd(settings, options, board, metrics)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rednet.service.observability import log
-from rednet.service.processes.board import ACCEPTED, CONNECTIONS, Board
+from rednet.service.processes.board import ACCEPTED, CONNECTIONS, SLOTS_IN_USE, Board
 from rednet.service.processes.child import Child
 from rednet.service.processes.engine_keeper import EngineKeeper, forget, how_it_ended
 from rednet.service.processes.options import FrontEndOptions
@@ -121,7 +121,7 @@ class Supervisor:
             announcing.cancel()
             del self._front_ends[row]
             forget(child, self._folder)
-            for column in (ACCEPTED, CONNECTIONS):
+            for column in (ACCEPTED, CONNECTIONS, SLOTS_IN_USE):
                 self._board.set(row, column, 0)
             if self._stopping.is_set():
                 if status not in (0, -signal.SIGTERM):
