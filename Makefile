@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test lint format sanitize benchmarks chaos soak fuzz clean
+.PHONY: serve test lint format proto sanitize benchmarks chaos soak fuzz clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -23,6 +23,10 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
+
+# The schema of gRPC, which the server reads in its compiled form.
+proto: .venv/test
+	$(BIN)/python -m grpc_tools.protoc -I service/grpc --descriptor_set_out=service/grpc/inference.binpb inference.proto
 
 # The native code under the address, undefined-behaviour and thread sanitizers, in each build: four minutes.
 sanitize: $(foreach sanitizer,address_undefined thread,$(foreach build,int8_vnni int8_avx2 avx512 avx2 generic,sanitize-$(sanitizer)-$(build)))

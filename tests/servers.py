@@ -25,7 +25,7 @@ from rednet.service.decoding.limits import DecodeLimits
 from rednet.service.engine.admission import OwnCounts
 from rednet.service.engine.transfer import Finished
 from rednet.service.http.app import create_app
-from rednet.service.http.server import Server, uvicorn_config
+from rednet.service.http.server import OtherServer, Server, uvicorn_config
 from rednet.service.model_description import LabelBody, ModelBody
 from rednet.service.network import Network
 from rednet.service.observability.metrics import Metrics
@@ -33,6 +33,7 @@ from rednet.service.pipeline import Pipeline
 from rednet.service.reloading import ReloadablePipeline
 from rednet.service.settings import Settings
 from rednet.service.system.hangup import Hangups
+from rednet.service.system.sockets import bind, grpc_addresses
 from rednet.service.types import ExplainSpec, ModelRunner, Pixels, RunnerOutput, Running
 
 REDNET = Path(sys.executable).with_name("rednet")
@@ -95,6 +96,13 @@ class ServerProcess:
         self.client.base_url = url
         if ready:
             wait_until(lambda: self.client.get("/readyz").status_code == 200, "readiness")
+
+    @property
+    def grpc_address(self) -> str:
+        """Where it listens for gRPC."""
+        found = re.search(r"running gRPC on ([\d.:]+)", self.log)
+        assert found, self.log
+        return found[1]
 
     @property
     def log(self) -> str:
@@ -193,8 +201,16 @@ class ServerThread:
         keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
         self.app = create_app(settings, pipeline, keys)
         config = uvicorn_config(self.app, settings)
+        other: OtherServer | None = None
+        if settings.grpc_port is not None:
+            from rednet.service.grpc.server import GrpcServer
+
+            sockets = bind(settings.host, settings.grpc_port)
+            (self.grpc_address,) = addresses = grpc_addresses(sockets)
+            budget = self.app.state.current_context().budget
+            other = GrpcServer(settings, pipeline, budget, keys, addresses, sockets)
         self._hangups = Hangups()
-        self._server = Server(config, pipeline, settings.drain_timeout_s, self._hangups, pipeline.reload)
+        self._server = Server(config, pipeline, settings.drain_timeout_s, self._hangups, pipeline.reload, other)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self) -> "ServerThread":

@@ -4,14 +4,23 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import structlog
 
 from rednet.service.api_keys import KeyFile
-from rednet.service.errors import DeadlineExceeded, Internal, MalformedRequest, Refused, ServiceError, Unauthorized
+from rednet.service.errors import (
+    DeadlineExceeded,
+    Draining,
+    Internal,
+    MalformedRequest,
+    Refused,
+    ServiceError,
+    Unauthorized,
+)
 from rednet.service.grpc import statuses
 from rednet.service.observability import log
 from rednet.service.observability.metrics import Metrics
@@ -21,6 +30,7 @@ requests = structlog.get_logger()
 
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # fit for metadata, and for a line of the log
 BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
+CANCELLATION_S = 0.25  # gRPC reports the end of the messages before the reason for it, on a busy machine long before
 CLIENT_LEFT = 499  # as over HTTP
 
 
@@ -52,6 +62,7 @@ class Call:
         """
         message: bytes | object = await self._context.read()
         if not isinstance(message, bytes):
+            await asyncio.sleep(CANCELLATION_S)  # if the client has left, this is cancelled
             raise MalformedRequest("the call has no message")
         return message
 
@@ -73,6 +84,16 @@ class Calls:
         self._metrics = metrics
         self._keys = keys
         self._timeout_s = timeout_s
+        self._end: asyncio.Event | None = None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold back new calls until the context ends, and refuse them then."""
+        self._end = asyncio.Event()
+        try:
+            yield
+        finally:
+            self._end.set()
 
     def handler(
         self, endpoint: str, answer: Callable[[Call], Awaitable[bytes]], *, guarded: bool, probe: bool = False
@@ -97,6 +118,9 @@ class Calls:
             self._metrics.request_started()
             status, code, error = 200, grpc.StatusCode.OK, None
             try:
+                if self._end:
+                    await self._end.wait()
+                    raise Draining
                 if guarded:
                     self._check_key(call)
                 reply = await answer(call)
