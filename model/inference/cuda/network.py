@@ -1,7 +1,11 @@
 """RedNet with fused Triton operators: no pass over memory only scales, shifts or clips values.
 
-Everything is channels-last. Batch norms are folded into the convolutions before them; a convolution also adds its bias
-and the residual and applies the ReLU; an involution's Triton kernel applies the batch norm and ReLU that follow it.
+Everything is channels-last. Batch norms are folded into the convolutions before them. A 1x1 convolution is a matrix
+product that also adds its bias and applies the ReLU; the last one of a block adds the residual, too. An involution's
+Triton kernel applies the batch norm and ReLU that follow it.
+
+torch's `cudnn_convolution_relu` is not used: it passes its uninitialised output to cuDNN as a residual, to be
+multiplied by zero. If cuDNN computes that product, a NaN in the memory stays.
 """
 
 from collections.abc import Callable
@@ -17,7 +21,9 @@ from rednet.model.inference.cuda.conv_fallback import ConvFallback
 from rednet.model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
 from rednet.model.nn.involution import Involution
 from rednet.model.nn.rednet import Bottleneck, RedNet
-from rednet.model.ops import triton_ops
+from rednet.model.ops import triton_fused, triton_ops
+
+ALIGNMENT = 8  # pixels; 16 bytes in half precision
 
 
 class TritonRedNet:
@@ -34,16 +40,16 @@ class TritonRedNet:
         net = fold_batchnorm(net).to(device)
         stem = net.backbone.stem
         self._dtype = dtype
-        fallback = ConvFallback()
+        make = _Maker(dtype, ConvFallback(), _fused_relu_keeps_nan(device, dtype))
         # The network's input is value * scale + shift. Uploaded here, because a captured graph must not upload.
         self._scale, self._shift = (tensor.to(device) for tensor in _normalisation(preprocess))
         self._stem = (
-            _Convolution.of(stem.get_submodule("0.conv"), dtype, fallback),
-            _Involution.of(stem[1], stem[2], dtype, fallback),
-            _Convolution.of(stem.get_submodule("4.conv"), dtype, fallback),
+            make.convolution(stem.get_submodule("0.conv")),
+            make.involution(stem[1], stem[2]),
+            make.convolution(stem.get_submodule("4.conv")),
         )
         self._stages = [
-            [_Block.of(block, dtype, fallback) for block in net.backbone.get_submodule(f"layer{stage}").children()]
+            [make.block(block) for block in net.backbone.get_submodule(f"layer{stage}").children()]
             for stage in range(1, 5)
         ]
         self._head = net.head
@@ -58,10 +64,13 @@ class TritonRedNet:
             Logits [B, num_classes] and features [B, D] in float32; the four stage maps [B, C, h, w] in `dtype`; and a
             function that computes the summed kernels of a stage's last involution, [B, G, h, w].
         """
-        x = torch.addcmul(self._shift, pixels, self._scale) if pixels.dtype == torch.uint8 else pixels
+        if pixels.dtype == torch.uint8:
+            x = triton_fused.normalise(pixels, self._scale, self._shift, self._dtype)
+        else:
+            x = pixels.to(self._dtype, memory_format=torch.channels_last)
         first, involution, second = self._stem
-        x = first(x.to(self._dtype, memory_format=torch.channels_last))
-        x = F.max_pool2d(second(involution(x)), 3, 2, 1)
+        x = involution(triton_fused.bias_relu(first(x), first.bias))
+        x = triton_fused.pool_bias_relu(second(x), second.bias)
         maps: list[Tensor] = []
         involution_inputs: list[Tensor] = []  # of each stage's last block
         for blocks in self._stages:
@@ -78,61 +87,65 @@ class TritonRedNet:
 
 
 class _Convolution(NamedTuple):
-    """A convolution with bias and ReLU."""
+    """A convolution, without its bias."""
 
     weight: Tensor
     bias: Tensor
     stride: tuple[int, ...]
     padding: tuple[int, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+
+class _Pointwise(NamedTuple):
+    """A 1x1 convolution with bias and ReLU, as a product of matrices [pixels, channels]."""
+
+    weight: Tensor  # [C_in, C_out]
+    bias: Tensor
+    keeps_nan: bool  # whether the ReLU inside the product does
+
+    def __call__(self, x: Tensor) -> Tensor:
+        pixels = x.permute(0, 2, 3, 1)  # [B, h, w, C_in]
+        rows = pixels.flatten(0, 2)
+        if self.keeps_nan:
+            out = torch._addmm_activation(self.bias, rows, self.weight)
+        else:
+            out = triton_fused.bias_relu(torch.mm(rows, self.weight)[..., None, None], self.bias)
+        return out.reshape(*pixels.shape[:3], len(self.bias)).permute(0, 3, 1, 2)
+
+
+class _Residual(NamedTuple):
+    """A convolution with bias, residual and ReLU, in one pass where cuDNN supports it."""
+
+    convolution: _Convolution
     fallback: ConvFallback
 
-    @classmethod
-    def of(cls, conv: nn.Module, dtype: torch.dtype, fallback: ConvFallback) -> "_Convolution":
-        assert isinstance(conv, nn.Conv2d)
-        assert conv.bias is not None
-        assert not isinstance(conv.padding, str)
-        weight = conv.weight.to(dtype, memory_format=torch.channels_last)
-        return cls(weight, conv.bias.to(dtype), conv.stride, conv.padding, fallback)
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return relu(convolution(x) + residual), computed in one pass where cuDNN supports it."""
-        weight, bias, stride, padding, fallback = self
-
-        def separate() -> Tensor:
-            out = F.conv2d(x, weight, bias, stride, padding)
-            return (out if residual is None else out + residual).relu()
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        weight, bias, stride, padding = self.convolution
 
         def fused() -> Tensor:
-            if residual is None:
-                return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
             return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, (1, 1), 1)
+
+        def separate() -> Tensor:
+            return triton_fused.bias_relu(self.convolution(x), bias, residual)
 
         if not x.is_cuda:
             return separate()
-        key = (x.shape, x.stride(), x.device, x.dtype, weight.shape, stride, padding, residual is None)
-        return fallback.run(key, fused, separate)
-
-    def bare(self, x: Tensor) -> Tensor:
-        """Return the convolution without bias and ReLU."""
-        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+        key = (x.shape, x.stride(), x.device, x.dtype, weight.shape, stride, padding)
+        return self.fallback.run(key, fused, separate)
 
 
 class _Involution(NamedTuple):
     """An involution layer with the batch norm and ReLU that follow it. `reduce` and `span` are the paper's names."""
 
-    reduce: _Convolution
+    reduce: _Pointwise
     span: Tensor  # [G * K * K, C / r], weights of the 1x1 convolution that generates the kernels
     bias: Tensor  # [G * K * K], its bias, which the Triton kernel adds where it reads the kernels
     scale: Tensor  # [C], batch norm
     shift: Tensor  # [C], batch norm
     groups: int
     stride: int
-
-    @classmethod
-    def of(cls, layer: nn.Module, bn: nn.Module, dtype: torch.dtype, fallback: ConvFallback) -> "_Involution":
-        assert isinstance(layer, Involution)
-        reduce, span = (_Convolution.of(layer.get_submodule(f"conv{n}.conv"), dtype, fallback) for n in (1, 2))
-        return cls(reduce, span.weight.flatten(1), span.bias, *scale_and_shift(bn), layer.groups, layer.stride)
 
     def __call__(self, x: Tensor) -> Tensor:
         return triton_ops.fused(x, self._kernel(x), self.stride, self.bias, self.scale, self.shift)
@@ -144,38 +157,72 @@ class _Involution(NamedTuple):
         if self.stride > 1:
             x = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)
         reduced = self.reduce(x).permute(0, 2, 3, 1)  # [B, h, w, C / r]
-        # A matrix product instead of a convolution, for its layout: one tap's values for all pixels are adjacent.
-        taps = torch.mm(self.span, reduced.flatten(0, 2).T)
+        rows = reduced.flatten(0, 2)
+        # A matrix product instead of a convolution, for its layout: one tap's values for all pixels are adjacent. Each
+        # tap begins at a multiple of 16 bytes, without which cuBLAS takes slow algorithms (7x7 maps in small batches).
+        padded = rows.new_empty(len(self.span), -(-len(rows) // ALIGNMENT) * ALIGNMENT)
+        taps = torch.mm(self.span, rows.T, out=padded[:, : len(rows)])
         return taps.reshape(self.groups, len(taps) // self.groups, *reduced.shape[:3]).permute(2, 0, 1, 3, 4)
 
 
 class _Block(NamedTuple):
     """A bottleneck block."""
 
-    conv1: _Convolution
+    conv1: _Pointwise
     involution: _Involution
-    conv3: _Convolution  # its bias includes that of `downsample`, since both are summed
+    conv3: _Residual  # its bias includes that of `downsample`, since both are summed
     downsample: _Convolution | None
-
-    @classmethod
-    def of(cls, block: nn.Module, dtype: torch.dtype, fallback: ConvFallback) -> "_Block":
-        assert isinstance(block, Bottleneck)
-        conv1, conv3 = (_Convolution.of(conv, dtype, fallback) for conv in (block.conv1, block.conv3))
-        downsample = None
-        if block.downsample is not None:
-            downsample = _Convolution.of(block.downsample[0], dtype, fallback)
-            both = block.conv3.get_parameter("bias") + block.downsample[0].get_parameter("bias")
-            conv3 = conv3._replace(bias=both.to(dtype))
-        return cls(conv1, _Involution.of(block.conv2, block.bn2, dtype, fallback), conv3, downsample)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the involution's input and the block's output."""
         involution_input = self.conv1(x)
-        shortcut = x if self.downsample is None else self.downsample.bare(x)
-        return involution_input, self.conv3(self.involution(involution_input), residual=shortcut)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return involution_input, self.conv3(self.involution(involution_input), shortcut)
+
+
+class _Maker(NamedTuple):
+    """Makes the parts of the network from its modules with folded batch norms."""
+
+    dtype: torch.dtype
+    fallback: ConvFallback
+    keeps_nan: bool
+
+    def convolution(self, conv: nn.Module) -> _Convolution:
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        assert not isinstance(conv.padding, str)
+        weight = conv.weight.to(self.dtype, memory_format=torch.channels_last)
+        return _Convolution(weight, conv.bias.to(self.dtype), conv.stride, conv.padding)
+
+    def pointwise(self, conv: nn.Module) -> _Pointwise:
+        weight, bias, *_ = self.convolution(conv)
+        return _Pointwise(weight.flatten(1).T, bias, self.keeps_nan)
+
+    def involution(self, layer: nn.Module, bn: nn.Module) -> _Involution:
+        assert isinstance(layer, Involution)
+        reduce, span = (layer.get_submodule(f"conv{n}.conv") for n in (1, 2))
+        weight, bias, *_ = self.convolution(span)
+        scale, shift = scale_and_shift(bn)
+        return _Involution(self.pointwise(reduce), weight.flatten(1), bias, scale, shift, layer.groups, layer.stride)
+
+    def block(self, block: nn.Module) -> _Block:
+        assert isinstance(block, Bottleneck)
+        conv3, downsample = self.convolution(block.conv3), None
+        if block.downsample is not None:
+            downsample = self.convolution(block.downsample[0])
+            both = block.conv3.get_parameter("bias") + block.downsample[0].get_parameter("bias")
+            conv3 = conv3._replace(bias=both.to(self.dtype))
+        conv1, involution = self.pointwise(block.conv1), self.involution(block.conv2, block.bn2)
+        return _Block(conv1, involution, _Residual(conv3, self.fallback), downsample)
+
+
+def _fused_relu_keeps_nan(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product with bias and ReLU returns NaN for NaN. cuBLAS describes its ReLU as max(x, 0)."""
+    broken = torch.full((64, 64), torch.nan, dtype=dtype, device=device)
+    return bool(torch._addmm_activation(broken[0], broken, broken).isnan().all())
 
 
 def _normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift, [3, 1, 1] each, from a pixel's value to the network's input."""
+    """Return the scale and shift, [3] each, from a pixel's value to the network's input."""
     ends = preprocess.normalise(torch.tensor([0, 255], dtype=torch.uint8).expand(1, 3, 1, 2)).double()[0]
-    return ((ends[..., 1:] - ends[..., :1]) / 255).float(), ends[..., :1].float()
+    return ((ends[:, 0, 1] - ends[:, 0, 0]) / 255).float(), ends[:, 0, 0].float()
