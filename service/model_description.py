@@ -57,6 +57,6 @@ def describe(checkpoint: "Checkpoint", prepared: "Sequence[Prepared]") -> ModelB
         device=",".join(str(each.device) for each in prepared),
         precision=first.precision,
         backend=first.backend,
-        passed_over=list(first.rejected_backends),
+        passed_over=list(dict.fromkeys(reason for each in prepared for reason in each.rejected_backends)),
         deviation=max(each.max_relative_error for each in prepared),
     )

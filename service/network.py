@@ -62,13 +62,14 @@ def _prepare_each(checkpoint: Checkpoint, settings: Settings) -> list[Prepared]:
     Raises:
         ValueError: a device is named twice, does not exist, or lacks that precision.
     """
-    devices = [resolve_device(name.strip()) for name in settings.device.split(",")]
+    names = [name.strip() for name in settings.device.split(",")]
+    devices = [resolve_device(name) for name in names]
     if len({(device.type, device.index or 0) for device in devices}) < len(devices):
         raise ValueError(f"--device {settings.device} names one device twice")
     prepared: list[Prepared] = []
-    for device in devices:
+    for name in names:  # not the resolved device: `auto` includes the CPU if the GPU cannot be used
         precision = prepared[0].precision if prepared else settings.precision
-        prepared.append(prepare(checkpoint.net, checkpoint.preprocess, device, precision, checkpoint.calibration))
+        prepared.append(prepare(checkpoint.net, checkpoint.preprocess, name, precision, checkpoint.calibration))
     return prepared
 
 

@@ -14,7 +14,7 @@ from rednet import RedNet, SelfCheckError, create_rednet, load_checkpoint, prepa
 from rednet.model.images.preprocess import Preprocess
 from rednet.model.inference.backend import InferenceBackend, Output, Stages
 from rednet.model.inference.preparation import DTYPES, Prepared
-from rednet.model.inference.self_check import first_valid_backend, reference_output
+from rednet.model.inference.self_check import SelfCheck, first_valid_backend, reference_output
 from rednet.model.inference.torch_backend import TorchBackend
 from rednet.model.native import unavailable
 from tests.shared import needs_native
@@ -155,7 +155,7 @@ def test_backend_with_wrong_results_is_rejected(net: RedNet) -> None:
 
     reasons: list[str] = []
     candidates = [("absent", absent), ("wrong", wrong), ("right", right)]
-    backend, deviation = first_valid_backend(candidates, reference, 3, 1e-4, reasons)
+    backend, deviation = first_valid_backend(candidates, SelfCheck(reference, 1e-4), 3, reasons)
     assert backend is valid
     assert deviation < 1e-5
     assert reasons[0] == "absent: not on this machine"

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,17 @@ from rednet.model.nn.rednet import RedNet
 from rednet.model.ops import use
 
 
-class ReferenceOutput(NamedTuple):
-    """The network's own output for one photo."""
+class DeviationError(RuntimeError):
+    """A backend's output differs from the network's own by more than rounding."""
 
-    pixels: Tensor  # [1, 3, H, W]
-    logits: Tensor  # [1, num_classes]
-    features: Tensor  # [1, feature_channels]
-    logit_scale: float  # the norm that errors are relative to; logits of few classes can all be near zero by chance
+
+class ReferenceOutput(NamedTuple):
+    """The network's own output for a few photos."""
+
+    pixels: Tensor  # [N, 3, H, W]
+    logits: Tensor  # [N, num_classes]
+    features: Tensor  # [N, feature_channels]
+    logit_scale: Tensor  # [N], that errors are relative to; logits of few classes can all be near zero by chance
 
 
 def reference_output(net: RedNet, preprocess: Preprocess, pixels: Tensor) -> ReferenceOutput:
@@ -35,45 +39,70 @@ def reference_output(net: RedNet, preprocess: Preprocess, pixels: Tensor) -> Ref
         features = net.features(preprocess.normalise(pixels.to(weight.device)).to(weight.dtype))
         logits = net.head(features)
         # Typical logits if weights and features had random directions in D dimensions.
-        expected = torch.linalg.norm(weight) * torch.linalg.norm(features) / features.shape[1] ** 0.5
-        scale = torch.maximum(expected + torch.linalg.norm(bias), torch.linalg.norm(logits))
-        return ReferenceOutput(pixels, logits.float().cpu(), features.float().cpu(), float(scale))
+        expected = torch.linalg.norm(weight) * torch.linalg.norm(features, dim=1) / features.shape[1] ** 0.5
+        scale = torch.maximum(expected + torch.linalg.norm(bias), torch.linalg.norm(logits, dim=1))
+        return ReferenceOutput(pixels, *(each.float().cpu() for each in (logits, features, scale)))
+
+
+class SelfCheck(NamedTuple):
+    """Compares batches of a backend with the network's own output.
+
+    Attributes:
+        reference: the network's own output for a few photos.
+        tolerance: largest accepted relative error.
+    """
+
+    reference: ReferenceOutput
+    tolerance: float
+
+    def run(self, network: Callable[[Tensor], tuple[Any, ...]], size: int) -> float:
+        """Run a batch of `size` images, and return the largest relative error of a row.
+
+        Args:
+            network: from pixels to logits, features, and anything else.
+            size: of the batch. Its photos are in an order without a period (the Thue-Morse sequence), so that rows that
+                are shifted or exchanged differ from the reference, too.
+
+        Raises:
+            DeviationError: the error is larger than the tolerance, or a value is not a number.
+        """
+        order = [row.bit_count() % len(self.reference.pixels) for row in range(size)]
+        expected = ReferenceOutput(*(each[order] for each in self.reference))
+        logits, features, *_ = network(expected.pixels)
+        worst = max(
+            relative_error(logits, expected.logits, expected.logit_scale),
+            relative_error(features, expected.features, torch.linalg.norm(expected.features, dim=1)),
+        )
+        if worst <= self.tolerance:  # false for NaN
+            return worst
+        raise DeviationError(
+            f"deviates by {worst:.1e} from the plain network in a batch of {size}; the limit is {self.tolerance:g}"
+        )
 
 
 def first_valid_backend(
     candidates: Iterable[tuple[str, Callable[[], InferenceBackend]]],
-    reference: ReferenceOutput,
+    check: SelfCheck,
     copies: int,
-    tolerance: float,
     rejected: list[str],
 ) -> tuple[InferenceBackend | None, float]:
     """Return the first backend that agrees with the network, and its largest relative error.
 
     Args:
         candidates: names of backends and functions that make them, best first.
-        reference: the network's own output for one photo.
-        copies: number of copies of the photo in the compared batch.
-        tolerance: largest accepted relative error.
+        check: compares them with the network.
+        copies: size of the compared batch.
         rejected: a line with the reason is appended for each rejected backend.
 
     Returns:
         (None, NaN) where no backend agrees.
     """
-    batch = reference.pixels.expand(copies, -1, -1, -1)
     for name, make in candidates:
         try:
             backend = make()
-            output = backend(batch)
+            return backend, check.run(backend, copies)
         except Exception as error:  # noqa: BLE001  (compilers and drivers raise anything; a slower backend still serves)
             rejected.append(f"{name}: {error or type(error).__name__}")
-            continue
-        worst = max(
-            _relative_error(output.logits, reference.logits, reference.logit_scale),
-            _relative_error(output.features, reference.features, float(torch.linalg.norm(reference.features))),
-        )
-        if worst <= tolerance:  # false for NaN
-            return backend, worst
-        rejected.append(f"{name}: deviates by {worst:.1e} from the plain network")
     return None, math.nan
 
 
@@ -89,6 +118,8 @@ def _evaluating(net: RedNet) -> Iterator[None]:
             module.training = training
 
 
-def _relative_error(output: Tensor, reference: Tensor, scale: float) -> float:
-    """Return the largest distance of a row from the reference's only row, relative to `scale`; NaN for NaN values."""
-    return float((torch.linalg.norm(output.cpu() - reference, dim=1) / max(scale, 1e-12)).max())
+def relative_error(output: Tensor, reference: Tensor, scale: Tensor) -> float:
+    """Return the largest distance of a row from the reference's, relative to the row's `scale`; NaN for NaN values."""
+    if output.shape != reference.shape:
+        return math.nan
+    return float((torch.linalg.norm(output.cpu() - reference, dim=1) / scale.clamp_min(1e-12)).max())

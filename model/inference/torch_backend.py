@@ -11,23 +11,40 @@ from rednet.model.inference.backend import Output, Stages
 from rednet.model.inference.fold_batchnorm import fold_batchnorm
 from rednet.model.inference.tf32 import ieee_float32
 from rednet.model.nn.rednet import BLOCKS, RedNet
-from rednet.model.ops import implementation_name
+from rednet.model.ops import implementation_name, use
 
 
 class TorchBackend:
-    """A copy of a network with folded batch norms, on one device and in one dtype."""
+    """A copy of a network with folded batch norms, on one device and in one dtype.
 
-    def __init__(self, net: RedNet, preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> None:
+    Args:
+        net: a RedNet for RGB.
+        preprocess: the normalisation of pixels.
+        device: where it runs.
+        dtype: dtype of weights and activations.
+        implementation: of involution; empty: the preferred one for the device.
+    """
+
+    def __init__(
+        self,
+        net: RedNet,
+        preprocess: Preprocess,
+        device: torch.device,
+        dtype: torch.dtype,
+        implementation: str = "",
+    ) -> None:
         self.net = fold_batchnorm(net).to(device, dtype)
         self._preprocess, self._device, self._dtype = preprocess, device, dtype
-        self.name = f"torch, involution: {implementation_name(device, dtype)}"
+        self._implementation = implementation or implementation_name(device, dtype)
+        self.name = f"torch, involution: {self._implementation}"
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:
         x = pixels.to(self._device, non_blocking=True)
         x = (self._preprocess.normalise(x) if x.dtype == torch.uint8 else x).to(self._dtype)
         precision = ieee_float32() if self._dtype == torch.float32 else nullcontext()
-        with precision, torch.autocast(self._device.type, enabled=False), self._summed_kernels(kernel_sums) as sums:
+        no_autocast = torch.autocast(self._device.type, enabled=False)
+        with precision, no_autocast, use(self._implementation), self._summed_kernels(kernel_sums) as sums:
             maps = self.net.stages(x)
             features = maps[-1].mean(dim=(2, 3))
             logits = self.net.head(features)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -26,17 +25,23 @@ class Implementation(Protocol):
     def backward(self, grad: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]: ...
 
 
-def _available() -> dict[str, Implementation]:
-    """The implementations that can run on this machine."""
+def _available() -> tuple[dict[str, Implementation], str | None]:
+    """The implementations that can run on this machine, and the reason why Triton's is not among them, if so."""
     available: dict[str, Implementation] = {"reference": reference, "torch": torch_ops}
     if not unavailable():
         available["native"] = native_ops
-    if torch.cuda.is_available() and find_spec("triton"):
+    if not torch.cuda.is_available():
+        return available, "there is no CUDA device"
+    try:
         available["triton"] = import_module("rednet.model.ops.triton_ops")
-    return available
+    except Exception as error:  # noqa: BLE001  (a Triton that does not fit the machine raises anything)
+        return available, f"Triton cannot be imported: {type(error).__name__}: {error}"
+    return available, None
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = _available()
+IMPLEMENTATIONS: Mapping[str, Implementation]
+TRITON_UNAVAILABLE: str | None  # the reason
+IMPLEMENTATIONS, TRITON_UNAVAILABLE = _available()
 BY_DEVICE: Mapping[str, str] = {"cpu": "native", "cuda": "triton"}  # preferred; "torch" if it is not available
 
 _override: ContextVar[str] = ContextVar("involution_implementation", default="")

@@ -275,7 +275,7 @@ def _launch(
     stride: int,
     **meta: int,
 ) -> None:
-    """Launch `run` with one program for each block of `count` pixels (or strips) and each group.
+    """Launch `run` on the device of x, with one program for each block of `count` pixels (or strips) and each group.
 
     Args:
         x: [B, H, W, C].
@@ -287,19 +287,20 @@ def _launch(
     _, groups, taps, h, w = shape
     if count == 0 or channels == 0:
         return
-    run[(triton.cdiv(count, meta["BLOCK"]) * groups,)](
-        *tensors,
-        count,
-        height,
-        width,
-        h,
-        w,
-        groups,
-        *kernel.stride(),
-        K=isqrt(taps),
-        STRIDE=stride,
-        GROUP_CHANNELS=channels // groups,
-        BLOCK_C=triton.next_power_of_2(channels // groups),
-        ACC_DTYPE=tl.float64 if x.dtype == torch.float64 else tl.float32,
-        **meta,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        run[(triton.cdiv(count, meta["BLOCK"]) * groups,)](
+            *tensors,
+            count,
+            height,
+            width,
+            h,
+            w,
+            groups,
+            *kernel.stride(),
+            K=isqrt(taps),
+            STRIDE=stride,
+            GROUP_CHANNELS=channels // groups,
+            BLOCK_C=triton.next_power_of_2(channels // groups),
+            ACC_DTYPE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+            **meta,
+        )
