@@ -1,10 +1,13 @@
 """Measured batch times. Batch size, backlog and `Retry-After` follow from them."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 # A larger batch is worthwhile if it takes less than this share of the time per image. Batches grow only while images
 # wait, and then a higher rate shortens the wait. A smaller gain is noise.
@@ -79,9 +82,10 @@ def measure(batch_s: Callable[[int], float], max_size: int, auto: bool, min_size
     for size in _sizes(max_size):
         try:
             seconds[size] = batch_s(size)
-        except (MemoryError, RuntimeError):  # torch raises RuntimeError when a device runs out of memory
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when a device runs out of memory
             if not auto or size == 1:
                 raise
+            log.warning("batches of %d failed during warm-up, and stay smaller: %s", size, error)
             break
         if seconds[size] / size < WORTHWHILE * seconds[best] / best:
             best = size

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rednet.model.inference.backend import Output
 from rednet.model.inference.cam import class_activation
+from rednet.model.inference.cuda.batch_buckets import bucket_size
 from rednet.model.inference.preparation import Prepared
 from rednet.service.cost_table import CostTable, measure
 from rednet.service.engine.transfer import CudaTransfer, HostTransfer, translated_errors
@@ -41,11 +42,24 @@ class PreparedRunner:
         side = self._prepared.preprocess.crop
         noise = np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
 
+        warm = 0  # the largest size for which explained batches are warm
+
+        def warm_up_explained(size: int) -> None:
+            """Run explained batches, which have no CUDA graph, of every bucket up to `size`.
+
+            cuDNN plans convolutions for each batch size and thread, which can take seconds.
+            """
+            nonlocal warm
+            for images in range(warm + 1, size + 1):
+                if bucket_size(images) == images or images == size:
+                    self.launch([noise] * images, {0: ClassActivation()}).wait()
+            warm = size
+
         def batch_s(size: int) -> float:
             nonlocal image_s
-            begin(MEASURE_S + 2 * size * image_s)
-            if self._prepared.device.type == "cuda":  # batches with maps have CUDA graphs of their own
-                self.launch([noise] * size, {0: ClassActivation()}).wait()
+            begin(MEASURE_S + 4 * size * image_s)  # the buckets up to a size have less than twice as many images more
+            if self._prepared.device.type == "cuda":
+                warm_up_explained(size)
             times = [self._time([noise] * size)]
             while sum(times) < MEASURE_S:
                 times.append(self._time([noise] * size))
@@ -60,10 +74,11 @@ class PreparedRunner:
         with translated_errors():
             maps = LAST_STAGE if any(isinstance(spec, ClassActivation) for spec in specs.values()) else ()
             summed = sorted({spec.stage for spec in specs.values() if isinstance(spec, KernelSums)})
-            output = self._prepared(self._transfer.upload(pixels), stages=maps, kernel_sums=summed)
+            uploaded = self._transfer.upload(pixels)
+            output = self._prepared(uploaded, stages=maps, kernel_sums=summed)
             sums = dict(zip(summed, output.kernel_sums or (), strict=True))
             grids = {index: self._grid(output, sums, index, spec) for index, spec in specs.items()}
-            return self._transfer.download(output, grids)
+            return self._transfer.download(uploaded, output, grids)
 
     def _grid(self, output: Output, sums: Mapping[int, Tensor], index: int, explain: ExplainSpec) -> Tensor:
         """The map [h, w] requested for an image of the batch, on the device.

@@ -42,14 +42,19 @@ class HostTransfer:
     def upload(self, pixels: Sequence[Pixels]) -> Tensor:
         return torch.from_numpy(np.stack(pixels))
 
-    def download(self, output: Output, grids: Mapping[int, Tensor]) -> Running:
+    def download(self, pixels: Tensor, output: Output, grids: Mapping[int, Tensor]) -> Running:
         return Finished(RunnerOutput(output.logits.numpy(), output.features.numpy(), _arrays(grids)))
 
 
 @dataclass(frozen=True, slots=True)
 class PendingDownload:
-    """A batch whose outputs are being copied to the host."""
+    """A batch whose outputs are being copied to the host.
 
+    It holds the pixels, whose memory belongs to the stream of uploads: if it were freed before the computation has read
+    it, the next upload could overwrite it.
+    """
+
+    pixels: Tensor
     logits: Tensor
     features: Tensor
     grids: Mapping[int, Tensor]
@@ -83,15 +88,14 @@ class CudaTransfer:
         with torch.cuda.stream(self._uploads):
             uploaded = host.to(self._device, non_blocking=True)
         computing.wait_stream(self._uploads)
-        uploaded.record_stream(computing)  # its memory must not be reused before the computation has read it
         return uploaded
 
-    def download(self, output: Output, grids: Mapping[int, Tensor]) -> Running:
+    def download(self, pixels: Tensor, output: Output, grids: Mapping[int, Tensor]) -> Running:
         logits, features = (each.to("cpu", non_blocking=True) for each in (output.logits, output.features))
         grids = {index: grid.to("cpu", non_blocking=True) for index, grid in grids.items()}
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self._device))
-        return PendingDownload(logits, features, grids, arrived)
+        return PendingDownload(pixels, logits, features, grids, arrived)
 
 
 def _arrays(grids: Mapping[int, Tensor]) -> dict[int, Floats]:
