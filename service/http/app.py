@@ -13,6 +13,7 @@ from rednet.service.http.image_requests import ImageRequests
 from rednet.service.http.middleware import AllowedHostsMiddleware, RequestContextMiddleware
 from rednet.service.http.routes import docs, explain, health, page, v1, v2
 from rednet.service.http.routes.context import Context, require_key
+from rednet.service.http.routes.direct import DirectRoutesMiddleware
 from rednet.service.parsing.memory_budget import MemoryBudget
 from rednet.service.parsing.oip import HEADER_LENGTH
 from rednet.service.parsing.parser import Parser
@@ -76,6 +77,7 @@ def create_app(
     if settings.page == "on":
         app.include_router(page.router)  # needs no key: it holds nothing, and sends the key that its user types
     add_error_handlers(app)
+    app.add_middleware(DirectRoutesMiddleware, router=v1.direct)
     if settings.host_names:
         app.add_middleware(AllowedHostsMiddleware, hosts=settings.host_names)
     app.add_middleware(RequestContextMiddleware, metrics=pipeline.metrics)

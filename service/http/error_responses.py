@@ -18,7 +18,7 @@ from rednet.service.statuses import STATUS
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer all errors, the framework's included, in one shape."""
-    app.add_exception_handler(errors.ServiceError, _service_error)
+    app.add_exception_handler(errors.ServiceError, service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
 
@@ -49,7 +49,7 @@ def _error_content(scope: Scope, code: str, message: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": message}}
 
 
-async def _service_error(request: Request, error: Exception) -> Response:
+async def service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ServiceError)
     server = context(request)
     short = server.image_requests.has_short_deadline(dict(request.scope["headers"]))

@@ -14,7 +14,6 @@ from rednet.service.errors import MalformedRequest, ServiceError, error_body
 from rednet.service.http.image_requests import Answers
 from rednet.service.http.routes.accept import prefers
 from rednet.service.http.routes.context import Context, context
-from rednet.service.http.routes.direct import DirectRoute
 from rednet.service.http.routes.parameters import StrictRoute
 from rednet.service.http.routes.pieces import comma_separated
 from rednet.service.http.routes.respond import respond
@@ -35,7 +34,7 @@ ERRORS = described_errors(ErrorBody)
 NPY = "application/x-npy"
 MAX_CONTENT_TYPE = 1_000  # characters; a boundary has up to 70
 
-direct = APIRouter(prefix="/v1", tags=["v1"], route_class=DirectRoute)
+direct = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
 router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
 
 
