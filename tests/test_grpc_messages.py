@@ -144,7 +144,7 @@ def test_message_of_many_fields_is_not_parsed() -> None:
         with pytest.raises(PayloadTooLarge):
             wire.split(inputs, {5: wire.Taken(1, PayloadTooLarge("one"))})
         parameters = memoryview(wire.field(4, b"") * 2_000_000)
-        with pytest.raises(MalformedRequest, match="must fit in 65536 bytes"):
+        with pytest.raises(MalformedRequest, match="must fit in 1000 fields"):
             wire.split(parameters, {})
         assert tracemalloc.get_traced_memory()[1] < 8_000_000
     finally:
@@ -176,6 +176,12 @@ def with_tensor(request: Any, **fields: Any) -> Any:
             request.inputs[0].shape.extend(value)
         else:
             setattr(request.inputs[0], name, value)
+    return request
+
+
+def with_parameters(request: Any, count: int) -> Any:
+    for index in range(count):
+        request.parameters[str(index)].bool_param = True
     return request
 
 
@@ -224,7 +230,8 @@ def outputs(*names: str) -> Any:
         (with_tensor(pixels_request(BLACK, raw=False), name="image", datatype="BYTES", shape=[1]), "bytes_contents"),
         (image_request(PHOTO, id="two\nlines"), "id"),
         (with_parameter(image_request(PHOTO), "triton_x", "1"), "reserved"),
-        (with_parameter(image_request(PHOTO), "x", "y" * 70_000), "must fit in 65536 bytes"),
+        (with_parameter(image_request(PHOTO), "x", "y" * 70_000), "must fit in 1000 fields of 65536 bytes"),
+        (with_parameters(image_request(PHOTO), 1_000), "must fit in 1000 fields"),
         (shared_memory(), "shared memory is not supported"),
         (outputs("logits", "logits"), "listed twice"),
         (outputs("scores"), "outputs"),
@@ -249,7 +256,7 @@ def test_image_that_cannot_be_read_fails_the_call(calls: Any) -> None:
 
 def test_parameters_without_effect_are_accepted(calls: Any) -> None:
     """As over HTTP: Triton's clients send some."""
-    request = with_parameter(image_request(PHOTO), "mine", "1")
+    request = with_parameter(with_parameters(image_request(PHOTO), 900), "mine", "1")
     request.parameters["priority"].uint64_param = 2
     request.parameters["sequence_end"].bool_param = True
     request.parameters["timeout"].int64_param = 1
@@ -267,7 +274,7 @@ def test_typed_pixels_equal_raw_ones(running: ServerThread, calls: Any) -> None:
     twice = request.inputs[0].SerializeToString() + wire.field(5, wire.field(6, pixels.tobytes()))
     request = pixels_request(BLACK, raw=False)
     request.inputs[0].ClearField("contents")
-    unpacked = b"".join(bytes([6 << 3 | 5]) + struct.pack("<f", value) for value in BLACK.ravel())
+    unpacked = b"".join(bytes([6 << 3 | 5]) + struct.pack("<f", value) for value in BLACK.ravel()[:100])
     unpacked = request.inputs[0].SerializeToString() + wire.field(5, unpacked)
     with channel(running.grpc_address) as opened:
         for tensor, message in ((twice, "there must be one"), (unpacked, "must be packed")):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rednet.service.errors import MalformedRequest, ServiceError
 
 MAX_REST_BYTES = 65_536
+MAX_REST_FIELDS = 1_000  # reading as many takes a millisecond
 VARINT, LENGTH_DELIMITED = 0, 2  # wire types
 FIXED_BYTES = {1: 8, 5: 4}  # the others that are in use
 MAX_VARINT_BYTES = 10
@@ -38,10 +39,10 @@ def split(message: memoryview, fields: Mapping[int, Taken]) -> tuple[bytes, Mapp
         The message without the fields, and the values of each of them.
 
     Raises:
-        MalformedRequest: the message is invalid, or the rest is larger than 64 kB.
+        MalformedRequest: the message is invalid, or the rest is too large.
     """
     values: dict[int, list[memoryview]] = {number: [] for number in fields}
-    rest = bytearray()
+    rest, rest_fields = bytearray(), 0
     position, size = 0, len(message)
     while position < size:
         start = position
@@ -64,8 +65,10 @@ def split(message: memoryview, fields: Mapping[int, Taken]) -> tuple[bytes, Mapp
             values[number].append(message[position:end])
         else:
             rest += message[start:end]
-            if len(rest) > MAX_REST_BYTES:
-                raise MalformedRequest(f"everything but the values of the input must fit in {MAX_REST_BYTES} bytes")
+            rest_fields += 1
+            if len(rest) > MAX_REST_BYTES or rest_fields > MAX_REST_FIELDS:
+                limits = f"{MAX_REST_FIELDS} fields of {MAX_REST_BYTES} bytes"
+                raise MalformedRequest(f"everything but the values of the input must fit in {limits}")
         position = end
     return bytes(rest), values
 
