@@ -88,7 +88,8 @@ class Engine:
         Does not wait for a warm-up to end, as no job is waiting for it.
         """
         self._send(None)
-        self._thread.join(0.0 if timeout_s is not None and self._state is State.STARTING else timeout_s)
+        if self._thread.ident is not None:  # it has been started
+            self._thread.join(0.0 if timeout_s is not None and self._state is State.STARTING else timeout_s)
 
     def submit(
         self,
