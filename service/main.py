@@ -5,12 +5,13 @@ import socket
 from collections.abc import Sequence
 
 from rednet.service.api_keys import KeyFile
-from rednet.service.build import build, decode_limits
+from rednet.service.build import build, decode_limits, decoder_count
 from rednet.service.decoding.limits import DecodeLimits
 from rednet.service.engine.admission import OwnCounts
 from rednet.service.http.app import create_app
 from rednet.service.http.server import OtherServer, Server, uvicorn_config
-from rednet.service.network import Network, load_network
+from rednet.service.memory_check import MemoryCheck
+from rednet.service.network import Network, load_network, release_memory
 from rednet.service.observability import log
 from rednet.service.observability.gpus import watch_gpus
 from rednet.service.observability.metrics import Metrics
@@ -19,6 +20,7 @@ from rednet.service.reloading import ReloadablePipeline, reload_keys
 from rednet.service.settings import Settings
 from rednet.service.system.file_limit import raise_file_limit
 from rednet.service.system.hangup import Hangups
+from rednet.service.system.memory import resident_bytes
 from rednet.service.system.sockets import grpc_addresses
 from rednet.service.types import QueueCounts
 
@@ -48,17 +50,24 @@ def serve(
     raise_file_limit()
     metrics, counts = Metrics(), OwnCounts()
     metrics.watch_log(lambda: writer.dropped)
+    base_bytes = resident_bytes()
     network = load_network(settings)
     if network.gpus:
         watch_gpus(metrics.registry, network.gpus)
     limits = decode_limits(settings)  # also of networks to come: now there is one of them in memory, as there will be
-    pipeline = ReloadablePipeline(
-        _build(settings, network, metrics, counts, limits),
-        lambda: _build(settings, load_network(settings), metrics, counts, limits),
-        metrics,
-        counts,
-    )
-    del network  # a reload must be able to free it
+    memory = MemoryCheck(settings.checkpoint, base_bytes, decoder_count(settings), list(network.gpus))
+    devices = network.description.device
+
+    def load() -> Pipeline:
+        memory.check()
+        network = load_network(settings)
+        if network.description.device != devices:  # --device auto prefers a slow server to none at all
+            raise ValueError(f"it would run on {network.description.device}, not on {devices}")
+        return _build(settings, network, metrics, counts, limits)
+
+    first = _build(settings, network, metrics, counts, limits)
+    pipeline = ReloadablePipeline(first, load, metrics, counts, release_memory)
+    del network, first  # a reload must be able to free them
 
     async def reload() -> None:
         logger.info("SIGHUP: loading the API keys and the checkpoint again")

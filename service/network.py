@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from rednet import Checkpoint, Prepared, Preprocess, load_checkpoint, prepare
 from rednet.model.inference.preparation import resolve_device
-from rednet.service.engine.runner import PreparedRunner, driver_name, set_threads
+from rednet.service.engine.runner import PreparedRunner, driver_name, release_device_memory, set_threads
 from rednet.service.model_description import ModelBody, describe
 from rednet.service.settings import Settings
 from rednet.service.system.cores import usable_cores
+from rednet.service.system.memory import release_free_memory
 from rednet.service.types import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,12 @@ def load_network(settings: Settings) -> Network:
         {str(each.device): _runner(each, settings) for each in prepared},
         {str(each.device): driver_name(each.device) for each in prepared if each.device.type == "cuda"},
     )
+
+
+def release_memory() -> None:
+    """Give the memory of networks that are not used any more back to the system."""
+    release_device_memory()
+    release_free_memory()
 
 
 def _prepare_each(checkpoint: Checkpoint, settings: Settings) -> list[Prepared]:

@@ -9,6 +9,7 @@ from rednet.service.api_keys import KeyFile, KeyFileError
 from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Pipeline
 from rednet.service.system.daemon_thread import run_in_daemon_thread
+from rednet.service.system.memory import release_free_memory
 from rednet.service.types import QueueCounts, State
 
 logger = logging.getLogger(__name__)
@@ -28,12 +29,20 @@ class ReloadablePipeline:
             `OSError` if that is impossible, with a message for the operator.
         metrics: of the server, which all its pipelines report to.
         counts: of the server, which all its pipelines add to.
+        release: gives freed memory back to the system. Called on a thread.
     """
 
-    def __init__(self, first: Pipeline, load: Callable[[], Pipeline], metrics: Metrics, counts: QueueCounts) -> None:
+    def __init__(
+        self,
+        first: Pipeline,
+        load: Callable[[], Pipeline],
+        metrics: Metrics,
+        counts: QueueCounts,
+        release: Callable[[], None] = release_free_memory,
+    ) -> None:
         self.current = first
         self.metrics = metrics
-        self._load = load
+        self._load, self._release = load, release
         self._replaced: Pipeline | None = None
         metrics.model(first.model)
         metrics.watch(
@@ -88,12 +97,15 @@ class ReloadablePipeline:
                 "the checkpoint was not loaded, %s stays: %s", self.current.model.name, error, exc_info=not expected
             )
             self.metrics.reloaded("checkpoint", "failed")
-            return
+        else:
+            await self._replace_by(pipeline, time.monotonic() - started)
+        await run_in_daemon_thread(self._release)
+
+    async def _replace_by(self, pipeline: Pipeline, took_s: float) -> None:
         old, self.current = self.current, pipeline
         self._replaced = old
         self.metrics.model(pipeline.model)
         self.metrics.reloaded("checkpoint", "ok")
-        took_s = time.monotonic() - started
         logger.info("%s replaces %s, after %.1f s", pipeline.model.name, old.model.name, took_s)
         await asyncio.sleep(POLL_S)  # for requests that have looked at `current` and are about to be admitted
         while old.client.requests:  # noqa: ASYNC110  (as above)

@@ -39,11 +39,13 @@ SERVICE = {
     "open_inference": "errors event_loop model_description parsing pipeline scores types",
     "network": "engine model_description settings system types model model.inference",
     "build": "decoding engine network observability pipeline settings system types",
+    "memory_check": "decoding engine system model.io",
     "http": "api_keys errors event_loop model_description observability open_inference parsing pipeline reloading "
     "scores server_timing settings statuses system types",
     "grpc": "api_keys errors model_description observability open_inference parsing reloading server_timing settings "
     "statuses types",
-    "main": "api_keys build decoding engine grpc http network observability pipeline reloading settings system types",
+    "main": "api_keys build decoding engine grpc http memory_check network observability pipeline reloading settings "
+    "system types",
     "processes": "api_keys build decoding engine grpc http model_description network observability pipeline reloading "
     "settings system types model.images",
     "cli": "api_keys build engine errors grpc main model_description network observability pipeline processes scores "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rednet.service.system.cgroup import cpu_limit, memory_limit_bytes
+from rednet.service.system.cgroup import cpu_limit, memory_left_bytes, memory_limit_bytes
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 V1_CPU = "33 24 0:28 {top} /sys/fs/cgroup/cpu,cpuacct ro,nosuid master:11 - cgroup cgroup rw,cpu,cpuacct"
@@ -54,6 +54,31 @@ def test_memory_high_is_a_limit(tmp_path: Path) -> None:
     """Above it the kernel throttles the group: systemd's MemoryHigh= without MemoryMax=."""
     files = {"sys/fs/cgroup/a/memory.max": "max", "sys/fs/cgroup/a/memory.high": "1000"}
     assert memory_limit_bytes(tree(tmp_path, "0::/a", V2, files)) == 1000
+
+
+def test_memory_left_counts_file_caches_as_free(tmp_path: Path) -> None:
+    """The group with the least memory left counts, whose limit need not be the lowest."""
+    files = {
+        "sys/fs/cgroup/a/memory.max": "1000",
+        "sys/fs/cgroup/a/memory.current": "900",
+        "sys/fs/cgroup/a/memory.stat": "anon 500\ninactive_file 300\nactive_file 100",
+        "sys/fs/cgroup/a/b/memory.max": "700",
+        "sys/fs/cgroup/a/b/memory.current": "200",
+    }
+    root = tree(tmp_path, "0::/a/b", V2, files)
+    assert memory_left_bytes(root) == 400
+    assert memory_left_bytes(tree(tmp_path, "0::/", V2, {})) is None
+
+
+def test_memory_left_in_v1_counts_nested_groups(tmp_path: Path) -> None:
+    """Without the prefix `total_`, their file caches are missing."""
+    files = {
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "900",
+        "sys/fs/cgroup/memory/memory.stat": "inactive_file 10\ntotal_inactive_file 300",
+    }
+    root = tree(tmp_path, "3:memory:/", V1_MEMORY.format(top="/"), files)
+    assert memory_left_bytes(root) == 400
 
 
 @pytest.mark.parametrize("top", ["/", DOCKER])

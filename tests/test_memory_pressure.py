@@ -36,7 +36,7 @@ def stalled(url: str, missing: int) -> socket.socket:
 
 
 def budget_used(running: ServerThread) -> int:
-    used: int = running.app.state.context.budget.used
+    used: int = running.app.state.current_context().budget.used
     return used
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from rednet.service.system.cgroup import memory_limit_bytes
+from rednet.service.system.memory import resident_bytes
 
 PROCESS_BYTES = 45_000_000  # memory of an idle decoder process
 RESERVED_SHARE = 0.1  # of all memory, for the server's own peaks and the system's caches
@@ -78,12 +79,4 @@ def memory_for_decoders() -> int:
     and the memory that this process uses already."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     total = min(pages, memory_limit_bytes() or pages)
-    return max(0, int(total * (1 - RESERVED_SHARE)) - _resident_bytes())
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux
-        return 0
+    return max(0, int(total * (1 - RESERVED_SHARE)) - resident_bytes())

@@ -108,6 +108,17 @@ def driver_name(device: torch.device) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
+def device_memory(device: str) -> tuple[int, int]:
+    """Bytes of a CUDA device that this process holds, and that are free."""
+    return torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[0]
+
+
+def release_device_memory() -> None:
+    """Give the memory of CUDA devices that torch keeps for reuse back to the driver."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def set_threads(threads: int) -> None:
     """Set the number of cores that one batch may use on the CPU."""
     torch.set_num_threads(threads)

@@ -29,9 +29,30 @@ def memory_limit_bytes(root: Path = ROOT) -> int | None:
 
     `memory.high` counts as well: the kernel does not kill a group above it, but slows it down until it hardly runs.
     """
+    return min((limit for group in _groups("memory", root) for limit in _memory_limits(group)), default=None)
+
+
+def memory_left_bytes(root: Path = ROOT) -> int | None:
+    """Memory that the limits of this process's groups leave; None: not limited.
+
+    Files in the page cache that were not used lately count as free, as the kernel drops them first.
+    """
+    left = []
+    for group in _groups("memory", root):
+        used = _numbers(group / "memory.current") or _numbers(group / "memory.usage_in_bytes")
+        left += [limit - used[0] + _inactive_file_bytes(group) for limit in _memory_limits(group) if used]
+    return min(left, default=None)
+
+
+def _memory_limits(group: Path) -> list[int]:
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
-    limits = [limit for group in _groups("memory", root) for name in names for limit in _numbers(group / name)]
-    return min((limit for limit in limits if limit < V1_NO_MEMORY_LIMIT), default=None)
+    return [limit for name in names for limit in _numbers(group / name) if limit < V1_NO_MEMORY_LIMIT]
+
+
+def _inactive_file_bytes(group: Path) -> int:
+    """With those of nested groups, which v1 counts apart."""
+    sizes = {name: size for name, _, size in (line.partition(" ") for line in _lines(group / "memory.stat"))}
+    return int(sizes.get("total_inactive_file") or sizes.get("inactive_file") or 0)
 
 
 def _numbers(file: Path) -> list[int]:
