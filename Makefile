@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test lint format proto sanitize benchmarks chaos soak fuzz clean
+.PHONY: serve test lint format proto sanitize benchmarks chaos soak reloads fuzz clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -48,7 +48,8 @@ benchmarks: .venv/benchmarks
 	$(foreach name,network int8 involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
 
 # 10,000 requests, good and bad, from callers of whom many leave: some minutes. And an hour of them: memory must not grow.
-chaos soak: .venv/test
+# Sixty reloads under load take some minutes, too.
+chaos soak reloads: .venv/test
 	$(BIN)/python -m tests.$@
 
 # Half an hour of bytes that no photo has; what breaks something is left in build/fuzz.
