@@ -126,21 +126,24 @@ class Answers(list[Answer]):
         return sorted(answer.took_s for answer in self if answer.status == 200)
 
 
-def closed_loop(load: Load, connections: int, seconds: float) -> Answers:
-    """The results of a closed loop, run in a separate process."""
-    return _in_a_process(load, Load.closed, connections, seconds)
+def closed_loop(load: Load, connections: int, seconds: float, senders: int = 1) -> Answers:
+    """The results of a closed loop, run in separate processes that share the connections evenly."""
+    return _in_processes(senders, load, Load.closed, connections // senders, seconds)
 
 
 def open_loop(load: Load, rate: float, seconds: float) -> Answers:
     """The results of an open loop at `rate` requests per second, run in a separate process."""
-    return _in_a_process(load, Load.open, rate, seconds)
+    return _in_processes(1, load, Load.open, rate, seconds)
 
 
-def _in_a_process(load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float) -> Answers:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        answers, retries, sender_s = pool.submit(_run, load, loop, *how).result()
-    found = Answers(answers)
-    found.retries, found.sender_s = retries, sender_s
+def _in_processes(count: int, load: Load, loop: Callable[..., Coroutine[None, None, None]], *how: float) -> Answers:
+    found = Answers()
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        for running in [pool.submit(_run, load, loop, *how) for _ in range(count)]:
+            answers, retries, sender_s = running.result()
+            found += answers
+            found.retries = [*found.retries, *retries]
+            found.sender_s += sender_s
     return found
 
 

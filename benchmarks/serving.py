@@ -1,10 +1,15 @@
 """This server compared with LitServe, mosec and plain FastAPI: the same photos, decoder, network and cores.
 
-python -m benchmarks.serving PHOTOS [--rounds N] [--seconds S]
+python -m benchmarks.serving PHOTOS [--model null] [--rounds N] [--seconds S]
+python -m benchmarks.serving PHOTOS --model null --ours --front-ends 1,2,4,8 --connections 256 --senders 8
 
 The servers run in turn, in several rounds, and medians are compared. The null model shows the cost of the servers
 themselves. The network is also measured without a server, on the cores that the sender leaves. In the open loop,
 latency counts from when a request was due.
+
+The second table has the CPU time per photo of each role, and how many photos a second one process of that role could
+carry if others did not limit it. That tells what bounds a server on a machine with more cores than this one. A process
+with two roles has one row.
 """
 
 import argparse
@@ -16,21 +21,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.baselines.shared import MAX_BATCH, decoded, network
 from benchmarks.load import Answers, Load, closed_loop, open_loop
 from benchmarks.measure import RESULTS, report
+from benchmarks.roles import cpu_s, descendants
 from rednet.service.system.cores import usable_cores
 
 CONNECTIONS = 32
 PORT = 9310
 SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0)  # of this server's capacity, in the open loop
 MAX_MEDIAN_S = 2.0  # a server with a larger median latency is not loaded more
+END_S = 5.0  # how long a server may take to end
+MIN_CPU_MS = 0.001  # per photo; processes that take less only wait
 
 
 class Baseline(NamedTuple):
@@ -41,6 +49,8 @@ class Baseline(NamedTuple):
     path: str
     json: bool = False  # photos are sent as base64
     workers: int | None = None
+    front_ends: int | None = None
+    role: str = "others"  # of the process that starts the other ones
 
     def load(self, photos: Sequence[bytes]) -> Load:
         bodies = [self._body(photo) for photo in photos] if self.json else photos
@@ -52,10 +62,16 @@ class Baseline(NamedTuple):
         return json.dumps({"images": [text]} if self.module == "ours" else {"image": text}).encode()
 
 
+def ours(front_ends: int) -> Baseline:
+    """This project's server."""
+    if front_ends == 1:
+        return Baseline("RedNet Serve", "ours", "/v1/predict", role="front end and engine")
+    return Baseline(f"RedNet Serve, {front_ends} front ends", "ours", "/v1/predict", front_ends=front_ends)
+
+
 BASELINES = (
-    Baseline("RedNet Serve", "ours", "/v1/predict"),
-    Baseline("RedNet Serve, base64 in JSON", "ours", "/v1/predict", json=True),
-    Baseline("FastAPI, no batches", "with_fastapi", "/predict"),
+    Baseline("RedNet Serve, base64 in JSON", "ours", "/v1/predict", json=True, role="front end and engine"),
+    Baseline("FastAPI, no batches", "with_fastapi", "/predict", role="all in one"),
     Baseline("LitServe, 1 worker, base64 in JSON", "with_litserve", "/predict", json=True, workers=1),
     Baseline("LitServe, 2 workers, base64 in JSON", "with_litserve", "/predict", json=True, workers=2),
     Baseline("mosec, 1 decoder", "with_mosec", "/inference", workers=1),
@@ -63,23 +79,49 @@ BASELINES = (
 )
 
 
+class Started(NamedTuple):
+    """A server that was started and warmed up."""
+
+    baseline: Baseline
+    load: Load
+    pid: int
+
+    def cpu_s(self) -> Mapping[str, Sequence[float]]:
+        return cpu_s(self.pid, self.baseline.role)
+
+
 @contextmanager
-def warm_load(baseline: Baseline, model: str, photos: Sequence[bytes]) -> Iterator[Load]:
-    """A load on a server that was just started and warmed up. No other server runs meanwhile, because some are busy
-    even when idle."""
+def warm_server(baseline: Baseline, model: str, photos: Sequence[bytes]) -> Iterator[Started]:
+    """A server that was just started and warmed up. No other server runs meanwhile, because some are busy even when
+    idle."""
     load = baseline.load(photos)
     command = [sys.executable, "-m", f"benchmarks.baselines.{baseline.module}", "--model", model, "--port", str(PORT)]
     if baseline.workers:
         command += ["--workers", str(baseline.workers)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    if baseline.front_ends:
+        command += ["--frontends", str(baseline.front_ends)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not closed_loop(load, 1, 0.5).ok():
+            if process.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
             time.sleep(0.5)
         closed_loop(load, CONNECTIONS, 2.0)
-        yield load
+        yield Started(baseline, load, process.pid)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-        process.wait()
+        _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a server with all processes that it has started."""
+    pids = descendants(process.pid)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
+    for pid in (process.pid, *pids):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def offline_rate(photos: Sequence[bytes], model: str, seconds: float) -> float:
@@ -95,21 +137,47 @@ def offline_rate(photos: Sequence[bytes], model: str, seconds: float) -> float:
         return count / (time.monotonic() - begins)
 
 
-def rates(photos: Sequence[bytes], model: str, rounds: int, seconds: float) -> list[dict[str, object]]:
-    """A row for each server: its medians over all rounds, in the closed loop."""
-    runs: dict[str, list[Answers]] = {baseline.name: [] for baseline in BASELINES}
+class Run(NamedTuple):
+    """A server's answers in a closed loop, and what they cost.
+
+    Attributes:
+        answers: all of them.
+        cpu_ms: of each process, per photo, by role.
+    """
+
+    answers: Answers
+    cpu_ms: Mapping[str, Sequence[float]]
+
+
+def run(server: Started, connections: int, seconds: float, senders: int) -> Run:
+    before = server.cpu_s()
+    answers = closed_loop(server.load, connections, seconds, senders)
+    after = server.cpu_s()
+    spent = {role: zip(before[role], after[role], strict=True) for role in before}
+    photos = len(answers.ok())
+    return Run(
+        answers, {role: [1000 * (end - begin) / photos for begin, end in times] for role, times in spent.items()}
+    )
+
+
+def rates(
+    baselines: Sequence[Baseline], photos: Sequence[bytes], model: str, options: argparse.Namespace
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """A row for each server, and one for each of its roles: medians over all rounds, in the closed loop."""
+    runs: dict[str, list[Run]] = {baseline.name: [] for baseline in baselines}
     alone: list[float] = []
-    for _ in range(rounds):
-        for baseline in BASELINES:
-            with warm_load(baseline, model, photos) as load:
-                runs[baseline.name].append(closed_loop(load, CONNECTIONS, seconds))
+    seconds = options.seconds
+    for _ in range(options.rounds):
+        for baseline in baselines:
+            with warm_server(baseline, model, photos) as server:
+                runs[baseline.name].append(run(server, options.connections, seconds, options.senders))
         alone.append(offline_rate(photos, model, seconds))
     offline = statistics.median(alone)
-    medians = {name: statistics.median(len(each.ok()) / seconds for each in answers) for name, answers in runs.items()}
+    medians = {name: statistics.median(len(each.answers.ok()) / seconds for each in own) for name, own in runs.items()}
     first = next(iter(medians.values()))
     rows: list[dict[str, object]] = []
-    for name, answers in runs.items():
-        rate = medians[name]
+    for name, rate in medians.items():
+        answers = [each.answers for each in runs[name]]
         sender = statistics.median(each.sender_s / seconds for each in answers)
         rows.append(
             {
@@ -123,18 +191,34 @@ def rates(photos: Sequence[bytes], model: str, rounds: int, seconds: float) -> l
                 "first / this": first / rate,
             }
         )
-    return [*rows, {"server": "offline, no server", "photos/s": offline}]
+    rows.append({"server": "offline, no server", "photos/s": offline})
+    return rows, [row for name, own in runs.items() for row in roles(name, own)]
+
+
+def roles(name: str, runs: Sequence[Run]) -> Iterator[dict[str, object]]:
+    """A row for each role of a server."""
+    for role in sorted(runs[0].cpu_ms):
+        each_ms = [each.cpu_ms[role] for each in runs]
+        cpu_ms = statistics.median(map(sum, each_ms))
+        if cpu_ms >= MIN_CPU_MS:
+            yield {
+                "server": name,
+                "role": role,
+                "processes": len(each_ms[0]),
+                "CPU ms a photo": cpu_ms,
+                "one carries photos/s": 1000 / cpu_ms,
+            }
 
 
 def curves(photos: Sequence[bytes], capacity: float, seconds: float) -> list[dict[str, object]]:
     """A row for each server and rate, in the open loop."""
     rows: list[dict[str, object]] = []
-    for baseline in BASELINES:
+    for baseline in (ours(1), *BASELINES):
         if baseline.workers == 1:
             continue
-        with warm_load(baseline, "rednet", photos) as load:
+        with warm_server(baseline, "rednet", photos) as server:
             for share in SHARES:
-                answers = open_loop(load, share * capacity, seconds)
+                answers = open_loop(server.load, share * capacity, seconds)
                 times = answers.ok()
                 row = {"server": baseline.name, "offered/s": share * capacity, "failed": len(answers) - len(times)}
                 rows.append(row | {"p50 ms": 1000 * statistics.median(times), "p99 ms": 1000 * _p99(answers)})
@@ -173,13 +257,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--model", choices=("null", "rednet"), help="default: both")
+    parser.add_argument(
+        "--front-ends", default="1,2", help="how many this project's server has, in turn (default: 1,2)"
+    )
+    parser.add_argument("--ours", action="store_true", help="only this project's server")
+    parser.add_argument("--connections", type=int, default=CONNECTIONS)
+    parser.add_argument("--senders", type=int, default=1, help="processes that send; one is enough for 3,000 photos/s")
     options = parser.parse_args()
+    baselines = [ours(int(count)) for count in options.front_ends.split(",")]
+    if not options.ours:
+        baselines += BASELINES
     photos = [path.read_bytes() for path in sorted(options.photos.glob("*.JP*G"))][:64]
     for model in [options.model] if options.model else ("null", "rednet"):
-        rows = rates(photos, model, options.rounds, options.seconds)
-        heading = f"{model} model, {len(photos)} JPEG photos, {CONNECTIONS} connections, sender on the same cores"
+        rows, by_role = rates(baselines, photos, model, options)
+        heading = (
+            f"{model} model, {len(photos)} JPEG photos, {options.connections} connections, on the cores of the sender"
+        )
         report(f"serving-{model}", heading, rows)
-        if model == "rednet":
+        report(f"serving-{model}-roles", "the same, CPU time by role", by_role)
+        if model == "rednet" and not options.ours:
             capacity = rows[0]["photos/s"]
             assert isinstance(capacity, float)
             points = curves(photos, capacity, options.seconds)

@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rednet.service.api_keys import KeyFile
 from rednet.service.build import build, decode_limits, decoder_count
@@ -33,6 +33,7 @@ def serve(
     keys: KeyFile | None,
     hangups: Hangups,
     grpc_sockets: Sequence[socket.socket] = (),
+    load_model: Callable[[Settings], Network] = load_network,
 ) -> int:
     """Serve until a signal ends it, and return the process's exit status.
 
@@ -42,6 +43,7 @@ def serve(
         keys: one of which a request must carry; None: requests need no key.
         hangups: receive SIGHUP.
         grpc_sockets: bound; where to listen for gRPC, if anywhere.
+        load_model: loads the network, at the start and on every reload.
 
     Raises:
         CheckpointError, ValueError: the checkpoint, the device or --max-pixels cannot be used.
@@ -51,7 +53,7 @@ def serve(
     metrics, counts = Metrics(), OwnCounts()
     metrics.watch_log(lambda: writer.dropped)
     base_bytes = resident_bytes()
-    network = load_network(settings)
+    network = load_model(settings)
     if network.gpus:
         watch_gpus(metrics.registry, network.gpus)
     limits = decode_limits(settings)  # also of networks to come: now there is one of them in memory, as there will be
@@ -60,7 +62,7 @@ def serve(
 
     def load() -> Pipeline:
         memory.check()
-        network = load_network(settings)
+        network = load_model(settings)
         if network.description.device != devices:  # --device auto prefers a slow server to none at all
             raise ValueError(f"it would run on {network.description.device}, not on {devices}")
         return _build(settings, network, metrics, counts, limits)

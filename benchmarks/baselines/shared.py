@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", choices=("null", "rednet"), required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--workers", type=int, default=usable_cores())
+    parser.add_argument("--frontends", type=int, default=1, help="of this project's server")
     return parser.parse_known_args()[0]  # mosec reads the rest
+
+
+def set_role(role: str) -> None:
+    """Name this process by what it does, for the table of CPU time by role."""
+    Path("/proc/self/comm").write_text(role)
 
 
 @cache

@@ -6,13 +6,14 @@ from typing import Any
 
 import litserve
 
-from benchmarks.baselines.shared import MAX_BATCH, answer, decoded, network, options
+from benchmarks.baselines.shared import MAX_BATCH, answer, decoded, network, options, set_role
 from rednet.service.system.cores import usable_cores
 from rednet.service.types import Floats, Pixels
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]  # it has no types
     def setup(self, device: object) -> None:
+        set_role("worker")
         self.network = network(chosen.model)
         self.pool = ThreadPoolExecutor(usable_cores())
 
@@ -32,8 +33,14 @@ class Api(litserve.LitAPI):  # type: ignore[misc]  # it has no types
         return answer(output)
 
 
+async def serving() -> None:
+    set_role("front end")
+
+
 chosen = options()
 if __name__ == "__main__":
     api = Api(max_batch_size=MAX_BATCH, batch_timeout=0.002)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=chosen.workers, timeout=60)
-    server.run(port=chosen.port, host="127.0.0.1", log_level="warning", generate_client_file=False)
+    set_role("queues")  # of the process that is started next and passes on requests and responses
+    quiet = {"log_level": "warning", "generate_client_file": False}
+    server.run(port=chosen.port, host="127.0.0.1", callback_notify=serving, **quiet)  # uvicorn calls it in its process

@@ -5,11 +5,15 @@ from typing import Any
 
 import mosec
 
-from benchmarks.baselines.shared import MAX_BATCH, answer, decoded, network, options
+from benchmarks.baselines.shared import MAX_BATCH, answer, decoded, network, options, set_role
 from rednet.service.types import Pixels
 
 
 class Decode(mosec.Worker):  # type: ignore[misc]  # it is not installed for type checks
+    def __init__(self) -> None:
+        super().__init__()
+        set_role("decoder")
+
     def deserialize(self, data: bytes) -> bytes:
         return data
 
@@ -20,6 +24,7 @@ class Decode(mosec.Worker):  # type: ignore[misc]  # it is not installed for typ
 class Predict(mosec.Worker):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
+        set_role("engine")
         self.network = network(chosen.model)
 
     def forward(self, data: list[Pixels]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rednet.service.build import build_engine
@@ -149,11 +150,16 @@ class EngineHost:
         self._greeted.clear()
 
 
-def main() -> int:
+def main(load: Callable[[Settings], Network] = load_network) -> int:
+    """Run the process.
+
+    Args:
+        load: the network that is served.
+    """
     options = EngineOptions.from_json(sys.argv[1])
     settings = options.read_settings()
     log.configure(settings.log_level, settings.log_format)
-    network = load_network(settings)
+    network = load(settings)
     model = network.description
     for reason in model.passed_over:
         logger.warning("rejected backend: %s", reason)
