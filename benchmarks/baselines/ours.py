@@ -1,6 +1,5 @@
 """This project's server: `rednet serve`, with the null model if that is asked for."""
 
-import asyncio
 import os
 import sys
 
@@ -8,8 +7,7 @@ from benchmarks.baselines.null_model import load_null_network
 from benchmarks.baselines.shared import options
 from rednet.service.cli import parser as cli
 from rednet.service.main import serve
-from rednet.service.observability import log
-from rednet.service.processes.supervisor import HUNG_S, Supervisor
+from rednet.service.processes.supervisor import supervise
 from rednet.service.settings import Settings
 from rednet.service.system.hangup import Hangups
 from rednet.service.system.sockets import bind
@@ -22,8 +20,7 @@ def serve_null(settings: Settings, front_ends: int) -> int:
     if front_ends == 1:
         return serve(settings, sockets, None, Hangups(), load_model=load_null_network)
     os.environ["PYTHONPATH"] = os.getcwd()  # where processes find this folder
-    log.configure(settings.log_level, settings.log_format)
-    return asyncio.run(Supervisor(settings, sockets, front_ends, Hangups(), HUNG_S, NULL_ENGINE).run())
+    return supervise(settings, sockets, front_ends, Hangups(), engine=NULL_ENGINE)
 
 
 if __name__ == "__main__":

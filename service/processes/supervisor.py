@@ -216,6 +216,7 @@ def supervise(
     front_ends: int,
     hangups: Hangups,
     grpc_sockets: Sequence[socket.socket] = (),
+    engine: str = ENGINE,
 ) -> int:
     """Run a server of several processes, and return its exit status.
 
@@ -225,9 +226,10 @@ def supervise(
         front_ends: how many there are.
         hangups: receive SIGHUP.
         grpc_sockets: bound; closed, as every front end binds its own to listen for gRPC.
+        engine: the module of the engine's process.
     """
     log.configure(settings.log_level, settings.log_format)
     grpc = grpc_addresses(grpc_sockets)
     for each in grpc_sockets:
         each.close()
-    return asyncio.run(Supervisor(settings, sockets, front_ends, hangups, grpc, HUNG_S).run())
+    return asyncio.run(Supervisor(settings, sockets, front_ends, hangups, grpc, HUNG_S, engine).run())
