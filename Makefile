@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test lint format proto sanitize benchmarks chaos soak reloads fuzz clean
+.PHONY: serve test lint format proto sanitize benchmarks chaos soak reloads faults fuzz clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -49,7 +49,8 @@ benchmarks: .venv/benchmarks
 
 # 10,000 requests, good and bad, from callers of whom many leave: some minutes. And an hour of them: memory must not grow.
 # Sixty reloads under load take some minutes, too.
-chaos soak reloads: .venv/test
+# Faults: processes killed, checkpoints loaded again and servers stopped under load, 20 times each: half an hour.
+chaos soak reloads faults: .venv/test
 	$(BIN)/python -m tests.$@
 
 # Half an hour of bytes that no photo has; what breaks something is left in build/fuzz.

@@ -21,8 +21,9 @@ import httpx
 from rednet import load_checkpoint, save_checkpoint
 from tests.chaos import assert_unharmed, right_answers
 from tests.conftest import encoded, photo
+from tests.http_helpers import sample
 from tests.processes import decoder_pids, module_pids
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, wait_until
 
 CONNECTIONS = 16
 PHOTOS = [encoded(photo(seed, 300, 200)) for seed in range(5)]
@@ -63,17 +64,22 @@ class Load:
         self.tally = Tally()
         self.over = False
         self._server, self._expected = server, expected
-        self._sent_since: float | None = None  # when the last fault happened, until an answer has come
+        self.recovered = asyncio.Event()  # a request that was sent after the last fault has been answered
+        self._faulted = 0.0  # when the last fault happened
 
     def fault(self) -> None:
-        """A fault has just happened."""
-        self._sent_since = time.monotonic()
+        """A fault happens now."""
+        self._faulted = time.monotonic()
+        self.recovered.clear()
 
-    @property
-    def has_recovered(self) -> bool:
-        return self._sent_since is None
+    async def begin(self) -> "asyncio.Future[None]":
+        """Start the clients; returns their end when some have been answered."""
+        running = asyncio.ensure_future(self._run())
+        await self.recovered.wait()
+        await asyncio.sleep(CALM_S)
+        return running
 
-    async def run(self) -> None:
+    async def _run(self) -> None:
         await asyncio.gather(*(self._client(number) for number in range(CONNECTIONS)))
 
     async def _client(self, number: int) -> None:
@@ -106,9 +112,10 @@ class Load:
             self.tally.wrong[f"{body['model']}: {label}"] += 1
             return
         self.tally.answered += 1
-        if self._sent_since is not None and sent >= self._sent_since:
-            self.tally.gaps_s.append(time.monotonic() - self._sent_since)
-            self._sent_since = None
+        if self._faulted <= sent and not self.recovered.is_set():
+            if self._faulted:
+                self.tally.gaps_s.append(time.monotonic() - self._faulted)
+            self.recovered.set()
 
 
 class Faults:
@@ -156,14 +163,12 @@ class Faults:
 
 async def suffer(server: ServerProcess, load: Load, inflict: Callable[[], None], times: int, calm_s: float) -> None:
     """Inflict a fault so many times under load."""
-    running = asyncio.ensure_future(load.run())
-    await asyncio.sleep(CALM_S)
+    running = await load.begin()
     for _ in range(times):
         load.fault()
         await asyncio.to_thread(inflict)
         async with asyncio.timeout(SETTLE_S):
-            while not load.has_recovered:
-                await asyncio.sleep(0.01)
+            await load.recovered.wait()
         await asyncio.sleep(calm_s)
     load.over = True
     await running
@@ -173,8 +178,7 @@ async def stop_under_load(options: tuple[object, ...], expected: Mapping[str, li
     """SIGTERM to a loaded server; what is lost is what it had accepted."""
     with ServerProcess(*options) as server:
         load = Load(server, expected)
-        running = asyncio.ensure_future(load.run())
-        await asyncio.sleep(CALM_S)
+        running = await load.begin()
         server.process.send_signal(signal.SIGTERM)
         status = await asyncio.to_thread(server.process.wait, SETTLE_S)
         load.over = True
@@ -238,9 +242,7 @@ def run(folder: Path, times: int, front_ends: int, wanted: list[str]) -> None:
             wrong += load.tally.wrong.total()
         served.write_bytes(contents[0])
         assert_unharmed(server, right)
-        assert not [
-            line for line in server.client.get("/metrics").text.splitlines() if line == "rednet_slots_in_use 1.0"
-        ]
+        wait_until(lambda: sample(server.client, "rednet_slots_in_use") == 0, "all slots to be free")
     if not wanted or "stop" in wanted:
         total = Tally()
         for _ in range(times):

@@ -7,7 +7,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import FrameType
 from typing import Protocol
 
@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 # How long a drain refuses requests at least, even with nothing to do: a client that is about to send another request
 # over an open connection gets an answer that closes it, instead of a connection that breaks under the request.
 MIN_DRAIN_S = 1.0
+
+# How long open connections are served after the port was closed: clients that had just connected are told to try again,
+# instead of having their connection break under a request.
+LAST_REQUESTS_S = 0.2
 
 # Longer than proxies keep idle connections: the side that closes first must not be the one that cannot know whether a
 # request is already on its way. nginx keeps them for 60 s.
@@ -130,12 +134,22 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._drain_since is not None and self._min_drain_s and not self.force_exit:
+            self.close_port(sockets or ())
+            await asyncio.sleep(LAST_REQUESTS_S)
         if self._other:
             # After a drain, answers are still being sent, as for HTTP.
             grace_s = 0.0 if self.force_exit else self.config.timeout_graceful_shutdown or MIN_DRAIN_S
             await asyncio.gather(self._other.stop(grace_s), super().shutdown(sockets))
         else:
             await super().shutdown(sockets)
+
+    def close_port(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept no more connections."""
+        for server in self.servers:
+            server.close()
+        for each in sockets:
+            each.close()
 
     async def _close(self) -> None:
         await self._reloader.stop()

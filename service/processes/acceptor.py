@@ -43,9 +43,10 @@ class Acceptor:
         self._resume()
 
     def close(self) -> None:
-        """Accept no more connections."""
-        self._closed = True
-        self._loop.remove_reader(self._listener)
+        """Accept no more connections. May be called again."""
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._listener)
 
     def _resume(self) -> None:
         if not self._closed:

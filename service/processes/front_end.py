@@ -137,9 +137,13 @@ class FrontEndServer(Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self.close_port(())  # unless that has happened
+
+    def close_port(self, sockets: Sequence[socket.socket]) -> None:
         for acceptor in self._acceptors:
             acceptor.close()
-        await super().shutdown(sockets)
+        super().close_port(sockets)
 
     def obey(self, command: str, argument: str) -> None:
         """Do what the supervisor says."""

@@ -86,8 +86,6 @@ class Supervisor:
         await asyncio.gather(*(self._keep_front_end(row) for row in range(self._count)))
         hangups.cancel()
         await reloader.stop()
-        for each in self._sockets:  # a client that connects now is refused at once
-            each.close()
         await _stop_engine(self._engine, self._keeping)
         shutil.rmtree(self._folder, ignore_errors=True)
         return self._status
@@ -95,6 +93,8 @@ class Supervisor:
     def _stop(self) -> None:
         """Have all front ends drain; a second time, have them end at once."""
         self._stopping.set()
+        for each in self._sockets:  # so that the port closes with the last front end: nothing else would answer
+            each.close()
         for child in self._front_ends.values():
             child.send_signal(signal.SIGTERM)
 
