@@ -43,6 +43,12 @@ class EngineKeeper:
         self._stopping = asyncio.Event()
         self.is_ready = asyncio.Event()
 
+    @property
+    def pid(self) -> int:
+        """The process that was started last."""
+        assert self._child is not None
+        return self._child.pid
+
     async def keep(self) -> int:
         """Run until `stop`, or until the process cannot be kept running.
 

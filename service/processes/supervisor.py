@@ -26,6 +26,7 @@ from rednet.service.processes.options import FrontEndOptions
 from rednet.service.reloading import Reloader
 from rednet.service.settings import Settings
 from rednet.service.system.hangup import Hangups
+from rednet.service.system.memory import available_bytes, resident_bytes
 from rednet.service.system.sockets import grpc_addresses, url
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,15 @@ class Supervisor:
         logger.info("SIGHUP: loading the API keys and the checkpoint again")
         for child in self._front_ends.values():
             child.reload(self._engine.path)  # the keys only
+        needed, available = resident_bytes(self._engine.pid), available_bytes()
+        if available is not None and needed > available:
+            logger.error(
+                "the checkpoint was not loaded, the network before stays: a second one beside it needs about %.0f MB, "
+                "and %.0f are available; a restart would load it alone",
+                needed / 1e6,
+                available / 1e6,
+            )
+            return
         old, new = (self._engine, self._keeping), self._new_engine()
         keeping = asyncio.ensure_future(self._keep_engine(new))
         try:

@@ -7,10 +7,10 @@ from contextlib import suppress
 from rednet.service.system.cgroup import memory_left_bytes
 
 
-def resident_bytes() -> int:
-    """The memory of this process; 0: unknown."""
+def resident_bytes(pid: int | str = "self") -> int:
+    """The memory of a process; 0: unknown."""
     try:
-        with open("/proc/self/statm") as file:
+        with open(f"/proc/{pid}/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux
         return 0
