@@ -138,6 +138,24 @@ def test_all_endpoints_are_served_with_a_key(running: ServerThread, key: str) ->
         assert running.client.get(path, headers={"Authorization": f"bearer {key}"}).status_code == 200
 
 
+def test_requests_are_counted_by_the_name_of_their_key(tmp_path: Path) -> None:
+    """Once each, whatever the endpoint. Requests without a valid key are not counted."""
+    path = tmp_path / "keys"
+    path.write_text(f"shop:{ONE}\n{OTHER}\n")
+    with ServerThread(FakeRunner(), api_key_file=path) as running:
+        wait_until(lambda: running.client.get("/readyz").status_code == 200, "readiness")
+        for url in (PREDICT, f"{PREDICT}?top_k=1", f"{PREDICT}?top=1", "/v1/features", "/v1/explain"):
+            running.client.post(url, content=encoded(photo()), headers=bearer(ONE) | {"Content-Type": "image/png"})
+        running.client.get("/v1/model", headers=bearer(OTHER))
+        running.client.get("/v1/model", headers=bearer(OTHER + "0"))
+        text = running.client.get("/metrics").text
+    counts = [line for line in text.splitlines() if line.startswith("rednet_requests_by_key_total")]
+    assert sorted(counts) == [
+        'rednet_requests_by_key_total{key="shop"} 5.0',
+        f'rednet_requests_by_key_total{{key="{UNNAMED}"}} 1.0',
+    ]
+
+
 def test_unauthorized_body_is_not_read(running: ServerThread) -> None:
     """The response comes before the announced body, and the request takes no slot in the queue."""
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"

@@ -23,7 +23,7 @@ KEY, STRANGE = "the-key-0123456789", "strange-0123456789"
 def running(request: pytest.FixtureRequest, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server that requires a key, and the format of its log."""
     path = tmp_path_factory.mktemp("keys") / "keys"
-    path.write_text(KEY)
+    path.write_text(f"shop:{KEY}")
     options = ("--checkpoint", tiny_path, "--api-key-file", path, "--log-format", request.param)
     with ServerProcess(*options) as server:
         server.client.headers["Authorization"] = f"Bearer {KEY}"
@@ -69,12 +69,18 @@ def test_access_log_of_a_failed_request_has_known_fields_only(running: tuple[Ser
     assert "images" not in said
 
 
-def test_api_keys_are_not_logged(running: tuple[ServerProcess, str]) -> None:
-    """Neither valid nor invalid ones."""
-    server, _ = running
+def test_access_log_names_api_keys(running: tuple[ServerProcess, str]) -> None:
+    """The keys themselves are never logged, neither valid nor invalid ones."""
+    server, log_format = running
+    for query in ("", "?top_k=1"):
+        headers = {"X-Request-Id": f"id-of-shop{query}"}
+        assert server.client.post(f"/v1/predict{query}", content=encoded(photo()), headers=headers).status_code == 200
+        assert fields(line(server, f"id-of-shop{query}"), log_format)["key"] == "shop"
     headers = {"Authorization": f"Bearer {STRANGE}", "X-Request-Id": "id-of-stranger"}
     assert predict(server.client, encoded(photo()), **headers).status_code == 401
-    assert "401" in line(server, "id-of-stranger")
+    said = fields(line(server, "id-of-stranger"), log_format)
+    assert said["status"] == "401"
+    assert "key" not in said
     assert "0123456789" not in server.log
 
 
