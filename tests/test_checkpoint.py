@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rednet import Checkpoint, CheckpointError, create_rednet, load_checkpoint, save_checkpoint
 from rednet.model.inference.activation_ranges import required_activations
+from rednet.model.io import checkpoint as checkpoint_module
 from rednet.model.io.checkpoint import METADATA_KEY
 from rednet.model.io.labels import imagenet_labels
 from rednet.model.io.state_dicts import infer_config
@@ -283,6 +284,29 @@ def test_truncated_file_raises_checkpoint_error(tiny: Checkpoint, tmp_path: Path
         save_checkpoint(path, tiny)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(CheckpointError, match=rf"x\.{suffix} "):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("suffix", "reader"), [("pth", "read_torch_file"), ("safetensors", "load")])
+def test_file_that_changes_while_it_is_read_raises_checkpoint_error(
+    tiny: Checkpoint, tmp_path: Path, suffix: str, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read may be of two files. It is not mapped: the process would crash where the file has been cut off."""
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "pth":
+        torch.save(official(tiny), path)
+    else:
+        save_checkpoint(path, tiny)
+    os.utime(path, (0, 0))
+    read = getattr(checkpoint_module, reader)
+
+    def overwritten(source: object) -> object:
+        content = read(source)
+        path.write_bytes(bytes(path.stat().st_size))
+        return content
+
+    monkeypatch.setattr(checkpoint_module, reader, overwritten)
+    with pytest.raises(CheckpointError, match=rf"x\.{suffix} changed while it was being read"):
         load_checkpoint(path)
 
 

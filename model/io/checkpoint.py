@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from rednet.model.images.preprocess import Preprocess
@@ -99,19 +99,33 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
             path = _checkpoint_in(path)
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file")  # opening a pipe would block
-        with path.open("rb") as file:
-            start = file.read(9)
-        if start[8:] == b"{":  # safetensors: eight bytes of length, with any values, then JSON
-            return _load_safetensors(path)
-        if start[:4] in (ZIP, TORCH_PICKLE):
-            return _load_torch(path)
-        if start[:1] == b"\x80":  # any other pickle
-            return _load_paddle(path)
+        before = _version(path)
+        checkpoint = _load(path)
+        if _version(path) != before:
+            raise CheckpointError(f"{path} changed while it was being read")
+        return checkpoint
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except UntrustedError as error:
         raise CheckpointError(f"{path} {error}") from error
+
+
+def _load(path: Path) -> Checkpoint:
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # safetensors: eight bytes of length, with any values, then JSON
+        return _load_safetensors(path)
+    if start[:4] in (ZIP, TORCH_PICKLE):
+        return _load_torch(path)
+    if start[:1] == b"\x80":  # any other pickle
+        return _load_paddle(path)
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """What differs between two versions of a file."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _checkpoint_in(folder: Path) -> Path:
@@ -169,12 +183,13 @@ def fits_half(net: RedNet) -> bool:
 
 def _load_safetensors(path: Path) -> Checkpoint:
     check_safetensors(path)
+    content = path.read_bytes()  # a memory map would crash the process if the file were overwritten meanwhile
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+        tensors = load(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    del content
     if METADATA_KEY not in metadata:
         return _describe_tensors(path, tensors)
     try:
