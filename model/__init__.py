@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rednet.model.images.preprocess import Preprocess
     from rednet.model.inference.backend import Output
+    from rednet.model.inference.familiarity import Familiarity
     from rednet.model.inference.preparation import Prepared, SelfCheckError, prepare
     from rednet.model.io.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
     from rednet.model.io.labels import Label
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Familiarity",
     "Involution",
     "Label",
     "Output",
@@ -36,6 +38,7 @@ __all__ = [
 _MODULE_OF = {
     "Checkpoint": "io.checkpoint",
     "CheckpointError": "io.checkpoint",
+    "Familiarity": "inference.familiarity",
     "Involution": "nn.involution",
     "Label": "io.labels",
     "Output": "inference.backend",

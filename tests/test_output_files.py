@@ -260,14 +260,11 @@ def test_top_k_out_of_range_is_rejected(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_reported_accuracy_names_its_photos(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
-    """With too few photos to hold some out, the validation photos monitor the training, and no temperature is
-    fitted."""
+    """With too few photos to hold some out, accuracy is on the validation photos, and no temperature is fitted."""
     provenance = load_checkpoint(trained).provenance
     assert provenance["held out"] == 0
     assert provenance["temperature"] == 1.0
-    assert provenance["accuracy of"] == (
-        "validation photos, which also monitored the training; no temperature is fitted"
-    )
+    assert provenance["accuracy of"] == "validation photos, which selected nothing; no temperature is fitted"
     said = capsys.readouterr().err
     assert "with fewer than 2000 photos none are held out" in said
     assert f"of 2 {provenance['accuracy of']}" in said

@@ -1,7 +1,8 @@
 """Reads and writes self-describing checkpoints, and reads published ones. No file's content is ever executed.
 
 Our format is one safetensors file: the tensors under their official names, and in the metadata entry `rednet` a JSON
-text with architecture, labels, preprocessing, provenance and, after quantisation, the activation ranges for int8.
+text with architecture, labels, preprocessing, provenance and, where they were measured, the activation ranges for int8
+and what familiarity compares with.
 """
 
 import json
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from rednet.model.images.preprocess import Preprocess
 from rednet.model.inference.activation_ranges import validate_ranges
+from rednet.model.inference.familiarity import Familiarity
 from rednet.model.io.checkpoint_folder import checkpoint_in
 from rednet.model.io.labels import Label, imagenet_labels, numbered_labels, unique_labels
 from rednet.model.io.output_files import write_atomically
@@ -55,6 +57,7 @@ class Checkpoint:
         name: of the model, as the server reports it.
         provenance: data, command, seed, versions, accuracy.
         calibration: activation ranges for int8, from `collect_activation_ranges`; None: not quantised.
+        familiarity: tells from logits how familiar a photo looks; None: not measured.
 
     Example:
         >>> from rednet import create_rednet
@@ -69,6 +72,7 @@ class Checkpoint:
     name: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, float] | None = None
+    familiarity: Familiarity | None = None
 
 
 def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
@@ -173,6 +177,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
     }
     if checkpoint.calibration is not None:
         description["calibration"] = dict(checkpoint.calibration)
+    if checkpoint.familiarity is not None:
+        description["familiarity"] = asdict(checkpoint.familiarity)
     write_atomically(Path(path), save(tensors, {METADATA_KEY: json.dumps(description)}), replace=replace)
 
 
@@ -205,6 +211,9 @@ def _load_safetensors(path: Path) -> Checkpoint:
         if calibration is not None:
             calibration = dict(calibration)
             validate_ranges(net, calibration)
+        familiarity = description.get("familiarity")
+        if familiarity is not None:
+            familiarity = Familiarity(**_with_tuples(familiarity))
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -213,7 +222,13 @@ def _load_safetensors(path: Path) -> Checkpoint:
     if len(labels) != config.num_classes:
         raise CheckpointError(f"{path} has {len(labels)} labels for {config.num_classes} classes")
     return Checkpoint(
-        net=net, labels=labels, preprocess=preprocess, name=name, provenance=provenance, calibration=calibration
+        net=net,
+        labels=labels,
+        preprocess=preprocess,
+        name=name,
+        provenance=provenance,
+        calibration=calibration,
+        familiarity=familiarity,
     )
 
 

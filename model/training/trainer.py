@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace as replace_fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from rednet.model.inference.familiarity import Familiarity
 from rednet.model.inference.preparation import prepare
 from rednet.model.io.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from rednet.model.io.labels import labels_of
@@ -81,7 +83,8 @@ def train(
             state = _initial_state(recipe, start, classes, device)
             resume.load(state)
             run = Run(state, recipe, preprocess, photos, device, workers)
-            _run_epochs(run, resume, held_out or validation)
+            _run_epochs(run, resume, held_out, validation)
+            calibrated = _calibrate(run, held_out, validation)
             checkpoint = Checkpoint(
                 net=state.averaged,
                 labels=labels_of(classes),
@@ -93,9 +96,10 @@ def train(
                     **inputs,
                     "precision": run.precision,
                     "torch": torch.__version__,
-                    **_fit_temperature(run, held_out, validation),
+                    **calibrated.report,
                     "history": state.history,
                 },
+                familiarity=calibrated.familiarity,
             )
             save_checkpoint(output, checkpoint, half=True, replace=replace)
             resume.path.unlink(missing_ok=True)
@@ -104,12 +108,16 @@ def train(
     return checkpoint
 
 
-def _run_epochs(run: Run, resume: ResumeFile, monitored: Sequence[Photo]) -> None:
-    """Run the remaining epochs, and print after each one the accuracy on the monitored photos."""
+def _run_epochs(run: Run, resume: ResumeFile, held_out: Sequence[Photo], validation: Sequence[Photo]) -> None:
+    """Run the remaining epochs, and print the accuracy after each one: on held-out photos, else on validation photos.
+
+    It selects nothing: the run ends with its last epoch, whatever was printed.
+    """
+    monitored, kind = (held_out, "held-out") if held_out else (validation, "validation")
     while run.state.epoch < run.recipe.epochs:
         run.epoch(resume)
-        predictions = evaluate(run.logits, run.preprocess, monitored, workers=run.workers, describe="  check")
-        _finish_epoch(run.state, predictions.summary()["top1"])
+        predictions = evaluate(run.logits, run.preprocess, monitored, workers=run.workers, describe=f"  {kind}")
+        _finish_epoch(run.state, predictions.summary()["top1"], kind)
         resume.save(run.state)
 
 
@@ -138,8 +146,8 @@ def _read_folders(data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
         _log(line)
     if not hold_out(photos)[1]:
         _log(
-            f"with fewer than {HELD_OUT_EVERY * MIN_HELD_OUT} photos none are held out: training is monitored on the "
-            "validation photos, and no temperature is fitted"
+            f"with fewer than {HELD_OUT_EVERY * MIN_HELD_OUT} photos none are held out: the accuracy after each "
+            "epoch is on the validation photos, and neither a temperature nor familiarity is fitted"
         )
     covered = {photo.target for photo in validation.photos}
     if missing := [name for target, name in enumerate(classes) if target not in covered]:
@@ -195,21 +203,32 @@ def adapt_to_classes(start: Checkpoint, classes: Sequence[str]) -> RedNet:
     return net
 
 
-def _fit_temperature(run: Run, held_out: Sequence[Photo], validation: Sequence[Photo]) -> dict[str, object]:
-    """Fit the averaged network's temperature on held-out photos, apply it to the weights, and evaluate the result."""
+class _Calibrated(NamedTuple):
+    familiarity: Familiarity | None
+    report: dict[str, object]  # for the provenance
+
+
+def _calibrate(run: Run, held_out: Sequence[Photo], validation: Sequence[Photo]) -> _Calibrated:
+    """Fit the averaged network's temperature and familiarity on held-out photos, apply the temperature to the weights,
+    and evaluate the result."""
     net = run.state.averaged.cpu()
     prepared = prepare(net, run.preprocess, run.device)
     predict = partial(evaluate, lambda pixels: prepared(pixels).logits, run.preprocess, workers=run.workers)
-    temperature = fit_temperature(*predict(held_out, describe="temperature")) if held_out else 1.0
+    temperature, familiarity = 1.0, None
+    if held_out:
+        logits, targets = predict(held_out, describe="held-out")
+        temperature = fit_temperature(logits, targets)
+        familiarity = Familiarity.fit(logits / temperature)
     accuracy = predict(validation, describe="validation").with_temperature(temperature).summary()
     scale_logits(net, temperature)
     if held_out:
         meaning = f"validation photos, not used before; the temperature is fitted on {len(held_out)} held-out photos"
     else:
-        meaning = "validation photos, which also monitored the training; no temperature is fitted"
+        meaning = "validation photos, which selected nothing; no temperature is fitted"
     _log("top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**accuracy))
     _log(f"of {len(validation)} {meaning}")
-    return {"temperature": temperature, "held out": len(held_out), "accuracy": accuracy, "accuracy of": meaning}
+    report = {"temperature": temperature, "held out": len(held_out), "accuracy": accuracy, "accuracy of": meaning}
+    return _Calibrated(familiarity, report)
 
 
 @torch.no_grad()
@@ -219,7 +238,7 @@ def scale_logits(net: RedNet, temperature: float) -> None:
     net.head.fc.bias.div_(temperature)
 
 
-def _finish_epoch(state: State, top1: float) -> None:
+def _finish_epoch(state: State, top1: float, kind: str) -> None:
     state.history.append({"loss": state.loss_sum / state.step, "top1": top1})
     state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
-    print(f"epoch {state.epoch}: loss {state.history[-1]['loss']:.4f}, check top-1 {top1:.4f}", file=sys.stderr)
+    print(f"epoch {state.epoch}: loss {state.history[-1]['loss']:.4f}, {kind} top-1 {top1:.4f}", file=sys.stderr)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rednet.model import (
         Checkpoint,
         CheckpointError,
+        Familiarity,
         Involution,
         Label,
         Output,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Familiarity",
     "Involution",
     "Label",
     "Output",
