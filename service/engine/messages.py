@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums
 
@@ -22,6 +22,7 @@ ONLY_HELLO = 255  # instead of a device: the front end only wants to know what i
 UINT8, FLOAT32, CANCEL = range(3)  # kinds of requests: submit pixels of a dtype, or cancel
 NO_MAP, CLASS_ACTIVATION, KERNEL_SUMS = range(3)
 NONE = -1
+MEANING = ("name", "architecture", "config", "labels", "preprocess", "feature_channels")  # of what a network answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,12 @@ class Hello:
     model: Mapping[str, Any]
     devices: int
     gpus: Mapping[str, str]
+
+    def answers_like(self, other: Self) -> bool:
+        """Whether answers mean the same, and slots have the same layout. What measurements decide may differ: a process
+        that is started again may choose another precision."""
+        same = all(self.model[name] == other.model[name] for name in MEANING)
+        return same and self.devices == other.devices
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.05
 FIRST_START_S = 2.0  # Retry-After before any process was ready
+MAX_IDS = 1 << 32  # after so many images, ids begin again
 MAX_TRIES = 2  # of an image: one that ends two processes is not tried again
 SPARE_SLOTS = 64  # beside those for `max_queue`: cancelled images hold theirs until the engine gives it back
 ERRORS: Mapping[str, ServiceError] = {
@@ -85,7 +86,7 @@ class RemoteClient:
         self.slots = Slots(layout, self.slots_fd)
         self.free = deque(range(self.slots.count))  # the last one is used first: its memory exists already
         self._admission = Admission(max_queue, self._work_s, counts=counts)
-        self._ids = itertools.cycle(range(1 << 32))
+        self._ids = itertools.count()
         self._links = [_EngineLink(self, device) for device in range(hello.devices)]
         self._tasks: Sequence[asyncio.Task[None]] = ()
         self._draining = self._closed = False
@@ -146,7 +147,7 @@ class RemoteClient:
         slot = self.free.pop()
         kind = FLOAT32 if pixels.dtype == np.float32 else UINT8
         self.slots.pixels[kind][slot] = pixels
-        request = Request(next(self._ids), slot, kind, deadline, explain)
+        request = Request(next(self._ids) % MAX_IDS, slot, kind, deadline, explain)
         future: asyncio.Future[Inference] = asyncio.get_running_loop().create_future()
         link.submit(_Pending(request, future))
         try:
@@ -265,7 +266,7 @@ class _EngineLink(asyncio.Protocol):
                 return
             if self._greeted:
                 self._begin(Ready(**content))
-            elif Hello(**content) != self._client.hello:
+            elif not Hello(**content).answers_like(self._client.hello):
                 self._client.on_other_model()
                 return
             self._greeted = True

@@ -146,6 +146,8 @@ class SocketInbox:
 
     def close(self) -> None:
         self._send_replies()
+        for each in (self._waker, self._wakes, *self._links):
+            each.close()
 
     def _read(self, link: FrontEndLink, messages: list[Message]) -> None:
         try:

@@ -29,7 +29,7 @@ from rednet.service.settings import Settings
 from rednet.service.system.exit import run_process
 from rednet.service.types import State
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("rednet.service.processes.engine")  # not `__main__`
 
 POLL_S = 0.05  # how often the engines' state is looked at
 GREETING_TIMEOUT_S = 1.0

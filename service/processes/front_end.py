@@ -38,7 +38,7 @@ from rednet.service.system.exit import run_process
 from rednet.service.system.file_limit import raise_file_limit
 from rednet.service.system.hangup import Hangups
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("rednet.service.processes.front_end")  # not `__main__`
 
 READ_BYTES = 65_536
 
