@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of all that meets hostile bytes: the image decoders and the parsers of bodies.
 
-python -m tests.fuzz {decode,infer,uploads} -max_total_time=600 [options of libFuzzer]    # `make fuzz`: half an hour
+python -m tests.fuzz {decode,infer,grpc,uploads} -max_total_time=600 [options of libFuzzer]  # `make fuzz`: half an hour
 
 Anything but a named error for the caller is a finding, and so is an input that takes two seconds or grows memory by a
 gigabyte. Findings are written to files named crash-* in the working directory.
@@ -17,18 +17,22 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["PIL", "service"]):
+with atheris.instrument_imports(include=["PIL", "rednet"]):
     from rednet import Preprocess
     from rednet.model.images.opening import FORMATS
     from rednet.service.decoding.decode import decode_image
     from rednet.service.errors import ServiceError
+    from rednet.service.grpc.infer_messages import ModelInferRequest, parse_request
+    from rednet.service.parsing.bodies import BodyLimits
     from rednet.service.parsing.oip import parse_infer
     from rednet.service.parsing.uploads import parse_uploads
 
 from tests.conftest import encoded, photo
+from tests.servers import FakeRunner, fake_network
 
 LONGEST_S = 2.0
 PREPROCESS = Preprocess(resize=40, crop=32)
+MODEL = fake_network(FakeRunner()).description
 CONTENT_TYPES = ("multipart/form-data; boundary=x", "application/json", "image/jpeg")
 
 
@@ -41,6 +45,11 @@ def infer(data: bytes) -> None:
     length = int.from_bytes(data[:2], "little")
     asked = parse_infer(None if length == 0xFFFF else str(length), data[2:], 4)
     assert 1 <= len(asked.images) <= 4
+
+
+def grpc(data: bytes) -> None:
+    request = parse_request(memoryview(data), MODEL, BodyLimits(4, 2, 10.0))
+    assert 1 <= len(request.body.images) <= 4
 
 
 def uploads(data: bytes) -> None:
@@ -57,6 +66,19 @@ def seeds(target: Callable[[bytes], None]) -> list[bytes]:
         form = b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\nphoto\r\n--x--\r\n'
         return [b"\0" + form, b'\1{"images": ["AAAA", "data:image/png;base64,AAAA"]}', b"\2photo"]
     tail = struct.pack("<I", 5) + b"photo"
+    if target is grpc:
+        named = {"model_name": "fake", "id": "1", "outputs": [{"name": "logits"}]}
+        image = {"name": "image", "datatype": "BYTES", "shape": [1]}
+        pixels = {"name": "pixels", "datatype": "FP32", "shape": [1, 3, 2, 2]}
+        messages = [
+            {"inputs": [image], "raw_input_contents": [tail]},
+            {"inputs": [image | {"contents": {"bytes_contents": [b"photo"]}}]},
+            {
+                "inputs": [pixels | {"contents": {"fp32_contents": [0.5] * 12}}],
+                "parameters": {"x": {"double_param": 1}},
+            },
+        ]
+        return [ModelInferRequest(**named, **each).SerializeToString() for each in messages]
     binary = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 9}}]}
     plain = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": ["AAAA"]}], "id": "1"}
     header = json.dumps(binary).encode()
@@ -64,7 +86,7 @@ def seeds(target: Callable[[bytes], None]) -> list[bytes]:
 
 
 def main() -> None:
-    target = {"decode": decode, "infer": infer, "uploads": uploads}[sys.argv.pop(1)]
+    target = {"decode": decode, "infer": infer, "grpc": grpc, "uploads": uploads}[sys.argv.pop(1)]
 
     def run(data: bytes) -> None:
         started = time.process_time()  # a busy machine is no finding

@@ -66,7 +66,7 @@ class Metrics:
         self._requests_by_key = counter("rednet_requests_by_key", text, ("key",))
         text = "Reloads after SIGHUP, by what was loaded again."
         self._reloads = counter("rednet_reloads", text, ("what", "outcome"))
-        text = "Requests answered with 504 whose X-Request-Timeout-Ms was shorter than the server's own timeout."
+        text = "Requests whose own deadline passed, which was shorter than the server's timeout."
         self._short_deadlines = counter("rednet_short_deadline_exceeded", text)
         text = "Images dropped before a stage because the client had disconnected or the deadline had passed."
         self._cancelled = counter("rednet_cancelled", text, ("stage",))
