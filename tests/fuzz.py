@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import atheris
 
@@ -67,10 +68,10 @@ def seeds(target: Callable[[bytes], None]) -> list[bytes]:
         return [b"\0" + form, b'\1{"images": ["AAAA", "data:image/png;base64,AAAA"]}', b"\2photo"]
     tail = struct.pack("<I", 5) + b"photo"
     if target is grpc:
-        named = {"model_name": "fake", "id": "1", "outputs": [{"name": "logits"}]}
+        named: dict[str, Any] = {"model_name": "fake", "id": "1", "outputs": [{"name": "logits"}]}
         image = {"name": "image", "datatype": "BYTES", "shape": [1]}
         pixels = {"name": "pixels", "datatype": "FP32", "shape": [1, 3, 2, 2]}
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"inputs": [image], "raw_input_contents": [tail]},
             {"inputs": [image | {"contents": {"bytes_contents": [b"photo"]}}]},
             {

@@ -89,11 +89,11 @@ class Calls:
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Hold back new calls until the context ends, and refuse them then."""
-        self._end = asyncio.Event()
+        self._end = end = asyncio.Event()
         try:
             yield
         finally:
-            self._end.set()
+            end.set()
 
     def handler(
         self, endpoint: str, answer: Callable[[Call], Awaitable[bytes]], *, guarded: bool, probe: bool = False

@@ -35,6 +35,8 @@ LAST_REQUESTS_S = 0.2
 # request is already on its way. nginx keeps them for 60 s.
 KEEP_ALIVE_S = 75
 
+POLL_S = 0.1
+
 
 class OtherServer(Protocol):
     """The server of another protocol, which runs on the same event loop and drains with HTTP."""
@@ -42,7 +44,7 @@ class OtherServer(Protocol):
     async def start(self) -> None: ...
 
     async def stop(self, grace_s: float) -> None:
-        """Wait so long for calls in progress."""
+        """Wait so long for calls in progress. May be called again meanwhile, to wait no longer."""
 
 
 class Server(uvicorn.Server):
@@ -137,12 +139,17 @@ class Server(uvicorn.Server):
         if self._drain_since is not None and self._min_drain_s and not self.force_exit:
             self.close_port(sockets or ())
             await asyncio.sleep(LAST_REQUESTS_S)
-        if self._other:
-            # After a drain, answers are still being sent, as for HTTP.
-            grace_s = 0.0 if self.force_exit else self.config.timeout_graceful_shutdown or MIN_DRAIN_S
-            await asyncio.gather(self._other.stop(grace_s), super().shutdown(sockets))
-        else:
+        if self._other is None:
             await super().shutdown(sockets)
+            return
+        grace_s = self.config.timeout_graceful_shutdown or MIN_DRAIN_S  # for answers still being sent, as for HTTP
+        stopping = asyncio.create_task(self._other.stop(grace_s))
+        await super().shutdown(sockets)
+        while not stopping.done():
+            if self.force_exit:  # by now, perhaps: a second signal must not wait
+                await self._other.stop(0.0)
+            await asyncio.wait([stopping], timeout=POLL_S)
+        await stopping
 
     def close_port(self, sockets: Sequence[socket.socket]) -> None:
         """Accept no more connections."""
