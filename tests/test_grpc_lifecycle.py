@@ -84,7 +84,8 @@ def test_cancelled_call_is_dropped_and_counted() -> None:
     """From the queue, and while its message is arriving."""
     with occupied() as (running, runner, opened, held):
         call = Stub(opened).ModelInfer.future(REQUEST)
-        wait_until(lambda: running.engine_client.queue_depth == 2, "the queue")
+        decoded = {"series": "rednet_stage_duration_seconds_count", "stage": "decode"}
+        wait_until(lambda: sample(running.client, **decoded) == 2, "the queue")
         upload = opened.stream_unary(INFER).future(never_sent())
         wait_until(lambda: running.engine_client.requests == 3, "the upload")
         call.cancel()
