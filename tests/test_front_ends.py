@@ -287,6 +287,37 @@ def test_sigterm_answers_what_was_accepted_and_leaves_nothing_behind() -> None:
         assert not folder.exists()
 
 
+def test_sigterm_to_all_processes_is_one_to_the_supervisor() -> None:
+    """Service managers send it to all at once; the engine is needed until the last answer is out."""
+    with ServerProcess("--frontends", 2) as server:
+        engine = processes(server, ENGINE)[0]
+        with ThreadPoolExecutor(8) as pool:
+            os.kill(engine, signal.SIGSTOP)
+            waiting = [pool.submit(predict, server) for _ in range(8)]
+            wait_until(lambda: metric(server, "rednet_queue_depth") == 8, "images in the queue")
+            for pid in (server.process.pid, *processes(server, "processes.")):
+                os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: server.client.get("/readyz").status_code == 503, "the drain")
+            os.kill(engine, signal.SIGCONT)
+            assert [each.result().status_code for each in waiting] == [200] * 8
+        assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_a_second_sigterm_ends_the_server_at_once() -> None:
+    with ServerProcess("--frontends", 2) as server:
+        pids = processes(server, "processes.")
+        with ThreadPoolExecutor(1) as pool:
+            os.kill(processes(server, ENGINE)[0], signal.SIGSTOP)
+            refused = pool.submit(predict, server)
+            wait_until(lambda: metric(server, "rednet_queue_depth") == 1, "the image in the queue")
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.client.get("/readyz").status_code == 503, "the drain")
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(PATIENCE_S) == 1
+            assert refused.result().status_code == 503
+        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
 def test_processes_end_with_their_supervisor() -> None:
     with ServerProcess("--frontends", 2) as server:
         pids = processes(server, "processes.")

@@ -1,8 +1,11 @@
 """A child process of the supervisor, and the connection to it.
 
-Both sides send lines. The supervisor sends `ping` now and then, which a child answers with `pong`, and to front ends
-`reload PATH`, which they answer with `reloaded PATH`, or with `stayed PATH` if they could not switch to that engine. A
-child reports `up` when it has started, and an engine `ready` when it takes images.
+Both sides send lines. The supervisor sends `stop`; `ping` now and then, which a child answers with `pong`; and to front
+ends `reload PATH`, which they answer with `reloaded PATH`, or with `stayed PATH` if they could not switch to that
+engine. A child reports `up` when it has started, and an engine `ready` when it takes images.
+
+Children block signals that end a server: service managers and terminals send them to all processes at once, but front
+ends drain before the engine ends.
 """
 
 import asyncio
@@ -11,13 +14,23 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from rednet.service.processes.options import ProcessOptions
 
 PING_S = 1.0
 LOAD_TIMEOUT_S = 600.0  # until a process is up: large checkpoints from slow disks take minutes
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Block what ends a server. A child inherits this, all its threads included."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Child(asyncio.Protocol):
@@ -53,24 +66,31 @@ class Child(asyncio.Protocol):
         ours, theirs = socket.socketpair()
         with theirs:
             text = options.with_start(theirs.fileno(), time.monotonic()).to_json()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                "-m",
-                module,
-                text,
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *fds],
-                env=os.environ | environment,
-                start_new_session=True,  # Ctrl-C is for the supervisor only, which ends the others in their order
-            )
+            with _blocked_signals():
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    module,
+                    text,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno(), *fds],
+                    env=os.environ | environment,
+                )
         child = cls(process, hung_s)
         await asyncio.get_running_loop().create_unix_connection(lambda: child, sock=ours)
         return child
 
-    def send_signal(self, number: signal.Signals) -> None:
+    def stop(self) -> None:
+        """Ask the process to end, a front end when it has answered its requests; a second time, at once."""
+        if self.is_up.is_set() and self._transport:
+            self._transport.write(b"stop\n")
+        else:  # it does not listen yet, and has nothing to lose
+            self.kill()
+
+    def kill(self) -> None:
         with suppress(ProcessLookupError):
-            self._process.send_signal(number)
+            self._process.kill()
 
     def reload(self, path: str) -> None:
         """Have a front end load its keys again, and switch to the engine at a path, unless it uses that already."""
@@ -111,4 +131,4 @@ class Child(asyncio.Protocol):
                     self._pinged_at = time.monotonic()
                     self._transport.write(b"ping\n")
                 await asyncio.sleep(PING_S)
-        self.send_signal(signal.SIGKILL)
+        self.kill()

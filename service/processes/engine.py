@@ -8,7 +8,6 @@ OPTIONS is the JSON of `EngineOptions`.
 import logging
 import os
 import select
-import signal
 import socket
 import sys
 import threading
@@ -92,11 +91,8 @@ class EngineHost:
             for each in select.select([listener, control], (), (), POLL_S)[0]:
                 if each is listener:
                     self._greet(listener.accept()[0])
-                elif control.recv(CONTROL_BYTES):  # a ping
-                    control.send(b"pong\n")
                 else:
-                    logger.error("the supervisor is gone")
-                    self._stopping.set()
+                    self._obey(control)
             states = {device.engine.state for device in self._devices}
             if State.FAILED in states:
                 return 1
@@ -108,6 +104,15 @@ class EngineHost:
         for device in self._devices:
             device.engine.stop(LAST_BATCH_S)
         return 0
+
+    def _obey(self, control: socket.socket) -> None:
+        command = control.recv(CONTROL_BYTES)
+        if not command:
+            logger.error("the supervisor is gone")
+        if not command or b"stop" in command:
+            self.stop()
+        else:  # a ping
+            control.send(b"pong\n")
 
     def stop(self) -> None:
         """Make `run` return soon, from any thread."""
@@ -165,7 +170,6 @@ def main(load: Callable[[Settings], Network] = load_network) -> int:
         logger.warning("rejected backend: %s", reason)
     logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
     host = EngineHost(settings, network, options.started)
-    signal.signal(signal.SIGTERM, lambda *_: host.stop())
     return host.run(socket.socket(fileno=options.listener), socket.socket(fileno=options.control))
 
 

@@ -79,16 +79,16 @@ class EngineKeeper:
         self._listener.close()
         if self._child is None:
             return
-        self._child.send_signal(signal.SIGTERM)
+        self._child.stop()
         await asyncio.sleep(END_S)
-        self._child.send_signal(signal.SIGKILL)
+        self._child.kill()
 
     async def _run_once(self) -> int:
         fd = self._listener.fileno()
         options = EngineOptions(settings=self._settings, listener=fd)
         self._child = await Child.start(self._module, options, [fd], self._environment, self._hung_s)
         if self._stopping.is_set():
-            self._child.send_signal(signal.SIGTERM)
+            self._child.stop()
         readiness = asyncio.ensure_future(self._note_readiness(self._child))
         status = await self._child.wait()
         readiness.cancel()

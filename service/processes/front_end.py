@@ -59,6 +59,7 @@ class FrontEnd:
         self._limits = decode_limits(settings, board.rows)
         self._decoders = decoder_count(settings, board.rows)
         self.engine = self._used = options.engine
+        self.end: Callable[[], None] = lambda: None  # ends the front end; may be changed
         self._clients: Sequence[RemoteClient] = ()  # of the current engine, and of the one before or after it
         self.keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
         self.pipeline = ReloadablePipeline(self._build(), self._build, metrics, self._counts)
@@ -81,18 +82,17 @@ class FrontEnd:
         """Images that engines have, including cancelled ones."""
         return sum(client.slots_in_use for client in self._clients)
 
+    def _end_for_other_model(self) -> None:
+        logger.error("the engine's process serves another model than before: starting again")
+        self.end()
+
     def _build(self) -> Pipeline:
         hello = ask_hello(self.engine)
         model = ModelBody.model_validate(hello.model)
-        client = RemoteClient(self.engine, hello, self._settings.max_queue, self._counts, _end_for_other_model)
+        client = RemoteClient(self.engine, hello, self._settings.max_queue, self._counts, self._end_for_other_model)
         self._clients = (*self._clients[-1:], client)
         decoder = Decoder(Preprocess(**model.preprocess), self._limits, self._decoders)
         return Pipeline(model, client, decoder, self._metrics)
-
-
-def _end_for_other_model() -> None:
-    logger.error("the engine's process serves another model than before: starting again")
-    signal.raise_signal(signal.SIGTERM)
 
 
 class FrontEndServer(Server):
@@ -120,6 +120,7 @@ class FrontEndServer(Server):
     ) -> None:
         super().__init__(config, front_end.pipeline, settings.drain_timeout_s, Hangups(), self._reload, other)
         self._options, self._front_end, self._board, self._publish = options, front_end, board, publish
+        front_end.end = lambda: self.handle_exit(signal.SIGTERM, None)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
@@ -150,6 +151,8 @@ class FrontEndServer(Server):
         match command:
             case "ping":
                 self._supervisor.send("pong")
+            case "stop":
+                self.handle_exit(signal.SIGTERM, None)
             case "reload":
                 self._front_end.engine = argument
                 self.request_reload()

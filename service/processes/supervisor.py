@@ -97,7 +97,7 @@ class Supervisor:
         for each in self._sockets:  # so that the port closes with the last front end: nothing else would answer
             each.close()
         for child in self._front_ends.values():
-            child.send_signal(signal.SIGTERM)
+            child.stop()
 
     def _fail(self, status: int) -> None:
         if not self._stopping.is_set():
@@ -125,7 +125,7 @@ class Supervisor:
             for column in (ACCEPTED, CONNECTIONS, SLOTS_IN_USE):
                 self._board.set(row, column, 0)
             if self._stopping.is_set():
-                if status not in (0, -signal.SIGTERM):
+                if status and child.is_up.is_set():
                     self._status = self._status or 1
             elif not child.is_up.is_set() and status > 0:  # it has said why
                 self._fail(status)
@@ -148,7 +148,7 @@ class Supervisor:
         )
         self._front_ends[row] = child
         if self._stopping.is_set():
-            child.send_signal(signal.SIGTERM)
+            child.stop()
         return child
 
     async def _announce(self, row: int, child: Child) -> None:
@@ -211,7 +211,7 @@ class Supervisor:
                     return
                 if engine == path:
                     logger.error("a front end could not switch to the network, and is replaced")
-                    child.send_signal(signal.SIGTERM)
+                    child.stop()
 
 
 async def _stop_engine(engine: EngineKeeper, keeping: "asyncio.Future[None]") -> None:
