@@ -136,6 +136,14 @@ def test_variables_of_image_and_compose_files_are_options() -> None:
     assert {name for name in example if not name.startswith("REDNET_")} == interpolated
 
 
+def test_triton_cache_is_on_a_volume() -> None:
+    """It is outside of /tmp, which the Compose file mounts without permission to execute, and survives a restart."""
+    cache = re.findall(r"^ENV TRITON_CACHE_DIR=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    rednet = yaml.load((ROOT / "docker" / "gpu.yml").read_text(), Loader)["services"]["rednet"]
+    (folder,) = [volume.partition(":")[2] for volume in rednet["volumes"]]
+    assert cache[0].startswith(f"{folder}/")
+
+
 def test_hadolint_accepts_the_dockerfile() -> None:
     """hadolint finds no problems."""
     done = subprocess.run([BIN / "hadolint", DOCKERFILE], capture_output=True, text=True, check=False)
@@ -152,7 +160,9 @@ def test_dockerignore_lets_only_build_inputs_pass() -> None:
 
 def test_health_check_of_the_image_follows_readiness(server: ServerProcess) -> None:
     """It passes for a ready server, and fails if no server listens."""
-    (command,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*?\])$", DOCKERFILE.read_text().replace("\\\n", ""), re.MULTILINE)
+    commands = re.findall(r"^HEALTHCHECK .* CMD (\[.*?\])$", DOCKERFILE.read_text().replace("\\\n", ""), re.MULTILINE)
+    command, *others = commands
+    assert others == [command]  # the image for CUDA has another period
     python, *arguments = json.loads(command)
     assert python == "python"
 

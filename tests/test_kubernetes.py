@@ -141,6 +141,7 @@ def test_the_gpu_overlay_asks_for_a_gpu() -> None:
     assert container["image"].endswith("-cuda")
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert container["args"][-2:] == ["--device", "cuda"]
+    assert "/var/cache/rednet" in [mount["mountPath"] for mount in container["volumeMounts"]]  # the root is read-only
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is absent: it comes from Debian (kubernetes-client)")
