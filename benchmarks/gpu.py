@@ -152,7 +152,7 @@ def main() -> None:
     compilable: list[tuple[str, str, Run, int]] = []
     for precision in PRECISIONS:
         run = prepare(net, Preprocess(crop=SIDE), "cuda", precision)
-        error, tolerance = run.max_relative_error, TOLERANCE[precision]
+        error, tolerance = run.max_relative_error, TOLERANCE["cuda"][precision]
         found = f"{run.backend}, relative error {error:.1e} of {tolerance}; {run.rejected_backends}"
         others = baselines(net, precision, options.official)
         backends: dict[str, Run] = {"ours": run, **others}
