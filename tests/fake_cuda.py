@@ -4,7 +4,7 @@ It is stricter than a GPU where that shows mistakes:
 
 - What is copied without blocking arrives only when something waits for it. Until then the target holds `POISON`.
 - A CUDA graph repeats the operations that were captured, in the memory of the capture: outputs are overwritten.
-- Memory that is allocated without a value holds NaN, except that a graph's memory holds what it last computed.
+  Until the first replay, that memory holds NaN, because a capture computes nothing.
 
 It cannot show what a GPU computes: Triton kernels run in the interpreter, or are replaced by their definition.
 
@@ -102,10 +102,14 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, operations: list[Callable[[], object]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations = operations
+        self.allocated: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        results = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        self.allocated += [each for each in results if each.untyped_storage().data_ptr() not in given]
 
         def repeat() -> None:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
@@ -138,6 +142,14 @@ def graph(graph: CUDAGraph, pool: object = None, stream: Stream | None = None, c
             yield
     finally:
         del _current.recorder
+    for tensor in recorder.allocated:
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+
+
+def is_capturing() -> bool:
+    """Whether this thread captures a graph."""
+    return hasattr(_current, "recorder")
 
 
 def _without_cuda(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
@@ -296,7 +308,7 @@ def _triton(interpret: bool) -> Iterator[None]:
     def recorded(launch: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         with _disable_current_modes():  # the interpreter's own operations belong to no graph
             launch(*args, **kwargs)
-        if hasattr(_current, "recorder"):
+        if is_capturing():
             _current.recorder.operations.append(partial(launch, *args, **kwargs))
 
     with ExitStack() as stack:

@@ -90,3 +90,51 @@ def test_memory_error_when_not_even_one_image_fits() -> None:
     """The caller gets the MemoryError."""
     with pytest.raises(MemoryError):
         BatchBuckets(Device(room=0).make)(torch.zeros(3))
+
+
+def test_batches_of_a_failed_program_run_in_the_next_larger_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Or in parts, if it is the largest. The failure is logged, and not tried again."""
+    device = Device()
+    make, tried = device.make, []
+
+    def failing(size: int) -> Program:
+        tried.append(size)
+        if size in (4, 16):
+            raise RuntimeError("rows are wrong")
+        return make(size)
+
+    buckets = BatchBuckets(failing)
+    for images in (8, 4, 4, 12, 16, 16):
+        plus, _ = buckets(torch.arange(images))
+        assert plus.tolist() == list(range(1, images + 1))
+    assert device.ran == [(8, 8), (6, 4), (6, 4), (12, 12), (12, 12), (6, 4), (12, 12), (6, 4)]
+    assert tried == [8, 6, 4, 3, 2, 1, 12, 16]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"no CUDA graph for batches of {size}: rows are wrong" for size in (4, 16)
+    ]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the first one fails"), torch.AcceleratorError("lost")])
+def test_errors_that_leave_no_program_are_raised(error: Exception) -> None:
+    """So that another backend is chosen."""
+
+    def fail(size: int) -> Program:
+        raise error
+
+    with pytest.raises(type(error)):
+        BatchBuckets(fail)(torch.zeros(2))
+
+
+def test_lost_device_is_raised_although_other_programs_exist() -> None:
+    """The process has to end: nothing will run on the device again."""
+    device = Device()
+
+    def fail(size: int) -> Program:
+        if size > 2:
+            raise torch.AcceleratorError("lost")
+        return device.make(size)
+
+    buckets = BatchBuckets(fail)
+    buckets(torch.zeros(2))
+    with pytest.raises(torch.AcceleratorError):
+        buckets(torch.zeros(3))

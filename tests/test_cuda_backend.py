@@ -130,3 +130,17 @@ def test_nan_appears_in_the_result_of_its_image_only(trained: RedNet, precision:
     logits = prepare(trained, SQUARE, "cuda", precision)(x).logits
     assert logits[1].isnan().all()
     assert logits[[0, 2]].isfinite().all()
+
+
+def test_nan_appears_where_the_fused_relu_would_drop_it(net: RedNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS describes its ReLU as max(x, 0). If that is 0 for NaN, the ReLU is computed apart."""
+    fused = torch._addmm_activation
+    monkeypatch.setattr(torch, "_addmm_activation", lambda *operands: fused(*operands).nan_to_num(0.0))
+    run = prepare(net, SQUARE, "cuda", "fp32")
+    assert run.backend == "CUDA graphs, Triton involution"
+    x = SQUARE.normalise(photos(2, 64, 64))
+    x[1, :, 20:30, 20:30] = torch.nan
+    logits = run(x).logits
+    assert logits[1].isnan().all()
+    with torch.inference_mode():
+        assert_close(logits[:1], net(x[:1]), 1e-5)

@@ -19,7 +19,7 @@ from rednet.model.inference.self_check import (
     reference_output,
     relative_error,
 )
-from tests.fake_cuda import fake_cuda
+from tests.fake_cuda import CUDAGraph, fake_cuda, is_capturing
 from tests.test_preparation import assert_close, photos
 
 triton_ops = pytest.importorskip("rednet.model.ops.triton_ops", reason="no Triton here", exc_type=ImportError)
@@ -162,6 +162,34 @@ def test_program_that_is_wrong_at_one_size_is_not_used(net: RedNet, caplog: pyte
         run(pixels)
         assert_close(run(pixels[:5]).logits, expected[:5], 1e-5)
     assert "no CUDA graph for batches of 6: deviates by" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU replays graphs as it should")
+def test_graph_that_replays_something_else_is_noticed(net: RedNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the same operations are right without a graph."""
+    replay = CUDAGraph.replay
+
+    def incomplete(graph: CUDAGraph) -> None:
+        graph.operations = [each for index, each in enumerate(graph.operations) if index != 200]
+        replay(graph)
+
+    monkeypatch.setattr(CUDAGraph, "replay", incomplete)
+    run = prepare(net, TINY, "cuda", "fp32")
+    assert run.backend == "Triton involution, without CUDA graphs"
+    assert run.rejected_backends[0].startswith("CUDA graphs: deviates")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU computes the same without a graph")
+def test_fault_in_eager_runs_is_noticed(net: RedNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Explained batches, and images of other sizes, run without the graph."""
+    healthy = triton_ops.fused
+
+    def faulty(*operands: Any) -> Tensor:
+        return healthy(*operands) if is_capturing() else last_group_zero(healthy, *operands)
+
+    monkeypatch.setattr(triton_ops, "fused", faulty)
+    run = prepare(net, TINY, "cuda", "fp32")
+    assert run.backend == "torch, involution: torch"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="captures do not fail on a real GPU")

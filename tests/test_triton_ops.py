@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,6 +88,40 @@ def test_triton_fused_relu_keeps_nan() -> None:
     assert out.isnan().all()
 
 
+@pytest.mark.parametrize("name", ["_forward", "_kernel_gradient", "_input_gradient", "_bias_relu", "_pool_bias_relu"])
+def test_triton_kernels_are_launched_on_the_device_of_their_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which may be another one."""
+    from rednet.model.ops import triton_fused
+
+    guarded: list[Tensor] = []
+    launched: list[Tensor] = []
+
+    class Guard:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def __enter__(self) -> None:
+            guarded.append(self.tensor)
+
+        def __exit__(self, *_: object) -> None:
+            guarded.clear()
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *_, **__: launched.extend(guarded)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    module = triton_ops if hasattr(triton_ops, name) else triton_fused
+    monkeypatch.setattr(module, name, Kernel())
+    x, kernel = torch.randn(2, 16, 4, 4, device=DEVICE), torch.randn(2, 1, 9, 4, 4, device=DEVICE)
+    triton_ops.forward(x, kernel, 1)
+    triton_ops.backward(x, x, kernel, 1)
+    triton_fused.pool_bias_relu(x, x[0, :, 0, 0])
+    triton_fused.bias_relu(x, x[0, :, 0, 0])
+    assert launched
+    assert all(tensor.device == x.device for tensor in launched)
+
+
 COMPILE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -124,6 +159,16 @@ def test_triton_kernels_compile_for_hopper_without_a_gpu() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.timeout(600)  # twelve compilations
+def test_triton_kernels_compile_for_old_and_new_gpus_without_spills() -> None:
+    """Every kernel of a network, for the oldest and the newest architecture; `--targets` compiles for others."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.gpu_compile", "--targets", "75", "120", "--dtypes", "bf16"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 12
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device here")
