@@ -23,9 +23,9 @@ from rednet.service.engine.messages import (
     take_frame,
     take_requests,
 )
-from rednet.service.engine.remote_client import RemoteClient
+from rednet.service.engine.remote_client import FIRST_START_S, RemoteClient
 from rednet.service.engine.slots import MAX_ERROR_BYTES, SlotLayout, Slots
-from rednet.service.errors import DeadlineExceeded, Internal, Overloaded
+from rednet.service.errors import DeadlineExceeded, Internal, NotReady, Overloaded
 from rednet.service.processes.board import Board, SharedCounts
 from rednet.service.processes.counts import front_end_count
 from rednet.service.processes.engine import EngineHost
@@ -241,6 +241,22 @@ async def _leave(client: RemoteClient, runner: FakeRunner) -> None:
 
 def test_slots_of_cancelled_images_come_back_from_the_engine(path: Path, runner: FakeRunner) -> None:
     asyncio.run(_leave(client_at(path), runner))
+
+
+async def _wait_in_vain(client: RemoteClient) -> None:
+    client.start()
+    deadline = time.monotonic() + FIRST_START_S + 0.3
+    with pytest.raises(NotReady, match="restarted"):  # at once: no process is expected to be ready in time
+        await client.infer(image(1), deadline - 0.4)
+    with pytest.raises(NotReady, match="restarted"):
+        await client.infer(image(1), deadline)
+    assert deadline - 0.3 < time.monotonic()
+    assert client.slots_in_use == 0
+    await client.close()
+
+
+def test_images_that_no_process_takes_are_refused_before_their_deadline(tmp_path: Path) -> None:
+    asyncio.run(_wait_in_vain(client_at(tmp_path / "engine.sock")))
 
 
 async def _crowd(client: RemoteClient, runner: FakeRunner) -> None:

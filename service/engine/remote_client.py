@@ -43,6 +43,7 @@ from rednet.service.types import ExplainSpec, Inference, Permit, Pixels, QueueCo
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.05
+LAST_MOMENT_S = 0.15  # before a deadline, to be answered in time
 FIRST_START_S = 2.0  # Retry-After before any process was ready
 MAX_IDS = 1 << 32  # after so many images, ids begin again
 MAX_TRIES = 2  # of an image: one that ends two processes is not tried again
@@ -228,7 +229,11 @@ class _EngineLink(asyncio.Protocol):
         while True:
             with suppress(OSError):
                 await self._connect()
+                while not self.is_ready and not self._lost.is_set():
+                    self._refuse_late()
+                    await asyncio.sleep(RECONNECT_S)
                 await self._lost.wait()
+            self._refuse_late()
             await asyncio.sleep(RECONNECT_S)
 
     def close(self) -> None:
@@ -322,6 +327,14 @@ class _EngineLink(asyncio.Protocol):
     def _may_wait(self, pending: _Pending) -> bool:
         """Whether another process would be ready before the image's deadline."""
         return pending.request.deadline > time.monotonic() + self.start_s
+
+    def _refuse_late(self) -> None:
+        """Fail images whose deadline is about to pass without a process: 503 says more than 504 would."""
+        soon = time.monotonic() + LAST_MOMENT_S
+        for pending in [each for each in self.pending.values() if each.request.deadline < soon]:
+            if not pending.future.done():
+                pending.future.set_exception(self._restarting())
+            self._release(pending.request.id)
 
     def _restarting(self) -> NotReady:
         return NotReady("the engine is being restarted", self.start_s)
