@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tests.servers import PATIENCE_S
 
 grpc = pytest.importorskip("grpc", reason="needs the extra [grpc]")
+pytest.importorskip("grpc_status", reason="needs grpcio-status, by which clients read details of errors")
 
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo  # noqa: E402
 from grpc_status import rpc_status  # noqa: E402

@@ -85,6 +85,7 @@ class Calls:
         self._keys = keys
         self._timeout_s = timeout_s
         self._end: asyncio.Event | None = None
+        self.held = 0  # calls held back so far
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -119,6 +120,7 @@ class Calls:
             status, code, error = 200, grpc.StatusCode.OK, None
             try:
                 if self._end:
+                    self.held += 1
                     await self._end.wait()
                     raise Draining
                 if guarded:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ REFLECTION_SERVICE = "grpc.reflection.v1alpha.ServerReflection"
 REFLECTION_SERVICES = (REFLECTION_SERVICE, "grpc.reflection.v1.ServerReflection")  # whose messages are the same
 PUBLIC = ("ServerLive", "ServerReady")  # probes, which need no key, as over HTTP
 UNMATCHED = "unmatched"
-HOLD_S = 0.1
+QUIET_TURNS, TURN_S = 10, 0.01
+MAX_HOLD_S = 2.0
 
 
 class GrpcServer:
@@ -98,10 +100,19 @@ class GrpcServer:
         # before the clients know: their status is CANCELLED, which no client retries. Clients that wait for an answer
         # send no further call, so that there are hardly any such calls meanwhile.
         with self._calls.hold():
-            await asyncio.sleep(min(HOLD_S, grace_s))
+            await self._quiet(grace_s)
             stopping = asyncio.create_task(self._server.stop(grace_s))
-            await asyncio.sleep(min(HOLD_S, grace_s))
+            await self._quiet(grace_s)
         await stopping
+
+    async def _quiet(self, timeout_s: float) -> None:
+        """Wait until no call has come for a while: a tenth of a second, or longer where the event loop is slow."""
+        ends = time.monotonic() + min(timeout_s, MAX_HOLD_S)
+        turns = 0
+        while turns < QUIET_TURNS and time.monotonic() < ends:
+            held = self._calls.held
+            await asyncio.sleep(TURN_S)
+            turns = turns + 1 if self._calls.held == held else 0
 
     def _handlers(self) -> Mapping[str, Any]:
         """The handler of each method, by full name."""
