@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rednet import RedNet, load_checkpoint, prepare
 from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.cuda.conv_fallback import ConvFallback
 from tests.fake_cuda import fake_cuda
 from tests.test_preparation import assert_close, photos
 
@@ -132,15 +133,17 @@ def test_nan_appears_in_the_result_of_its_image_only(trained: RedNet, precision:
     assert logits[[0, 2]].isfinite().all()
 
 
-def test_nan_appears_where_the_fused_relu_would_drop_it(net: RedNet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_appears_where_the_fused_relu_would_drop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuBLAS describes its ReLU as max(x, 0). If that is 0 for NaN, the ReLU is computed apart."""
+    from rednet.model.inference.cuda.network import _fused_relu_keeps_nan, _Maker
+
     fused = torch._addmm_activation
     monkeypatch.setattr(torch, "_addmm_activation", lambda *operands: fused(*operands).nan_to_num(0.0))
-    run = prepare(net, SQUARE, "cuda", "fp32")
-    assert run.backend == "CUDA graphs, Triton involution"
-    x = SQUARE.normalise(photos(2, 64, 64))
-    x[1, :, 20:30, 20:30] = torch.nan
-    logits = run(x).logits
-    assert logits[1].isnan().all()
-    with torch.inference_mode():
-        assert_close(logits[:1], net(x[:1]), 1e-5)
+    keeps_nan = _fused_relu_keeps_nan(torch.device("cuda"), torch.float32)
+    convolution = torch.nn.Conv2d(16, 32, 1).requires_grad_(False).to("cuda")
+    pointwise = _Maker(torch.float32, ConvFallback(), keeps_nan).pointwise(convolution)
+    x = torch.randn(2, 16, 3, 5, device="cuda") if IS_REAL else torch.randn(2, 16, 3, 5)
+    x[1] = torch.nan
+    out = pointwise(x)
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out[0], convolution(x)[0].relu())
