@@ -13,6 +13,7 @@ with two roles has one row.
 """
 
 import argparse
+import asyncio
 import base64
 import json
 import os
@@ -102,7 +103,7 @@ def warm_server(baseline: Baseline, model: str, photos: Sequence[bytes]) -> Iter
         command += ["--frontends", str(baseline.front_ends)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not closed_loop(load, 1, 0.5).ok():
+        while not _answers(baseline.load(photos[:1])):
             if process.poll() is not None:
                 raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
             time.sleep(0.5)
@@ -110,6 +111,12 @@ def warm_server(baseline: Baseline, model: str, photos: Sequence[bytes]) -> Iter
         yield Started(baseline, load, process.pid)
     finally:
         _end(process)
+
+
+def _answers(load: Load) -> bool:
+    """Whether a server answers a photo."""
+    asyncio.run(load.ask(0, time.monotonic()))
+    return load.answers[0].status == 200
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
