@@ -83,7 +83,8 @@ def test_unhandled_exception_is_readable_by_allowed_origins() -> None:
 def test_no_origin_is_allowed_by_default() -> None:
     """And there is no middleware for it."""
     with ServerThread(FakeRunner()) as running:
-        assert [each.cls.__name__ for each in running.app.user_middleware] == ["RequestContextMiddleware"]  # type: ignore[attr-defined]
+        names = [each.cls.__name__ for each in running.app.user_middleware]  # type: ignore[attr-defined]
+        assert names == ["RequestContextMiddleware", "DirectRoutesMiddleware"]
         assert running.client.options(PREDICT, headers=PREFLIGHT).status_code == 405
         assert "access-control-allow-origin" not in predict(running.client, TEXT, Origin=APP).headers
 

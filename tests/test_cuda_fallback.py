@@ -12,6 +12,7 @@ import torch
 from rednet import load_checkpoint, prepare
 from tests.conftest import encoded, photo
 from tests.servers import ServerProcess
+from tests.shared import needs_native
 
 pytest.importorskip("triton", reason="no Triton here")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")
@@ -91,6 +92,7 @@ def test_triton_that_fails_leaves_torch_on_the_gpu(tiny_path: Path, tmp_path: Pa
         serves_right(running, tiny_path)
 
 
+@needs_native  # the made-up device also makes PyTorch fail on the CPU
 def test_auto_device_uses_the_cpu_where_torch_cannot_use_the_gpu(tiny_path: Path) -> None:
     """With a warning, where an explicit --device cuda is an error."""
     options = ("--checkpoint", tiny_path, "--precision", "fp32")
