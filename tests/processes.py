@@ -22,8 +22,9 @@ def descendants(of: int) -> list[int]:
 
 
 def decoder_pids(of: int) -> list[int]:
-    """The decoders of a server."""
-    return [pid for pid in descendants(of) if is_decoder(pid)]
+    """The decoders of a server: those that it has started, or its front ends have."""
+    front_ends = [pid for pid in module_pids(of, "front_end") if _parent(pid) == of]
+    return [pid for pid in descendants(of) if is_decoder(pid) and _parent(pid) in (of, *front_ends)]
 
 
 def module_pids(of: int, module: str) -> list[int]:
