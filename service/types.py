@@ -195,10 +195,6 @@ class EngineClient(Protocol):
         """Predicted time to answer all accepted images."""
 
     @property
-    def offered_s(self) -> float:
-        """Predicted device time of all images so far, refused ones included, in seconds."""
-
-    @property
     def costs(self) -> CostTable:
         """The measured time of batches; empty before the end of warm-up."""
 

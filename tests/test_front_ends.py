@@ -17,10 +17,11 @@ import pytest
 
 from rednet import load_checkpoint, save_checkpoint
 from tests.conftest import encoded, photo
+from tests.processes import module_pids
 from tests.servers import PATIENCE_S, ServerProcess, free_port, wait_until
 
 JPEG = encoded(photo(1), "JPEG")
-ENGINE, FRONT_END = "processes.engine", "processes.front_end"
+ENGINE, FRONT_END, EVERY = "engine", "front_end", ""
 # A supervisor that finds out sooner that a process hangs.
 IMPATIENT = """
 import rednet.service.processes.supervisor as supervisor
@@ -32,9 +33,7 @@ raise SystemExit(main())
 
 def processes(server: ServerProcess, module: str) -> list[int]:
     """The server's processes that run a module."""
-    lists = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    pids = [int(pid) for each in lists for pid in each.read_text().split()]
-    return [pid for pid in pids if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return module_pids(server.process.pid, module)
 
 
 def predict(server: ServerProcess, **headers: str) -> httpx.Response:
@@ -295,7 +294,7 @@ def test_sigterm_to_all_processes_is_one_to_the_supervisor() -> None:
             os.kill(engine, signal.SIGSTOP)
             waiting = [pool.submit(predict, server) for _ in range(8)]
             wait_until(lambda: metric(server, "rednet_queue_depth") == 8, "images in the queue")
-            for pid in (server.process.pid, *processes(server, "processes.")):
+            for pid in (server.process.pid, *processes(server, EVERY)):
                 os.kill(pid, signal.SIGTERM)
             wait_until(lambda: server.client.get("/readyz").status_code == 503, "the drain")
             os.kill(engine, signal.SIGCONT)
@@ -305,7 +304,7 @@ def test_sigterm_to_all_processes_is_one_to_the_supervisor() -> None:
 
 def test_a_second_sigterm_ends_the_server_at_once() -> None:
     with ServerProcess("--frontends", 2) as server:
-        pids = processes(server, "processes.")
+        pids = processes(server, EVERY)
         with ThreadPoolExecutor(1) as pool:
             os.kill(processes(server, ENGINE)[0], signal.SIGSTOP)
             refused = pool.submit(predict, server)
@@ -320,7 +319,7 @@ def test_a_second_sigterm_ends_the_server_at_once() -> None:
 
 def test_processes_end_with_their_supervisor() -> None:
     with ServerProcess("--frontends", 2) as server:
-        pids = processes(server, "processes.")
+        pids = processes(server, EVERY)
         assert len(pids) == 3
         server.process.kill()
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the end of its processes")

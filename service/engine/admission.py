@@ -211,3 +211,25 @@ class Admission:
         if work_s > 0:
             ratio = min(MAX_RATIO, max(MIN_RATIO, (self._clock() - since) / work_s))
             self._factor += (ratio - self._factor) * SMOOTHING
+
+
+class AdmittingClient:
+    """What every `EngineClient` that has an admission says about its queue."""
+
+    _admission: Admission
+
+    @property
+    def max_images(self) -> int:
+        return self._admission.max_images
+
+    @property
+    def queue_depth(self) -> int:
+        return self._admission.accepted
+
+    @property
+    def requests(self) -> int:
+        return self._admission.requests
+
+    @property
+    def backlog_s(self) -> float:
+        return self._admission.backlog_s

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from rednet.service.cost_table import CostTable, together_s
-from rednet.service.engine.admission import Admission
+from rednet.service.engine.admission import Admission, AdmittingClient
 from rednet.service.engine.engine import Engine
 from rednet.service.errors import DeviceFailed, Draining, NotReady, ServiceError
 from rednet.service.types import ExplainSpec, Inference, Permit, Pixels, QueueCounts, State
@@ -15,7 +15,7 @@ STARTING_RETRY_S = 2.0
 LAST_BATCH_S = 1.0  # how long closing waits for the running batch, whose requests have already failed
 
 
-class LocalClient:
+class LocalClient(AdmittingClient):
     """An `EngineClient` for engines in threads of this process, one for each device. Used from one event loop.
 
     Args:
@@ -45,26 +45,6 @@ class LocalClient:
         if self._draining:
             return State.DRAINING
         return State.STARTING if State.STARTING in states else State.READY
-
-    @property
-    def max_images(self) -> int:
-        return self._admission.max_images
-
-    @property
-    def queue_depth(self) -> int:
-        return self._admission.accepted
-
-    @property
-    def requests(self) -> int:
-        return self._admission.requests
-
-    @property
-    def backlog_s(self) -> float:
-        return self._admission.backlog_s
-
-    @property
-    def offered_s(self) -> float:
-        return self._admission.offered_s
 
     @property
     def costs(self) -> CostTable:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rednet.service.cost_table import CostTable, together_s
-from rednet.service.engine.admission import Admission
+from rednet.service.engine.admission import Admission, AdmittingClient
 from rednet.service.engine.messages import (
     CANCEL,
     FLOAT32,
@@ -63,7 +63,7 @@ class _Pending:
     tries: int = 0
 
 
-class RemoteClient:
+class RemoteClient(AdmittingClient):
     """An `EngineClient` for an engine in another process. Used from one event loop.
 
     While that process is replaced, new requests are refused. Images that it had are given to the next one, if their
@@ -105,26 +105,6 @@ class RemoteClient:
     def slots_in_use(self) -> int:
         """Images that the engine's process has, including cancelled ones."""
         return 0 if self._closed else self.slots.count - len(self.free)
-
-    @property
-    def max_images(self) -> int:
-        return self._admission.max_images
-
-    @property
-    def queue_depth(self) -> int:
-        return self._admission.accepted
-
-    @property
-    def requests(self) -> int:
-        return self._admission.requests
-
-    @property
-    def backlog_s(self) -> float:
-        return self._admission.backlog_s
-
-    @property
-    def offered_s(self) -> float:
-        return self._admission.offered_s
 
     @property
     def costs(self) -> CostTable:

@@ -54,11 +54,11 @@ class FrontEnd:
     """
 
     def __init__(self, settings: Settings, options: FrontEndOptions, board: Board, metrics: Metrics) -> None:
-        self._settings, self._board, self._metrics = settings, board, metrics
+        self._settings, self._metrics = settings, metrics
         self._counts = SharedCounts(board, options.row)
         self._limits = decode_limits(settings, board.rows)
         self._decoders = decoder_count(settings, board.rows)
-        self.engine = self._used = options.engine
+        self.engine = options.engine
         self.end: Callable[[], None] = lambda: None  # ends the front end; may be changed
         self._clients: Sequence[RemoteClient] = ()  # of the current engine, and of the one before or after it
         self.keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
@@ -67,15 +67,18 @@ class FrontEnd:
     async def reload(self) -> bool:
         """Load the keys again, or switch to the engine that `engine` names by now; returns whether it is used."""
         wanted = self.engine
-        if wanted == self._used:
-            if self.keys:
-                await reload_keys(self.keys, self._metrics)
-            return True
-        await self.pipeline.reload()
+        if wanted != self.client.path:
+            await self.pipeline.reload()
+        elif self.keys:
+            await reload_keys(self.keys, self._metrics)
+        return self.client.path == wanted
+
+    @property
+    def client(self) -> RemoteClient:
+        """That of the current engine."""
         client = self.pipeline.current.client
         assert isinstance(client, RemoteClient)
-        self._used = client.path
-        return self._used == wanted
+        return client
 
     @property
     def slots_in_use(self) -> int:
@@ -221,9 +224,9 @@ def main() -> int:
 
     metrics.watch_log(lambda: board.total(LOG_LINES_DROPPED))
     metrics.watch_slots(lambda: board.total(SLOTS_IN_USE))
-    if gpus := ask_hello(options.engine).gpus:
-        watch_gpus(metrics.registry, gpus)
     front_end = FrontEnd(settings, options, board, metrics)
+    if gpus := front_end.client.hello.gpus:
+        watch_gpus(metrics.registry, gpus)
     app = create_app(settings, front_end.pipeline, front_end.keys, board.rows)
     other: OtherServer | None = None
     if options.grpc:
