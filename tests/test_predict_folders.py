@@ -86,7 +86,13 @@ def test_rows_follow_the_order_of_the_files(folder: Path, unbroken: Path) -> Non
         assert next(iter(row)) == "file"
         if "error" not in row:
             assert [len(row["classes"]), len(row["features"])] == [3, 512]
-    assert len({json.dumps(row["features"]) for row in rows if "features" in row}) == 10
+    features = [
+        [row["features"] for row in rows if row["file"].endswith(f"{seed}.jpg") and "features" in row]
+        for seed in range(10)  # ten photos, each under many names
+    ]
+    # Without the native library, the last digits depend on the size of the batch.
+    np.testing.assert_allclose(features, [[own[0]] * (MANY // 10 + 1) for own in features], rtol=1e-4, atol=1e-5)
+    assert len({json.dumps(own[0]) for own in features}) == 10
 
 
 def test_rows_are_what_predict_prints(
