@@ -40,15 +40,16 @@ class RunnerOutput(NamedTuple):
     features: Floats  # [B, feature_channels]
     grids: Mapping[int, Floats] = {}  # [h, w] each, by position in the batch, of images that asked for one
 
-    def finite(self, index: int) -> bool:
-        """Whether all values computed for an image are finite.
+    def finite(self) -> Sequence[bool]:
+        """Whether all values computed for each image are finite.
 
         Images of a batch are independent: an overflow in one of them does not affect the rows of the others.
         """
-        rows = [self.logits[index], self.features[index]]
-        if index in self.grids:
-            rows.append(self.grids[index])
-        return all(bool(np.isfinite(row).all()) for row in rows)
+        logits, features = (np.isfinite(rows).all(axis=1) for rows in (self.logits, self.features))
+        finite: list[bool] = np.logical_and(logits, features).tolist()
+        for index, grid in self.grids.items():
+            finite[index] &= bool(np.isfinite(grid).all())
+        return finite
 
 
 @dataclass(frozen=True, slots=True)

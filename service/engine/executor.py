@@ -123,8 +123,8 @@ class Executor:
         started = self._started(batch)
         inference_s = completed - started
         queue_s = [started - job.enqueued for job in jobs]
-        for index, job in enumerate(jobs):
-            if not output.finite(index):
+        for index, (job, finite) in enumerate(zip(jobs, output.finite(), strict=True)):
+            if not finite:
                 log.warning("the network's output for one image is not finite")
                 self._complete_job(job, NumericalOverflow())
                 continue

@@ -134,13 +134,16 @@ class Metrics:
     def dropped(self, stage: Literal["decode", "queue"], count: int) -> None:
         self._cancelled.labels(stage).inc(count)
 
-    def batch_done(self, device: str, queue_s: Sequence[float], inference_s: float, starved_s: float) -> None:
+    def batch_done(self, queue_s: Sequence[float], inference_s: float) -> None:
         self._batch_size.observe(len(queue_s))
+        waited, computed = self._stages["queue"], self._stages["inference"]
         for waited_s in queue_s:
-            self.stage("queue", waited_s)
-            self.stage("inference", inference_s)
-        self._busy.labels(device).inc(inference_s)
-        self._starved.labels(device).inc(starved_s)
+            waited.observe(waited_s)
+            computed.observe(inference_s)
+
+    def device_seconds(self, device: str) -> tuple[Counter, Counter]:
+        """The counters of the time that a device was busy, and that it was starved."""
+        return self._busy.labels(device), self._starved.labels(device)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -183,10 +186,13 @@ class DeviceEvents:
     """Records the `EngineEvents` of one device."""
 
     def __init__(self, metrics: Metrics, device: str) -> None:
-        self._metrics, self._device = metrics, device
+        self._metrics = metrics
+        self._busy, self._starved = metrics.device_seconds(device)
 
     def batch_done(self, queue_s: Sequence[float], inference_s: float, starved_s: float) -> None:
-        self._metrics.batch_done(self._device, queue_s, inference_s, starved_s)
+        self._metrics.batch_done(queue_s, inference_s)
+        self._busy.inc(inference_s)
+        self._starved.inc(starved_s)
 
     def dropped(self, stage: Literal["queue"], count: int) -> None:
         self._metrics.dropped(stage, count)
