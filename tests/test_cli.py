@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from rednet import __version__, load_checkpoint, save_checkpoint
+from rednet import __version__, create_rednet, load_checkpoint, save_checkpoint
 from rednet.model.native import int8_unavailable, unavailable
 from rednet.model.training.recipe import FINE_TUNING_RATE, Recipe
 from rednet.service.cli.parser import RECIPE_FLAGS, main
+from tests import official
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, ServerProcess
-from tests.shared import PHOTOS, REFERENCE, needs_shared
+from tests.shared import PHOTOS, needs_shared
 
 
 @pytest.fixture
@@ -114,10 +115,10 @@ def test_info_reports_model_and_backend(tiny_path: Path, capsys: pytest.CaptureF
     assert "architecture: rednet26" in capsys.readouterr().out
 
 
-@needs_shared
 def test_convert_official_checkpoint_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The user's labels are stored. A wrong depth or a wrong number of labels is an error."""
-    source, output = str(REFERENCE / "official_tiny.pth"), tmp_path / "ours.safetensors"
+    source, output = str(tmp_path / "official.pth"), tmp_path / "ours.safetensors"
+    official.save(create_rednet("rednet26", num_classes=12, base_channels=16, stem_channels=32), Path(source))
     (tmp_path / "names").write_text("\n".join(f"name {index}" for index in range(12)))
     (tmp_path / "few").write_text("a\nb")
     assert main(["convert", source, str(output), "--depth", "26", "--labels", str(tmp_path / "names")]) == 0

@@ -1,7 +1,6 @@
 """The native library: the engine and the operators in C, in all builds that this machine can run."""
 
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -20,9 +19,10 @@ from rednet.model.images.preprocess import Preprocess
 from rednet.model.inference.native_backend import NativeBackend
 from rednet.model.native import Engine, builds, unavailable
 from rednet.model.nn.rednet import BLOCKS
+from tests import official
 from tests.conftest import lively
 from tests.servers import REDNET
-from tests.shared import REFERENCE, deterministic, needs_native, needs_shared
+from tests.shared import needs_native
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "model" / "native"
@@ -135,28 +135,18 @@ def test_native_engine_is_bit_identical_for_any_batch_and_threads() -> None:
 
 
 @needs_native
-@needs_shared
-@pytest.mark.parametrize("depth", [26, 50, 101])
+@pytest.mark.parametrize("depth", official.DEPTHS)
 def test_native_engine_matches_official_outputs(depth: int) -> None:
     """Logits, features and stage maps of the official code at full width, for the same inputs."""
-    golden = deterministic()
-    shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
-    net = create_rednet(f"rednet{depth}").eval()
-    net.load_state_dict(golden.deterministic_state_dict(shapes))
-    run = prepare(net, Preprocess(resize=64, crop=64), device="cpu")
+    run = prepare(official.network(depth), Preprocess(resize=64, crop=64), device="cpu")
     assert run.backend.startswith("native engine")
-    expected = np.load(REFERENCE / f"rednet{depth}.npz")
-    for name, images in (
-        ("square", golden.deterministic_images(1, 2, 224, 224)),
-        ("wide", golden.deterministic_images(2, 1, 224, 288)),
-    ):
-        output = run(images, stages=True)
-        assert relative_error(output.logits, torch.from_numpy(expected[f"{name}_logits"])) < TOLERANCE
-        assert relative_error(output.features, torch.from_numpy(expected[f"{name}_features"])) < TOLERANCE
+    for expected in official.outputs(depth):
+        output = run(expected.images, stages=True)
+        assert relative_error(output.logits, expected.logits) < TOLERANCE
+        assert relative_error(output.features, expected.features) < TOLERANCE
         assert output.stages is not None
-        for number, stage in enumerate(output.stages, start=1):
-            sample = stage[:, :: max(1, stage.shape[1] // 16), ::7, ::7]
-            assert relative_error(sample, torch.from_numpy(expected[f"{name}_stage{number}"])) < TOLERANCE
+        for stage, sample in zip(output.stages, expected.stages, strict=True):
+            assert relative_error(official.sampled(stage), sample) < TOLERANCE
 
 
 @needs_native

@@ -1,70 +1,51 @@
 """The network, compared with the official code."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rednet import Checkpoint, RedNet, RedNetConfig, create_rednet, load_checkpoint, prepare, save_checkpoint
 from rednet.model.nn.rednet import BLOCKS
-from tests.shared import REFERENCE, deterministic, needs_shared
+from tests import official
 
 
-def relative_error(a: Tensor, b: NDArray[np.float32]) -> float:
-    return float(np.linalg.norm(a.numpy() - b) / np.linalg.norm(b))
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.norm(ours - expected) / torch.linalg.norm(expected))
 
 
-@needs_shared
-@pytest.mark.parametrize("depth", [26, 50, 101])
+@pytest.mark.parametrize("depth", official.DEPTHS)
 @torch.inference_mode()
 def test_rednet_matches_official_outputs(depth: int) -> None:
     """Logits, features and stage maps agree within 1e-4, for a square and a wide input."""
-    golden = deterministic()
-    shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
-    net = create_rednet(f"rednet{depth}").eval()
-    net.load_state_dict(golden.deterministic_state_dict(shapes))
-    expected = np.load(REFERENCE / f"rednet{depth}.npz")
-    for name, x in (
-        ("square", golden.deterministic_images(1, 2, 224, 224)),
-        ("wide", golden.deterministic_images(2, 1, 224, 288)),
-    ):
-        stages = net.stages(x)
-        features = net.features(x)
-        assert relative_error(net(x), expected[f"{name}_logits"]) < 1e-4
-        assert relative_error(features, expected[f"{name}_features"]) < 1e-4
-        for number, stage in enumerate(stages, start=1):
-            sample = stage[:, :: max(1, stage.shape[1] // 16), ::7, ::7]
-            assert relative_error(sample, expected[f"{name}_stage{number}"]) < 1e-4
+    net = official.network(depth)
+    for expected in official.outputs(depth):
+        stages = net.stages(expected.images)
+        assert relative_error(net(expected.images), expected.logits) < 1e-4
+        assert relative_error(net.features(expected.images), expected.features) < 1e-4
+        for stage, sample in zip(stages, expected.stages, strict=True):
+            assert relative_error(official.sampled(stage), sample) < 1e-4
 
 
-@needs_shared
 @torch.inference_mode()
-def test_official_checkpoint_loads_without_options() -> None:
-    """Depth, width, classes and labels are read from the file, and the outputs are those of the official code."""
-    golden = deterministic()
-    checkpoint = load_checkpoint(REFERENCE / "official_tiny.pth")
-    config = checkpoint.net.config
-    assert (config.depth, config.base_channels, config.stem_channels, config.num_classes) == (26, 16, 32, 12)
+def test_official_checkpoint_loads_without_options(tmp_path: Path) -> None:
+    """Depth, width, classes and labels are read from the file."""
+    net = create_rednet("rednet26", num_classes=12, base_channels=16, stem_channels=32).eval()
+    official.save(net, tmp_path / "official.pth")
+    checkpoint = load_checkpoint(tmp_path / "official.pth")
+    assert checkpoint.net.config == net.config
     assert [label.name for label in checkpoint.labels] == [f"class {index}" for index in range(12)]
-    expected = np.load(REFERENCE / "official_tiny.npz")
-    x = golden.deterministic_images(1, 2, 224, 224)
-    assert relative_error(checkpoint.net(x), expected["square_logits"]) < 1e-4
-    x = golden.deterministic_images(2, 1, 224, 288)
-    assert relative_error(checkpoint.net.features(x), expected["wide_features"]) < 1e-4
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(checkpoint.net(x), net(x), rtol=0, atol=0)
 
 
-@needs_shared
 @pytest.mark.parametrize("depth", BLOCKS)
 def test_state_dict_has_the_official_names_and_shapes(depth: int) -> None:
     """Checkpoints work in both directions."""
-    shapes = json.loads((REFERENCE / "state_dict_shapes.json").read_text())[f"rednet{depth}"]
     with torch.device("meta"):
         state = create_rednet(f"rednet{depth}").state_dict()
-    assert {key: list(tensor.shape) for key, tensor in state.items()} == shapes
+    assert {key: list(tensor.shape) for key, tensor in state.items()} == official.shapes()[f"rednet{depth}"]
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(26, 9.23), (38, 12.39), (50, 15.54), (101, 25.65), (152, 33.98)])
