@@ -51,7 +51,7 @@ class Report:
 
     statuses: Counter[int] = field(default_factory=Counter)
     left: int = 0  # callers who did not wait
-    unanswered: int = 0  # who waited in vain
+    unanswered: list[str] = field(default_factory=list)  # why, and the heads of these requests
     without_retry_after: int = 0
     slowest_s: float = 0.0
     decoders_killed: int = 0
@@ -161,8 +161,8 @@ async def ask(address: tuple[str, int], request: Request, report: Report) -> Non
         status = int(head.split()[1])
         report.statuses[status] += 1
         report.without_retry_after += status in (429, 503) and b"retry-after:" not in head.lower()
-    except (OSError, EOFError, TimeoutError):
-        report.unanswered += 1
+    except (OSError, EOFError, TimeoutError) as error:
+        report.unanswered.append(f"{error!r} after {time.monotonic() - started:.1f} s: {request.head!r}")
     finally:
         report.slowest_s = max(report.slowest_s, time.monotonic() - started)
         writer.close()
