@@ -4,6 +4,8 @@ python -m benchmarks.overload PHOTOS [--checkpoint F] [--frontends N]
 
 First for half a minute. Then, after a pause, for ten seconds, in which each rejected request is retried once after its
 `Retry-After`. The first retries compete with the overload.
+
+"Offered" is the predicted device time of all requests, refused ones included: the signal to scale by.
 """
 
 import argparse
@@ -21,16 +23,33 @@ from rednet.service.system.cores import usable_cores
 CONNECTIONS, SECONDS, BURST_S = 16, 30.0, 10.0
 TIMES_CAPACITY = 3
 DEADLINE_MS = 1000
+OFFERED, BUSY = "rednet_offered_seconds_total", "rednet_device_busy_seconds_total"
 
 
-def gauges(url: str) -> dict[str, float]:
-    """Gauges that are zero on an idle server."""
-    wanted = ("rednet_queue_depth", "rednet_backlog_seconds")
-    lines = urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines()
-    return {line.split()[0]: float(line.split()[1]) for line in lines if line.split()[0] in wanted}
+def metrics(url: str, *wanted: str) -> dict[str, float]:
+    """The values of metrics by name, each summed over its labels."""
+    found = dict.fromkeys(wanted, 0.0)
+    for line in urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name in found:
+            found[name] += float(line.rpartition(" ")[2])
+    return found
 
 
-def row(what: str, answers: Sequence[Answer], seconds: float) -> dict[str, object]:
+class DeviceTime:
+    """The device time that is asked for and used per second, since the object was made."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._begins, self._before = url, time.monotonic(), metrics(url, OFFERED, BUSY)
+
+    def rates(self) -> tuple[float, float]:
+        """Seconds of device time per second: offered, and busy."""
+        now, elapsed = metrics(self._url, OFFERED, BUSY), time.monotonic() - self._begins
+        offered, busy = ((now[name] - self._before[name]) / elapsed for name in (OFFERED, BUSY))
+        return offered, busy
+
+
+def row(what: str, answers: Sequence[Answer], seconds: float, device: tuple[float, float]) -> dict[str, object]:
     accepted = sorted(answer.took_s for answer in answers if answer.status == 200)
     refused = [answer for answer in answers if answer.status == 429]
     return {
@@ -42,6 +61,8 @@ def row(what: str, answers: Sequence[Answer], seconds: float) -> dict[str, objec
         "429": len(refused),
         "of them without Retry-After": sum(answer.retry_after_s is None for answer in refused),
         "other": len(answers) - len(accepted) - len(refused),
+        "offered device s/s": device[0],
+        "busy device s/s": device[1],
     }
 
 
@@ -57,19 +78,25 @@ def main() -> None:
         url = f"{base}/v1/predict"
         post_when_ready(url, photos[0])
         closed_loop(Load(url, photos), CONNECTIONS, 3)
+        device = DeviceTime(base)
         calm = closed_loop(Load(url, photos), CONNECTIONS, SECONDS / 2)
+        calm_device = device.rates()
         capacity = len(calm) / (SECONDS / 2)
         offered = TIMES_CAPACITY * capacity
+        device = DeviceTime(base)
         flood = open_loop(Load(url, photos, DEADLINE_MS), offered, SECONDS)
+        flood_device = device.rates()
         time.sleep(30)
+        device = DeviceTime(base)
         burst = open_loop(Load(url, photos, DEADLINE_MS, retry=True), offered, BURST_S)
+        burst_device = device.rates()
         time.sleep(0.5)
         rows = [
-            row("closed loop", calm, SECONDS / 2),
-            row(f"open loop, {TIMES_CAPACITY} times that", flood, SECONDS),
-            row("the same, with retries", burst, BURST_S),
+            row("closed loop", calm, SECONDS / 2, calm_device),
+            row(f"open loop, {TIMES_CAPACITY} times that", flood, SECONDS, flood_device),
+            row("the same, with retries", burst, BURST_S, burst_device),
         ]
-        after = gauges(base)
+        after = metrics(base, "rednet_queue_depth", "rednet_backlog_seconds")  # zero on an idle server
     good = sum(answer.status == 200 for answer in flood) / SECONDS / capacity
     retried = sum(answer.status == 200 for answer in burst.retries) / len(burst.retries)
     # The sender takes CPU time from the server, and more of it during the overload. That is not the server's loss.
