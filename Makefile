@@ -57,7 +57,7 @@ chaos soak reloads faults: .venv/test
 fuzz: .venv/test
 	$(BIN)/pip install --quiet atheris==3.0.0
 	mkdir -p build/fuzz
-	$(foreach run,decode:1200 infer:200 grpc:200 uploads:200,(cd build/fuzz && PYTHONPATH=../.. ../../$(BIN)/python -m tests.fuzz \
+	$(foreach run,decode:1200 infer:200 grpc:200 uploads:100 embeddings:100,(cd build/fuzz && PYTHONPATH=../.. ../../$(BIN)/python -m tests.fuzz \
 	    $(word 1,$(subst :, ,$(run))) -max_total_time=$(word 2,$(subst :, ,$(run)))) &&) true
 
 clean:

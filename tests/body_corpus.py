@@ -4,14 +4,16 @@ import base64
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from rednet.service.parsing.bodies import BodyFormat
 from tests.conftest import encoded, photo
 
-PREDICT, FEATURES, EXPLAIN, INFER = "/v1/predict", "/v1/features", "/v1/explain", "/v2/models/fake/infer"
+PREDICT, FEATURES, EXPLAIN, EMBEDDINGS = "/v1/predict", "/v1/features", "/v1/explain", "/v1/embeddings"
+INFER = "/v2/models/fake/infer"
+PROTOCOLS: Mapping[str, Literal["v2", "embeddings"]] = {INFER: "v2", EMBEDDINGS: "embeddings"}  # of others: v1
 JSON, FORM = "application/json", "multipart/form-data; boundary=frontier"
 NOISE = np.random.default_rng(0).bytes(1_000_000)
 PART = b'--frontier\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\n'
@@ -32,7 +34,7 @@ class Sent(NamedTuple):
     def format(self) -> BodyFormat:
         """What its headers say about the body."""
         length = self.headers.get("Inference-Header-Content-Length")
-        return BodyFormat("v2" if self.path == INFER else "v1", self.headers.get("Content-Type", ""), length)
+        return BodyFormat(PROTOCOLS.get(self.path, "v1"), self.headers.get("Content-Type", ""), length)
 
     def raw(self) -> Iterator[bytes]:
         """The bytes of the request, in pieces."""
@@ -85,6 +87,12 @@ def json_bodies(size: int) -> Iterator[tuple[str, bytes]]:
     yield "a data URL", filled(b'{"images": ["data:image/png;base64,', b"AAAA", b'"]}', size)
     text = base64.b64encode(noise(size * 3 // 4 // 256 - 16)).decode()
     yield "256 strings", json.dumps({"images": [text] * 256}).encode()
+
+
+def embeddings_bodies(size: int) -> Iterator[tuple[str, bytes]]:
+    """The same bodies with the names of embeddings; what else they hold is an unknown field."""
+    for name, body in json_bodies(size):
+        yield name, body.replace(b'"images"', b'"model": "fake", "input"', 1)
 
 
 def forms(size: int) -> Iterator[tuple[str, bytes]]:
@@ -191,6 +199,11 @@ def many_photos() -> Iterator[Sent]:
     yield Sent("many: features", FEATURES, as_json, body)
     yield Sent("many: features as an array", FEATURES, npy, body)
     yield Sent("many: explained", EXPLAIN, as_json | {"Accept": JSON}, body)
+    images = {"model": "fake", "input": [text] * 256}
+    yield Sent("many: embeddings", EMBEDDINGS, as_json, json.dumps(images).encode())
+    yield Sent(
+        "many: embeddings as base64", EMBEDDINGS, as_json, json.dumps(images | {"encoding_format": "base64"}).encode()
+    )
     tensor = {"name": "image", "datatype": "BYTES", "shape": [256], "data": [text] * 256}
     yield Sent("many: infer", INFER, as_json, json.dumps({"inputs": [tensor]}).encode())
 
@@ -202,6 +215,10 @@ def corpus(size: int, head_size: int = 60_000) -> dict[str, Iterator[Sent]]:
         "raw": raw_images(size),
         "many": many_photos(),
         "json": (Sent(f"json: {name}", PREDICT, {"Content-Type": JSON}, body) for name, body in json_bodies(size)),
+        "embeddings": (
+            Sent(f"embeddings: {name}", EMBEDDINGS, {"Content-Type": JSON}, body)
+            for name, body in embeddings_bodies(size)
+        ),
         "form": (Sent(f"form: {name}", PREDICT, {"Content-Type": FORM}, body) for name, body in forms(size)),
         "infer": (Sent(f"infer: {name}", INFER, {"Content-Type": JSON}, body) for name, body in infer_json(size)),
         "binary": (Sent(f"infer: {name}", INFER, fields, body) for name, fields, body in infer_binary(size)),

@@ -1,6 +1,8 @@
 """Coverage-guided fuzzing of all that meets hostile bytes: the image decoders and the parsers of bodies.
 
-python -m tests.fuzz {decode,infer,grpc,uploads} -max_total_time=600 [options of libFuzzer]  # `make fuzz`: half an hour
+python -m tests.fuzz {decode,infer,grpc,uploads,embeddings} -max_total_time=600 [options of libFuzzer]
+
+`make fuzz` runs all of them, for half an hour.
 
 Anything but a named error for the caller is a finding, and so is an input that takes two seconds or grows memory by a
 gigabyte. Findings are written to files named crash-* in the working directory.
@@ -25,6 +27,7 @@ with atheris.instrument_imports(include=["PIL", "rednet"]):
     from rednet.service.errors import ServiceError
     from rednet.service.grpc.infer_messages import ModelInferRequest, parse_request
     from rednet.service.parsing.bodies import BodyLimits
+    from rednet.service.parsing.embeddings import parse_embeddings
     from rednet.service.parsing.oip import parse_infer
     from rednet.service.parsing.uploads import parse_uploads
 
@@ -58,6 +61,10 @@ def uploads(data: bytes) -> None:
     assert 1 <= len(parse_uploads(kind, data[1:], 4).images) <= 4
 
 
+def embeddings(data: bytes) -> None:
+    assert 1 <= len(parse_embeddings(data, 4).images) <= 4
+
+
 def seeds(target: Callable[[bytes], None]) -> list[bytes]:
     """Inputs that are right, to begin with."""
     photos = [encoded(photo(index, 60, 50), file_format) for index, file_format in enumerate(FORMATS)]
@@ -66,6 +73,8 @@ def seeds(target: Callable[[bytes], None]) -> list[bytes]:
     if target is uploads:
         form = b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\nphoto\r\n--x--\r\n'
         return [b"\0" + form, b'\1{"images": ["AAAA", "data:image/png;base64,AAAA"]}', b"\2photo"]
+    if target is embeddings:
+        return [b'{"model": "fake", "input": ["data:image/png;base64,AAAA"], "encoding_format": "base64"}']
     tail = struct.pack("<I", 5) + b"photo"
     if target is grpc:
         named: dict[str, Any] = {"model_name": "fake", "id": "1", "outputs": [{"name": "logits"}]}
@@ -87,7 +96,9 @@ def seeds(target: Callable[[bytes], None]) -> list[bytes]:
 
 
 def main() -> None:
-    target = {"decode": decode, "infer": infer, "grpc": grpc, "uploads": uploads}[sys.argv.pop(1)]
+    target = {"decode": decode, "infer": infer, "grpc": grpc, "uploads": uploads, "embeddings": embeddings}[
+        sys.argv.pop(1)
+    ]
 
     def run(data: bytes) -> None:
         started = time.process_time()  # a busy machine is no finding

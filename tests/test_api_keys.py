@@ -181,6 +181,7 @@ def test_openapi_describes_which_endpoints_need_a_key(running: ServerThread) -> 
 
     paths = guarded(running.client)
     assert {PREDICT, "/v1/features", "/v1/explain", "/v1/model", "/v2", "/v2/models/{name}/infer"} <= paths
+    assert {"/v1/embeddings"} <= paths
     assert not paths & {*OPEN, "/metrics"}
     with ServerThread(FakeRunner()) as without:
         assert not guarded(without.client)

@@ -11,7 +11,7 @@ from rednet.service.api_keys import KeyFile
 from rednet.service.http.error_responses import add_error_handlers
 from rednet.service.http.image_requests import ImageRequests
 from rednet.service.http.middleware import AllowedHostsMiddleware, RequestContextMiddleware
-from rednet.service.http.routes import docs, explain, health, page, v1, v2
+from rednet.service.http.routes import docs, embeddings, explain, health, page, v1, v2
 from rednet.service.http.routes.context import Context, require_key
 from rednet.service.http.routes.direct import DirectRoutesMiddleware
 from rednet.service.parsing.memory_budget import MemoryBudget
@@ -69,6 +69,7 @@ def create_app(
     app.include_router(v1.direct, dependencies=guard)
     app.include_router(v1.router, dependencies=guard)
     app.include_router(explain.router, dependencies=guard)
+    app.include_router(embeddings.router, dependencies=guard)
     app.include_router(v2.router, dependencies=guard)
     app.include_router(health.router)
     app.include_router(health.metrics_router, dependencies=guard if settings.metrics_access == "key" else [])

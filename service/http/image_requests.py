@@ -1,14 +1,14 @@
 """Requests that carry images: reads the body while the client is connected, and has the images answered."""
 
 import asyncio
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
 
 from rednet.service.errors import DeadlineExceeded, MalformedRequest
 from rednet.service.observability import log
-from rednet.service.parsing.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits, EmbeddingOptions, InferOptions, ParsedBody
 from rednet.service.parsing.body_file import BodyFile
 from rednet.service.parsing.body_reader import BodyReader
 from rednet.service.parsing.memory_budget import MemoryBudget
@@ -29,11 +29,13 @@ class Answers(NamedTuple):
     Attributes:
         images: in order.
         infer: what else an infer request asks for; None for others.
+        embeddings: what else an embeddings request asks for; None for others.
         ignored: the names of those parts of a form that are not images.
     """
 
     images: Sequence[Answer]
     infer: InferOptions | None
+    embeddings: EmbeddingOptions | None
     ignored: Sequence[str]
 
 
@@ -55,7 +57,12 @@ class ImageRequests:
         self._limits = BodyLimits.of(pipeline.client.max_images, pipeline.model.preprocess)
 
     async def answer(
-        self, request: Request, body_format: BodyFormat, explain: ExplainSpec | None = None, draw: bool = False
+        self,
+        request: Request,
+        body_format: BodyFormat,
+        explain: ExplainSpec | None = None,
+        draw: bool = False,
+        check: Callable[[ParsedBody], None] | None = None,
     ) -> Answers:
         """Answer every image of a request.
 
@@ -64,6 +71,7 @@ class ImageRequests:
             body_format: how to parse the body.
             explain: the map to compute for each image.
             draw: draw the map over the image; the request must then hold one image.
+            check: called with the parsed body, before time is spent on its images; may raise a `ServiceError`.
 
         Raises:
             ServiceError: the request as a whole is refused.
@@ -77,13 +85,15 @@ class ImageRequests:
             async with body as read, _WhileConnected(request):
                 parsed = await self._parse(body_format, read, admitted.ends)
                 log.note(images=len(parsed.images))
+                if check:
+                    check(parsed)
                 if draw and len(parsed.images) > 1:
                     raise MalformedRequest(
                         f"a picture explains one image, not {len(parsed.images)}; for several, Accept: application/json"
                     )
                 endpoint: str = request.scope["route"].path
                 answers = await self._pipeline.run(admitted, parsed.images, endpoint, explain, draw)
-        return Answers(answers, parsed.infer, parsed.ignored)
+        return Answers(answers, parsed.infer, parsed.embeddings, parsed.ignored)
 
     def has_short_deadline(self, headers: Mapping[bytes, bytes]) -> bool:
         """Whether the client gave a request less time than the server would have."""

@@ -1,8 +1,8 @@
 """The schemas of requests and responses in the OpenAPI document."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 Responses = dict[int | str, dict[str, Any]]  # FastAPI's description of the responses of an endpoint, by status
 
@@ -49,6 +49,40 @@ class PredictBody(ResponseBody):
 class FeaturesBody(ResponseBody):
     dimension: int
     features: list[list[float] | ErrorBody] = Field(description="one entry per image, in order")
+
+
+class EmbeddingsRequestBody(BaseModel):
+    """The request of OpenAI's embeddings, with images for texts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="name of the model in `/v1/model`; another one is refused")
+    input: str | list[str] = Field(description="one encoded image or a list of them, as data URLs or as base64")
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="`base64`: each vector as base64 of little-endian float32"
+    )
+    dimensions: int | None = Field(None, description="accepted only if it is the length of the model's vectors")
+    user: str | None = Field(None, description="ignored")
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int = Field(description="of the image in `input`")
+    embedding: list[float] | str = Field(description="the feature vector, as `/v1/features` returns it")
+
+
+class Usage(BaseModel):
+    """Always zero: images have no tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsBody(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding] = Field(description="one entry per image, in order")
+    model: str
+    usage: Usage
 
 
 class ExplainedClass(ClassScore):
@@ -110,6 +144,20 @@ def described_images() -> dict[str, Any]:
             },
         }
     }
+
+
+def described_embeddings() -> dict[str, Any]:
+    """The request body of embeddings, with an example."""
+    example = {"model": "rednet26-imagenette", "input": ["data:image/jpeg;base64,<base64 of a photo>"]}
+    described = described_json(EmbeddingsRequestBody)
+    described["requestBody"]["required"] = True
+    described["requestBody"]["content"]["application/json"]["example"] = example
+    return described
+
+
+def described_json(body: type[BaseModel]) -> dict[str, Any]:
+    """An optional request body in JSON."""
+    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 
 class InferErrorBody(BaseModel):

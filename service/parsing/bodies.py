@@ -17,12 +17,13 @@ class BodyFormat:
     """How to parse a body. Strings and None only, as it is sent as JSON.
 
     Attributes:
-        protocol: "v1": an image, a form or JSON, depending on `content_type`; "v2": an infer request.
+        protocol: "v1": an image, a form or JSON, depending on `content_type`; "v2": an infer request; "embeddings": a
+            request in OpenAI's format.
         content_type: the `Content-Type` header.
         header_length: the `Inference-Header-Content-Length` header, for "v2" only.
     """
 
-    protocol: Literal["v1", "v2"]
+    protocol: Literal["v1", "v2", "embeddings"]
     content_type: str = ""
     header_length: str | None = None
 
@@ -66,15 +67,32 @@ class InferOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingOptions:
+    """The options of an embeddings request. JSON values only, as it is sent as JSON.
+
+    Attributes:
+        model: the name of the requested model.
+        as_base64: whether vectors are requested as base64 rather than as lists of numbers.
+        dimensions: the requested length of the vectors; None: the model's.
+    """
+
+    model: str
+    as_base64: bool
+    dimensions: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedBody:
     """The contents of a body.
 
     Attributes:
         images: at least one, in order. A memoryview may refer to a part of the body.
         infer: the options of an infer request; None for other requests.
+        embeddings: the options of an embeddings request; None for other requests.
         ignored: names of the form parts that are not images.
     """
 
     images: Sequence[Upload]
     infer: InferOptions | None = None
+    embeddings: EmbeddingOptions | None = None
     ignored: Sequence[str] = field(default_factory=list)

@@ -7,6 +7,7 @@ import numpy as np
 from rednet.service.errors import MalformedRequest
 from rednet.service.parsing import uploads
 from rednet.service.parsing.bodies import BodyFormat, BodyLimits, ParsedBody
+from rednet.service.parsing.embeddings import parse_embeddings
 from rednet.service.parsing.oip import parse_infer
 from rednet.service.types import Floats, Upload
 
@@ -50,6 +51,8 @@ def parse_body(body_format: BodyFormat, body: bytes, limits: BodyLimits) -> Pars
     """
     if body_format.protocol == "v1":
         return uploads.parse_uploads(body_format.content_type, body, limits.max_images)
+    if body_format.protocol == "embeddings":
+        return parse_embeddings(body, limits.max_images)
     return with_checked_pixels(parse_infer(body_format.header_length, body, limits.max_images), limits)
 
 

@@ -1,10 +1,11 @@
-"""Parses the JSON of a request at a bounded cost."""
+"""Parses the JSON of a request at a bounded cost, and words what is wrong with it."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
 from rednet.service.errors import MalformedRequest
 
@@ -37,6 +38,12 @@ def load_json(text: bytes, unique: Sequence[bytes] = ()) -> Any:
         if text.find(name, first + 1) > first:  # rare: one of the two may be a value, or in a nested object
             _check_unique(text, name)
     return value
+
+
+def first_error(error: ValidationError) -> str:
+    """The location and the message of the first validation error."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
 
 
 def _to_utf8(text: bytes, encoding: str) -> bytes:

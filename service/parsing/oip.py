@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rednet.service.errors import MalformedRequest
 from rednet.service.parsing.base64_text import decode_base64
 from rednet.service.parsing.bodies import InferOptions, ParsedBody
-from rednet.service.parsing.json_text import load_json
+from rednet.service.parsing.json_text import first_error, load_json
 from rednet.service.parsing.multipart import too_many
 from rednet.service.parsing.oip_schemas import InferBody, InferInput, InputParameters, OutputParameters
 from rednet.service.types import Floats, Upload
@@ -52,7 +52,7 @@ def check_infer(request: object) -> InferBody:
         request: JSON, or a gRPC message in the form of that JSON.
 
     Raises:
-        MalformedRequest: it does not follow the protocol.
+        MalformedRequest: it does not follow the protocol, or its input is in shared memory.
     """
     try:
         checked = InferBody.model_validate(request)
@@ -61,6 +61,8 @@ def check_infer(request: object) -> InferBody:
     for name in checked.parameters.model_dump() if checked.parameters else ():
         if name.startswith("triton_"):
             raise MalformedRequest(f"parameters: {name[:100]!r} is reserved: names must not begin with 'triton_'")
+    for tensor in checked.inputs:
+        _refuse_shared_memory(f"input {tensor.name!r}", tensor.parameters or InputParameters())
     return checked
 
 
@@ -88,12 +90,6 @@ def infer_options(request: InferBody) -> InferOptions:
 def _refuse_shared_memory(what: str, parameters: InputParameters | OutputParameters) -> None:
     if any(name.startswith("shared_memory_") and value is not None for name, value in parameters):
         raise MalformedRequest(f"{what}: shared memory is not supported; use data or binary data")
-
-
-def first_error(error: ValidationError) -> str:
-    """The location and the message of the first validation error."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
 
 
 def highest_values(row: Floats, labels: Sequence[str], count: int) -> list[str]:
@@ -183,7 +179,6 @@ def read_images(
         raise MalformedRequest("the request holds no image")
     if tensor.shape[0] > max_images:
         raise too_many(max_images)
-    _refuse_shared_memory(f"input {tensor.name!r}", tensor.parameters or InputParameters())
     return _photos(tensor, binary) if tensor.name == "image" else list(_pixels(tensor, binary))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from rednet.service.errors import Draining, Internal, MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
-from rednet.service.parsing.bodies import BodyFormat, BodyLimits, InferOptions, ParsedBody
+from rednet.service.parsing.bodies import BodyFormat, BodyLimits, EmbeddingOptions, InferOptions, ParsedBody
 from rednet.service.parsing.body_file import BodyFile
 from rednet.service.parsing.body_parser import is_image, is_quick, may_be_image, parse_body
 from rednet.service.parsing.content_sniffing import HEAD_BYTES
@@ -216,8 +216,12 @@ def _parsed(body: BodyFile, reply: dict[str, Any]) -> ParsedBody:
     if error := reply.get("error"):
         code, message = error
         raise ERRORS[code](message)
-    infer = reply["infer"] and InferOptions(**reply["infer"])
-    return ParsedBody(**reply | {"images": [_upload(body, image) for image in reply["images"]], "infer": infer})
+    return ParsedBody(
+        images=[_upload(body, image) for image in reply["images"]],
+        infer=reply["infer"] and InferOptions(**reply["infer"]),
+        embeddings=reply["embeddings"] and EmbeddingOptions(**reply["embeddings"]),
+        ignored=reply["ignored"],
+    )
 
 
 def _upload(body: BodyFile, image: str | tuple[int, int, list[int] | None]) -> Upload:

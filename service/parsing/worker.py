@@ -23,7 +23,7 @@ import struct
 import sys
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from math import ceil
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,7 +80,7 @@ def _stored(fd: int, behind: int, parsed: ParsedBody) -> dict[str, Any]:
         end = start + _write(fd, image, start)
         images.append([start, end - start, image.shape if isinstance(image, np.ndarray) else None])
     others = {each.name: getattr(parsed, each.name) for each in fields(parsed)}
-    return others | {"images": images, "infer": parsed.infer and asdict(parsed.infer)}
+    return others | {"images": images}  # orjson encodes dataclasses
 
 
 def _write(fd: int, image: Upload, start: int) -> int:

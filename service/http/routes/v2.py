@@ -90,7 +90,8 @@ async def infer(request: Request) -> Response:
     """
     server = context(request)
     header_length = request.headers.get(HEADER_LENGTH)
-    answers, asked, _ = await server.image_requests.answer(request, BodyFormat("v2", header_length=header_length))
+    found = await server.image_requests.answer(request, BodyFormat("v2", header_length=header_length))
+    answers, asked = found.images, found.infer
     assert asked, "this is a bug: an infer request was parsed as something else"
     started = time.monotonic()
     model = server.pipeline.model
