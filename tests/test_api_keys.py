@@ -15,6 +15,7 @@ from tests.servers import REDNET, FakeRunner, ServerThread, wait_until
 
 ONE, OTHER = "one-key-0123456789", "another/key=+0123456789"
 GUARDED = ["/v1/model", "/v2", "/v2/models/fake", "/v2/models/fake/ready", "/v2/models/fake/versions/1"]
+GUARDED += ["/v2/models/fake/config", "/v2/models/stats"]
 OPEN = ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"]
 
 
@@ -181,7 +182,7 @@ def test_openapi_describes_which_endpoints_need_a_key(running: ServerThread) -> 
 
     paths = guarded(running.client)
     assert {PREDICT, "/v1/features", "/v1/explain", "/v1/model", "/v2", "/v2/models/{name}/infer"} <= paths
-    assert {"/v1/embeddings"} <= paths
+    assert {"/v1/embeddings", "/v2/repository/index"} <= paths
     assert not paths & {*OPEN, "/metrics"}
     with ServerThread(FakeRunner()) as without:
         assert not guarded(without.client)

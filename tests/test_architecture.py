@@ -37,11 +37,12 @@ SERVICE = {
     "reloading": "api_keys observability pipeline system types",
     "server_timing": "observability pipeline types",
     "open_inference": "errors event_loop model_description parsing pipeline scores types",
+    "triton_extensions": "open_inference pipeline types",
     "network": "engine model_description settings system types model model.inference",
     "build": "decoding engine network observability pipeline settings system types",
     "memory_check": "decoding engine system model.io",
     "http": "api_keys errors event_loop model_description observability open_inference parsing pipeline reloading "
-    "scores server_timing settings statuses system types",
+    "scores server_timing settings statuses system triton_extensions types",
     "grpc": "api_keys errors model_description observability open_inference parsing reloading server_timing settings "
     "statuses types",
     "main": "api_keys build decoding engine grpc http memory_check network observability pipeline reloading settings "

@@ -77,7 +77,7 @@ def test_triton_client_reads_health_and_metadata(client: Any) -> None:
     assert not client.is_model_ready("large")
     server = client.get_server_metadata()
     assert server["name"] == "rednet-serve"
-    assert server["extensions"] == ["binary_tensor_data", "classification", "parameters"]
+    assert {"binary_tensor_data", "classification", "parameters"} <= {*server["extensions"]}
     metadata = client.get_model_metadata("tiny")
     assert metadata == client.get_model_metadata("tiny", "1")
     assert metadata["versions"] == ["1"]

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rednet.service.triton_extensions import ModelStatistics
+
 Responses = dict[int | str, dict[str, Any]]  # FastAPI's description of the responses of an endpoint, by status
 
 
@@ -201,6 +203,16 @@ class ModelMetadataBody(BaseModel):
     platform: str
     inputs: list[TensorBody] = Field(description="a request has exactly one of them")
     outputs: list[TensorBody] = Field(description="all are returned unless the request selects some")
+
+
+class StatisticsBody(BaseModel):
+    model_stats: list[ModelStatistics] = Field(description="one entry, as there is one model")
+
+
+class RepositoryIndexRequestBody(BaseModel):
+    """A body is not required."""
+
+    ready: bool = Field(False, strict=True, description="list only models that take requests")
 
 
 class OutputTensorBody(TensorBody):

@@ -18,6 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from rednet.service.model_description import ModelBody
 from rednet.service.observability.server_processes import ServerProcessCollector
@@ -147,6 +148,10 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def samples(self) -> Iterable[Sample]:
+        """All values that a scrape shows."""
+        return (sample for metric in self.registry.collect() for sample in metric.samples)
 
     def _counter(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Register a counter whose value is read on every scrape."""

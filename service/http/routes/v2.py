@@ -1,16 +1,19 @@
 """The Open Inference Protocol, version 2, as spoken by KServe, Triton and their clients.
 
-https://github.com/kserve/open-inference-protocol, with Triton's binary tensor data extension.
+https://github.com/kserve/open-inference-protocol, with some of Triton's extensions.
 """
 
 import time
+from collections.abc import Sequence
 from itertools import chain
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import ValidationError
 
-from rednet.service import open_inference
+from rednet.service import open_inference, triton_extensions
+from rednet.service.errors import MalformedRequest, PayloadTooLarge
 from rednet.service.event_loop import in_turns
 from rednet.service.http.routes.context import context
 from rednet.service.http.routes.parameters import StrictRoute
@@ -20,16 +23,21 @@ from rednet.service.http.schemas import (
     InferErrorBody,
     ModelMetadataBody,
     ModelReadyBody,
+    RepositoryIndexRequestBody,
     Responses,
     ServerBody,
+    StatisticsBody,
     TensorBody,
     described_errors,
     described_infer,
+    described_json,
 )
 from rednet.service.parsing.bodies import BodyFormat
+from rednet.service.parsing.json_text import first_error, load_json
 from rednet.service.parsing.oip import HEADER_LENGTH, encode_infer
 from rednet.service.types import State
 
+MAX_SMALL_BYTES = 1_000  # of a body without images
 NO_MODEL: Responses = {404: {"model": InferErrorBody, "description": "not_found: no such model or version"}}
 
 
@@ -54,8 +62,58 @@ async def server_metadata() -> ServerBody:
     return ServerBody(
         name=open_inference.SERVER,
         version=open_inference.server_version(),
-        extensions=["binary_tensor_data", *open_inference.EXTENSIONS],
+        extensions=["binary_tensor_data", *open_inference.EXTENSIONS, *triton_extensions.EXTENSIONS],
     )
+
+
+@router.get("/v2/models/stats")
+async def statistics(request: Request) -> StatisticsBody:
+    """Describe what has been counted since the start of the server, as Triton's statistics extension does.
+
+    The counts are those of `/metrics`, and of all processes of the server. They have no batches by size, and no time of
+    the last request.
+    """
+    return StatisticsBody(model_stats=[triton_extensions.model_statistics(context(request).pipeline)])
+
+
+@router.post(
+    "/v2/repository/index",
+    responses={status: described_errors(InferErrorBody)[status] for status in (400, 413)},
+    openapi_extra=described_json(RepositoryIndexRequestBody),
+)
+async def repository_index(request: Request) -> Sequence[triton_extensions.IndexEntry]:
+    """List the models: the one that is served, and its state."""
+    asked = await _index_request(request)
+    return triton_extensions.repository_index(context(request).pipeline, asked.ready)
+
+
+async def _index_request(request: Request) -> RepositoryIndexRequestBody:
+    """The body of a request for the index, which may be empty."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_SMALL_BYTES:
+            raise PayloadTooLarge(f"the body has more than {MAX_SMALL_BYTES} bytes")
+    try:
+        return RepositoryIndexRequestBody.model_validate(load_json(body) if body else {})
+    except ValidationError as error:
+        raise MalformedRequest(first_error(error)) from None
+
+
+async def no_shared_memory() -> None:
+    raise MalformedRequest("shared memory is not supported; use data or binary data")
+
+
+async def no_loading() -> None:
+    raise MalformedRequest("models cannot be loaded or unloaded; the server loads its checkpoint again after SIGHUP")
+
+
+for memory in ("systemsharedmemory", "cudasharedmemory"):
+    for path in (f"/v2/{memory}", f"/v2/{memory}/{{rest:path}}"):
+        router.add_api_route(path, no_shared_memory, methods=["GET", "POST"], include_in_schema=False)
+for action in ("load", "unload"):
+    path = f"/v2/repository/models/{{name}}/{action}"
+    router.add_api_route(path, no_loading, methods=["POST"], include_in_schema=False)
 
 
 async def metadata(request: Request) -> ModelMetadataBody:
@@ -68,6 +126,11 @@ async def metadata(request: Request) -> ModelMetadataBody:
         inputs=[TensorBody(**each._asdict()) for each in open_inference.inputs(model)],
         outputs=[TensorBody(**each._asdict()) for each in open_inference.outputs(model)],
     )
+
+
+async def config(request: Request) -> triton_extensions.ModelConfig:
+    """Describe the model as Triton's model configuration does."""
+    return triton_extensions.model_config(context(request).pipeline)
 
 
 async def ready(request: Request, response: Response) -> ModelReadyBody:
@@ -114,6 +177,8 @@ for path, checks in (
     # The router's own prefix: metrics are labelled with route paths, which do not include a prefix that is added later.
     models = APIRouter(prefix=path, dependencies=checks, responses=NO_MODEL, route_class=StrictRoute)
     models.add_api_route("", metadata)
+    models.add_api_route("/config", config)
+    models.add_api_route("/stats", statistics)
     # A probe may carry a query parameter against caches.
     models.add_api_route("/ready", ready, responses={503: {"model": ModelReadyBody}}, route_class_override=APIRoute)
     models.add_api_route(
