@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test lint format proto sanitize benchmarks chaos soak reloads faults fuzz clean
+.PHONY: serve test lint format proto sanitize benchmarks docs chaos soak reloads faults fuzz clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -47,6 +47,10 @@ sanitize-%: tests/native/check.c $(NATIVE)
 benchmarks: .venv/benchmarks
 	$(foreach name,network int8 involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
 
+# The documentation as a site, in build/site. A warning is an error: a link to nowhere, a page that is not in the menu.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 # 10,000 requests, good and bad, from callers of whom many leave: some minutes. And an hour of them: memory must not grow.
 # Sixty reloads under load take some minutes, too.
 # Faults: processes killed, checkpoints loaded again and servers stopped under load, 20 times each: half an hour.
@@ -76,4 +80,8 @@ clean:
 
 .venv/benchmarks: .venv/serve benchmarks/requirements.txt
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
+	touch $@
+
+.venv/docs: .venv/serve docs/requirements.txt
+	$(BIN)/pip install --quiet -r docs/requirements.txt
 	touch $@

@@ -1,4 +1,4 @@
-"""`docs/image-formats.md`, checked against the code that reads images."""
+"""`docs/reference/image-formats.md`, checked against the code that reads images."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rednet.model.images.signatures import BRANDS, PREFIXES, TEXT
 from rednet.model.images.tiff import COMPRESSION_NAMES
 from tests.conftest import encoded, photo
 
-DOCS = (Path(__file__).parent.parent / "docs" / "image-formats.md").read_text()
+DOCS = (Path(__file__).parent.parent / "docs/reference/image-formats.md").read_text()
 NAMES = {name for _, name in (*PREFIXES, *TEXT)} | set(BRANDS.values()) | {"MP4 video"}
 
 

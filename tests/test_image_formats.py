@@ -1,5 +1,5 @@
 """Variants of image formats: each decodes to the reference pixels, or raises an error that names the variant. See
-`docs/image-formats.md`."""
+`docs/reference/image-formats.md`."""
 
 import io
 import itertools

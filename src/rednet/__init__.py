@@ -1,6 +1,6 @@
 """RedNet and involution (Li et al., CVPR 2021): `rednet.model`, the network; `rednet.service`, the server.
 
-In the repository the two are symbolic links to the folders at the top level; see docs/architecture.md.
+In the repository the two are symbolic links to the folders at the top level; see docs/explanation/architecture.md.
 
 Names are imported on first use, so that `import rednet` and the processes that decode images do not load PyTorch.
 
