@@ -53,6 +53,7 @@ SERVICE = {
     "settings system types model model.inference model.io model.training",
 }
 TABLES = {"model": MODEL, "service": SERVICE}
+PAGE = ROOT / "docs/explanation/architecture.md"
 
 
 def allowed(folder: str, package: str) -> set[str]:
@@ -78,12 +79,12 @@ def test_no_import_points_back_up(folder: str) -> None:
 
 def test_the_picture_in_the_docs_shows_the_packages() -> None:
     """`python -m tests.architecture --picture` prints what to put there."""
-    assert f"```mermaid\n{picture()}\n```" in (ROOT / "docs/explanation/architecture.md").read_text(encoding="utf-8")
+    assert f"```mermaid\n{picture()}\n```" in PAGE.read_text(encoding="utf-8")
 
 
 def test_files_named_in_the_docs_exist() -> None:
     """Paths are below the repository's root, or below `service/`."""
-    named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md)|(?:\w+/)+)`", (ROOT / "docs/explanation/architecture.md").read_text()))
+    named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md)|(?:\w+/)+)`", PAGE.read_text(encoding="utf-8")))
     assert len(named) > 40
     assert not [name for name in named if not any((ROOT / folder / name).exists() for folder in ("", "service"))]
 
