@@ -5,13 +5,17 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test lint format proto sanitize benchmarks docs chaos soak reloads faults fuzz clean
+.PHONY: serve test test-slow lint format proto sanitize benchmarks docs chaos soak reloads faults fuzz clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+# What `make test` leaves out: servers that are killed, reloaded and stopped under load, whole training runs, compilers.
+test-slow: .venv/test
+	$(BIN)/pytest -m slow
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -67,3 +67,8 @@ def server(tiny_path: Path) -> Iterator[ServerProcess]:
     """A real `rednet serve` with the tiny checkpoint, shared by all tests that leave it as it was."""
     with ServerProcess("--checkpoint", tiny_path) as running:
         yield running
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if (left_out := len(terminalreporter.stats.get("deselected", []))) and config.option.markexpr == "not slow":
+        terminalreporter.write_line(f"{left_out} slow tests were left out; `make test-slow` runs them")

@@ -8,6 +8,8 @@ from tests import chaos
 from tests.servers import ServerProcess
 from tests.soak import soak
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("front_ends", [1, 2])
 def test_server_recovers_from_chaos(tiny_path: Path, front_ends: int) -> None:

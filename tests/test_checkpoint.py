@@ -59,6 +59,7 @@ def test_saved_checkpoint_loads_unchanged(tiny: Checkpoint, tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
+@pytest.mark.slow
 def test_safetensors_with_any_header_length_is_recognised(tiny: Checkpoint, tmp_path: Path) -> None:
     """A safetensors file begins with the length of its header, and some lengths look like the start of a pickle."""
     for padding in range(0, 256, 4):

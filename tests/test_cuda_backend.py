@@ -14,6 +14,8 @@ from rednet.model.inference.cuda.conv_fallback import ConvFallback
 from tests.fake_cuda import fake_cuda
 from tests.test_preparation import assert_close, photos
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="no Triton here")
 
 SQUARE = Preprocess(resize=72, crop=64)

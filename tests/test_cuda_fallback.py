@@ -15,7 +15,7 @@ from tests.servers import ServerProcess
 from tests.shared import needs_native
 
 pytest.importorskip("triton", reason="no Triton here")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")]
 
 ON_FAKE_GPU = "from tests.fake_cuda import main; main()"
 NOEXEC = 'mount -t tmpfs -o noexec tmpfs "$0" && exec "$@"'

@@ -12,6 +12,8 @@ from rednet.model.images.preprocess import Preprocess
 from tests.conftest import lively
 from tests.test_preparation import assert_close, photos
 
+pytestmark = pytest.mark.slow
+
 fused = pytest.importorskip("rednet.model.inference.cuda.network", reason="no Triton here", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,6 +22,8 @@ from rednet.model.inference.self_check import (
 from tests.fake_cuda import CUDAGraph, fake_cuda, is_capturing
 from tests.test_preparation import assert_close, photos
 
+pytestmark = pytest.mark.slow
+
 triton_ops = pytest.importorskip("rednet.model.ops.triton_ops", reason="no Triton here", exc_type=ImportError)
 
 TINY, SMALL = Preprocess(resize=72, crop=64), Preprocess(resize=128, crop=96)

@@ -19,7 +19,10 @@ from tests.fake_cuda import Event, fake_cuda
 from tests.test_preparation import photos
 
 pytest.importorskip("triton", reason="no Triton here")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here: see test_runner.py")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here: see test_runner.py"),
+]
 
 SQUARE = Preprocess(resize=72, crop=64)
 

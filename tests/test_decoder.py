@@ -315,6 +315,7 @@ def test_close_rejects_current_waiting_and_later_photos() -> None:
     using(use)
 
 
+@pytest.mark.slow
 def test_killed_decoders_are_replaced_and_end_with_the_server(tiny_path: Path) -> None:
     """When the server itself is killed, no decoder is left."""
     with ServerProcess("--checkpoint", tiny_path) as running:
@@ -364,6 +365,7 @@ def probabilities(response: httpx.Response) -> dict[str, float]:
     return {score["label"]: score["probability"] for score in response.json()["predictions"][0]["classes"]}
 
 
+@pytest.mark.slow
 def test_decoders_killed_under_load_cause_no_errors(tiny_path: Path) -> None:
     """One decoder is killed per second: there is no 500, and every 200 is right, because photos are retried."""
     with ServerProcess("--checkpoint", tiny_path) as running, ThreadPoolExecutor(8) as pool:
@@ -383,6 +385,7 @@ def test_decoders_killed_under_load_cause_no_errors(tiny_path: Path) -> None:
         assert statuses[200] > 0.9 * statuses.total()
 
 
+@pytest.mark.slow
 def test_photo_survives_a_suspended_server() -> None:
     """Server and decoders stop for longer than the decode timeout, as on a machine that is suspended."""
     script = f"""

@@ -21,6 +21,8 @@ from tests.conftest import encoded, photo
 from tests.http_helpers import connected, predict, sample
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 BIN = Path(sys.executable).parent

@@ -27,6 +27,7 @@ def test_embedded_checkpoint_describes_itself() -> None:
     assert len((resources.files("model") / EMBEDDED).read_bytes()) < 16 << 20
 
 
+@pytest.mark.slow
 @needs_shared
 @pytest.mark.timeout(600)
 def test_embedded_checkpoint_accuracy_on_imagenette_validation(

@@ -16,9 +16,12 @@ from tests.servers import PATIENCE_S, wait_until
 from tests.shared import SHARED, needs_shared
 from tests.watched_server import HELD_S
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/schedstat").exists(), reason="/proc/self/schedstat is absent: pauses cannot be measured"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not Path("/proc/self/schedstat").exists(), reason="/proc/self/schedstat is absent: pauses cannot be measured"
+    ),
+]
 
 LONGEST_S = 0.005
 ATTEMPTS = 4  # a request that blocks the loop does so every time, unlike other events on the machine

@@ -26,6 +26,8 @@ ENGINE, FRONT_END, EVERY = "engine", "front_end", ""
 IMPATIENT = """
 import rednet.service.processes.supervisor as supervisor
 from rednet.service.cli.parser import main
+
+pytestmark = pytest.mark.slow
 supervisor.HUNG_S = 2.0
 raise SystemExit(main())
 """

@@ -31,6 +31,8 @@ from tests.grpc_helpers import (
 from tests.http_helpers import occupy, predict, sample
 from tests.servers import PATIENCE_S, FakeRunner, ServerProcess, ServerThread, wait_until
 
+pytestmark = pytest.mark.slow
+
 REQUEST = image_request(encoded(photo()))
 LATE = "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"
 

@@ -189,6 +189,7 @@ def limited(command: list[str], size: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_old_file(data: Path, trained: Path, tmp_path: Path) -> None:
     """No part of the new file is left, and the message names the file."""
     before = trained.read_bytes()

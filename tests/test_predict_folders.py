@@ -134,6 +134,7 @@ def test_paths_are_read_from_standard_input(folder: Path, tiny_path: Path, tmp_p
     assert len(rows) == 2 + MANY // 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "kills"), [("jsonl", 3), ("csv", 1), ("parquet", 1)])
 def test_killed_run_continues_to_the_same_file(
     folder: Path, tiny_path: Path, unbroken: Path, tmp_path: Path, suffix: str, kills: int

@@ -30,6 +30,8 @@ from tests.http_helpers import PREDICT, connected, occupy, predict, sample
 from tests.processes import decoder_pids
 from tests.servers import FakeRunner, ServerProcess, ServerThread, fake_network, wait_until
 
+pytestmark = pytest.mark.slow
+
 OTHERS = ("north", "east", "south")
 PHOTO = encoded(photo())
 KEY, OTHER_KEY = "one-key-0123456789", "another-key-0123456789"

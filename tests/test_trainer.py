@@ -82,6 +82,7 @@ def test_training_is_deterministic_for_a_seed(data: Path, tmp_path: Path) -> Non
     assert not torch.equal(a["head.fc.weight"], c["head.fc.weight"])
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_with_identical_results(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ def test_triton_kernels_compile_for_hopper_without_a_gpu() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # twelve compilations
 def test_triton_kernels_compile_for_old_and_new_gpus_without_spills() -> None:
     """Every kernel of a network, for the oldest and the newest architecture; `--targets` compiles for others."""

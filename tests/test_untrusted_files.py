@@ -161,6 +161,7 @@ def lists_in_header(path: Path, _: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     ("make", "suffix", "message"),

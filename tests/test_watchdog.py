@@ -82,6 +82,7 @@ def test_watchdog_ignores_time_in_which_the_process_was_suspended(clock: Time) -
     assert observe(watch, clock, 2)
 
 
+@pytest.mark.slow
 def test_suspended_server_continues_under_load(tiny_path: Path) -> None:
     """After SIGSTOP for longer than the limit and SIGCONT, every request is answered."""
     script = (
