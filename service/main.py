@@ -1,8 +1,10 @@
-"""`rednet serve`: builds the pipeline and runs it behind HTTP, and gRPC if that is asked for."""
+"""`rednet serve`: loads the application and runs it behind HTTP, and gRPC if that is asked for."""
 
 import logging
 import socket
 from collections.abc import Callable, Sequence
+
+from fastapi import FastAPI
 
 from rednet.service.api_keys import KeyFile
 from rednet.service.build import build, decode_limits, decoder_count
@@ -48,9 +50,46 @@ def serve(
     Raises:
         CheckpointError, ValueError: the checkpoint, the device or --max-pixels cannot be used.
     """
+    app, pipeline = load_app(settings, keys, OwnCounts(), load_model)
+
+    async def reload() -> None:
+        logger.info("SIGHUP: loading the API keys and the checkpoint again")
+        if keys:
+            await reload_keys(keys, pipeline.metrics)
+        await pipeline.reload()
+
+    other: OtherServer | None = None
+    if grpc_sockets:
+        from rednet.service.grpc.server import GrpcServer  # noqa: PLC0415  (an extra)
+
+        other = GrpcServer(
+            settings, pipeline, app.state.current_context().budget, keys, grpc_addresses(grpc_sockets), grpc_sockets
+        )
+    server = Server(uvicorn_config(app, settings), pipeline, settings.drain_timeout_s, hangups, reload, other)
+    server.run(list(sockets))
+    return server.exit_code
+
+
+def load_app(
+    settings: Settings,
+    keys: KeyFile | None,
+    counts: QueueCounts,
+    load_model: Callable[[Settings], Network] = load_network,
+) -> tuple[FastAPI, ReloadablePipeline]:
+    """Load the network, and build the application around it and around those that may replace it.
+
+    Args:
+        settings: the options.
+        keys: one of which a request must carry; None: requests need no key.
+        counts: of the server.
+        load_model: loads the network, now and on every reload.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint, the device or --max-pixels cannot be used.
+    """
     writer = log.configure(settings.log_level, settings.log_format)
     raise_file_limit()
-    metrics, counts = Metrics(), OwnCounts()
+    metrics = Metrics()
     metrics.watch_log(lambda: writer.dropped)
     base_bytes = resident_bytes()
     network = load_model(settings)
@@ -69,25 +108,7 @@ def serve(
 
     first = _build(settings, network, metrics, counts, limits)
     pipeline = ReloadablePipeline(first, load, metrics, counts, release_memory)
-    del network, first  # a reload must be able to free them
-
-    async def reload() -> None:
-        logger.info("SIGHUP: loading the API keys and the checkpoint again")
-        if keys:
-            await reload_keys(keys, metrics)
-        await pipeline.reload()
-
-    app = create_app(settings, pipeline, keys)
-    other: OtherServer | None = None
-    if grpc_sockets:
-        from rednet.service.grpc.server import GrpcServer  # noqa: PLC0415  (an extra)
-
-        other = GrpcServer(
-            settings, pipeline, app.state.current_context().budget, keys, grpc_addresses(grpc_sockets), grpc_sockets
-        )
-    server = Server(uvicorn_config(app, settings), pipeline, settings.drain_timeout_s, hangups, reload, other)
-    server.run(list(sockets))
-    return server.exit_code
+    return create_app(settings, pipeline, keys), pipeline
 
 
 def _build(

@@ -20,6 +20,7 @@ MODEL = {
 }
 SERVICE = {
     "api_keys": "",
+    "autoscaling": "",
     "cost_table": "",
     "errors": "",
     "event_loop": "",
@@ -47,6 +48,7 @@ SERVICE = {
     "statuses types",
     "main": "api_keys build decoding engine grpc http memory_check network observability pipeline reloading settings "
     "system types",
+    "ray": "api_keys autoscaling engine main settings types",
     "processes": "api_keys build decoding engine grpc http model_description network observability pipeline reloading "
     "settings system types model.images",
     "cli": "api_keys build engine errors grpc main model_description network observability pipeline processes scores "
