@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test test-slow lint format proto sanitize benchmarks docs chaos soak reloads faults fuzz clean
+.PHONY: serve test test-slow lint format proto sanitize benchmarks docs reference chaos soak reloads faults fuzz clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -51,9 +51,13 @@ sanitize-%: tests/native/check.c $(NATIVE)
 benchmarks: .venv/benchmarks
 	$(foreach name,network int8 involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
 
+# The parts of docs/reference that are made from the code, after a change to options, endpoints, errors, metrics or docstrings.
+reference: .venv/test
+	$(BIN)/python -m docs_tools
+
 # The documentation as a site, in build/site. A warning is an error: a link to nowhere, a page that is not in the menu.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # 10,000 requests, good and bad, from callers of whom many leave: some minutes. And an hour of them: memory must not grow.
 # Sixty reloads under load take some minutes, too.
@@ -78,7 +82,7 @@ clean:
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-.venv/test: .venv/serve requirements-dev.txt
+.venv/test: .venv/serve requirements-dev.txt docs/requirements.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -21,31 +21,31 @@ class ServiceError(Exception):
 
 
 class MalformedRequest(ServiceError):
-    """The body or a parameter is invalid."""
+    """The body, a parameter or a header is invalid, or there is no such parameter."""
 
     code = "malformed_request"
 
 
 class UriTooLong(ServiceError):
-    """The request target is longer than any valid one."""
+    """Path and query are too long, or the query has too many parameters."""
 
     code = "uri_too_long"
 
 
 class HeadersTooLarge(ServiceError):
-    """A header, or the head of the request as a whole, is too large."""
+    """A header is too large, there are too many, or they are too large together."""
 
     code = "headers_too_large"
 
 
 class RequestTimeout(ServiceError):
-    """The body of the request did not arrive in time."""
+    """The body did not arrive in time. The connection is closed."""
 
     code = "request_timeout"
 
 
 class Unauthorized(ServiceError):
-    """The request has no valid API key."""
+    """The server requires an API key, and the request has no valid one."""
 
     code = "unauthorized"
 
@@ -54,9 +54,15 @@ class Unauthorized(ServiceError):
 
 
 class NotFound(ServiceError):
-    """The requested resource does not exist."""
+    """There is no such path, or no model or version of that name."""
 
     code = "not_found"
+
+
+class MethodNotAllowed(ServiceError):
+    """The path exists, but not with this method."""
+
+    code = "method_not_allowed"
 
 
 class PayloadTooLarge(ServiceError):
@@ -66,7 +72,7 @@ class PayloadTooLarge(ServiceError):
 
 
 class UnsupportedMediaType(ServiceError):
-    """The data is not an image, or its format is not supported."""
+    """The data is not an image, its format or variant is not supported, or the body is compressed."""
 
     code = "unsupported_media_type"
 
@@ -87,7 +93,7 @@ class NumericalOverflow(ServiceError):
 
 
 class DeadlineExceeded(ServiceError):
-    """The deadline passed before the request was answered."""
+    """The deadline of the request, its own or the server's, passed before it was answered."""
 
     code = "deadline_exceeded"
 
@@ -125,7 +131,7 @@ class Refused(ServiceError):
 
 
 class Overloaded(Refused):
-    """The server has no capacity: the queue, slow decoding or memory is full, or the response would be too late."""
+    """The queue, slow decoding or memory is full, or the response would come after the deadline."""
 
     code = "overloaded"
 
@@ -151,7 +157,7 @@ class DecoderUnavailable(Refused):
 
 
 class DeviceFailed(Refused):
-    """The device hangs or has failed, and the process is about to exit. A restarted server can answer."""
+    """The device hangs or has failed, and the server is about to restart."""
 
     code = "device_failed"
 

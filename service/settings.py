@@ -45,10 +45,11 @@ class Settings(BaseModel):
     device: str = Field(
         "auto",
         pattern=f"^{DEVICE}(,{DEVICE})*$",
-        description="auto, cpu, cuda or cuda:N; several devices, separated by commas, share the work",
+        description="device that runs the network: auto, cpu, cuda or cuda:N; several, separated by commas, "
+        "share the work",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
-        "auto", description="auto, fp32, bf16, fp16 or int8: numeric precision of the network"
+        "auto", description="numeric precision of the network: auto, fp32, bf16, fp16 or int8"
     )
     host: str = Field(
         "127.0.0.1",
@@ -78,7 +79,10 @@ class Settings(BaseModel):
         "auto", description="maximum number of images in a batch; auto: chosen by measurements during warm-up"
     )
     max_wait_ms: float = Field(
-        0.0, ge=0, le=10_000, description="how long a batch may wait for more images; 0: only while the device is busy"
+        0.0,
+        ge=0,
+        le=10_000,
+        description="how long a batch may wait for more images, in ms; 0: only while the device is busy",
     )
     max_queue: Count = Field(
         256, le=65_536, description="maximum number of images accepted and not yet answered; more get 429"
@@ -88,7 +92,7 @@ class Settings(BaseModel):
         description="file with one API key per line, as KEY or NAME:KEY, one of which requests must send; read again "
         "on SIGHUP (default: no key required)",
     )
-    metrics_access: Literal["open", "key"] = Field("open", description="open or key: whether /metrics requires a key")
+    metrics_access: Literal["open", "key"] = Field("open", description="whether /metrics requires a key: open or key")
     allow_origins: str | None = Field(
         None,
         pattern=f"^{ORIGIN}(,{ORIGIN})*$",
@@ -101,13 +105,13 @@ class Settings(BaseModel):
         description="names such as api.example or *.example, separated by commas, that the Host header may have, "
         "except on health endpoints and /metrics (default: any)",
     )
-    page: Literal["on", "off"] = Field("on", description="on or off: the demo page at /")
-    docs: Literal["on", "off"] = Field("on", description="on or off: the API documentation at /docs and /openapi.json")
+    page: Literal["on", "off"] = Field("on", description="the demo page at /: on or off")
+    docs: Literal["on", "off"] = Field("on", description="the API documentation at /docs and /openapi.json: on or off")
     request_timeout_s: float = Field(
-        30.0, ge=0.001, le=3600, description="timeout of requests without X-Request-Timeout-Ms"
+        30.0, ge=0.001, le=3600, description="timeout of requests without X-Request-Timeout-Ms, in seconds"
     )
     drain_timeout_s: float = Field(
-        30.0, ge=0, le=3600, description="time for accepted requests to finish after SIGTERM"
+        30.0, ge=0, le=3600, description="time for accepted requests to finish after SIGTERM, in seconds"
     )
     max_body_mb: float = Field(
         32.0, ge=0.001, le=10_000, description="maximum size of a request body, in MB of 1,000,000 bytes"
@@ -116,9 +120,11 @@ class Settings(BaseModel):
         50_000_000, le=2_000_000_000, description="maximum width times height of an image, checked in its header"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="debug, info, warning or error: minimum level of log lines"
+        "info", description="minimum level of log lines: debug, info, warning or error"
     )
-    log_format: Literal["text", "json"] = Field("text", description="text, or json: one object per line")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="format of log lines: text, or json with one object per line"
+    )
 
     @field_validator("checkpoint", "api_key_file", "uds", mode="before")
     @classmethod
@@ -153,7 +159,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(Sett
     """Add flags for settings. They have no defaults here, so that environment variables take effect."""
     for name in names:
         field = Settings.model_fields[name]
-        default = "" if field.default is None else f" (default: {field.default})"
+        default = "" if field.default is None else f" (default: {_shown(field.default)})"
         help_text = f"{field.description}{default}".replace("%", "%%")
         parser.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, metavar=_metavar(name), help=help_text)
 
@@ -206,6 +212,10 @@ def _elements(text: str | None) -> list[str]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _shown(default: object) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _metavar(name: str) -> str:

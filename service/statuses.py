@@ -8,6 +8,7 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.MalformedRequest: 400,
     errors.Unauthorized: 401,
     errors.NotFound: 404,
+    errors.MethodNotAllowed: 405,
     errors.RequestTimeout: 408,
     errors.PayloadTooLarge: 413,
     errors.UriTooLong: 414,

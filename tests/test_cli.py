@@ -220,7 +220,9 @@ def test_train_has_a_flag_with_its_default_for_every_recipe_field() -> None:
 
 def test_help_is_printed_without_importing_torch() -> None:
     """Heavy modules are imported only by commands that need them."""
-    script = "import sys, rednet.service.cli.parser as p; p._parser().format_help(); sys.exit('torch' in sys.modules)"
+    script = (
+        "import sys, rednet.service.cli.parser as p; p.make_parser().format_help(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     shown = subprocess.run([REDNET, "--help"], capture_output=True, text=True, check=True).stdout
     for command in ("serve", "predict", "info", "convert", "quantize", "train", "evaluate"):

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fork_if_init()
     if isinstance(sys.stdout, io.TextIOWrapper):  # terminals may lack some characters
         sys.stdout.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         status = run(options)
@@ -63,7 +63,8 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115  (until the process ends)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     # Imported here because a process that is PID 1 forks before any slow import: `settings` needs Pydantic.
     from rednet.service.cli import commands
     from rednet.service.settings import add_flags
@@ -94,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(info)
 
     convert = _command(subparsers, commands.convert, "convert an official .pth or PaddleClas .pdparams checkpoint")
-    convert.add_argument("input", metavar="IN", type=Path)
-    convert.add_argument("output", metavar="OUT.safetensors", type=Path)
+    convert.add_argument("input", metavar="IN", type=Path, help="the checkpoint; it is never executed")
+    convert.add_argument("output", metavar="OUT.safetensors", type=Path, help="checkpoint to write")
     convert.add_argument("--depth", type=int, metavar="N", help="fail unless the checkpoint is a RedNet-N")
     convert.add_argument("--labels", type=Path, metavar="F", help="class names: JSON, CSV, or text with one per line")
     _add_force(convert)
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize = _command(
         subparsers, commands.quantize, "calibrate int8 scales on photos, and store them with the weights"
     )
-    quantize.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    quantize.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint file")
     quantize.add_argument("photos", metavar="PHOTOS", type=Path, help="a folder, searched with its subfolders")
     _add_output(quantize)
     _add_training_commands(subparsers)
@@ -114,18 +115,18 @@ def _add_training_commands(subparsers: Any) -> None:
     from rednet.service.cli import commands
 
     train = _command(subparsers, commands.train, "train on DATA_DIR/train/<class>/*; resumes an interrupted run")
-    train.add_argument("data", metavar="DATA_DIR", type=Path)
+    train.add_argument("data", metavar="DATA_DIR", type=Path, help=DATA_HELP)
     train.add_argument("--from", dest="start", type=Path, metavar="F", help="checkpoint to fine-tune")
     _add_output(train)
     _add_recipe(train)
     _add_device(train)
 
     evaluate = _command(subparsers, commands.evaluate, "measure accuracy on DATA_DIR/val/<class>/*")
-    evaluate.add_argument("data", metavar="DATA_DIR", type=Path)
+    evaluate.add_argument("data", metavar="DATA_DIR", type=Path, help=DATA_HELP)
     _add_checkpoint(evaluate)
     evaluate.add_argument("--confusion", type=Path, metavar="F.png", help="draw a confusion matrix")
     _add_force(evaluate)
-    precisions = "auto, fp32, bf16, fp16 or int8 (default: auto)"
+    precisions = "numeric precision of the network: auto, fp32, bf16, fp16 or int8 (default: auto)"
     evaluate.add_argument("--precision", default="auto", metavar="P", help=precisions)
     _add_device(evaluate)
     _add_json(evaluate)
@@ -151,18 +152,21 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="device to use: auto, cpu, cuda or cuda:N (default: auto)"
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+DATA_HELP = "a folder with the folders train and val, and in each a folder of photos per class"
 MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.MAX_SIZE`
 
 RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     # The fields of `rednet.model.training.recipe.Recipe`, which imports torch: `--help` would take two seconds.
-    ("--depth", 26, "26, 38, 50, 101 or 152"),
+    ("--depth", 26, "depth of the network: 26, 38, 50, 101 or 152"),
     ("--base-channels", 64, "width of the network; the paper uses 64"),
     ("--epochs", 20, "passes over the photos"),
     ("--size", 176, "largest training crop in pixels; inference uses about 8/7 of it"),
@@ -172,7 +176,7 @@ RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     ("--weight-decay", 0.05, "weight decay of weight matrices"),
     ("--label-smoothing", 0.1, "share of the target spread over all classes"),
     ("--mixup", 0.1, "alpha of mixup; 0: no mixup"),
-    ("--precision", "auto", "auto, fp32 or bf16: precision of the activations"),
+    ("--precision", "auto", "precision of the activations: auto, fp32 or bf16"),
     ("--seed", 0, "seed of data order, crops and initial weights"),
 )
 

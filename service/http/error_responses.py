@@ -71,7 +71,8 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """No such path or method: the framework's own statuses, in the shape of our errors."""
     assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "malformed_request")
+    kinds: dict[int, type[errors.ServiceError]] = {404: errors.NotFound, 405: errors.MethodNotAllowed}
+    code = kinds.get(error.status_code, errors.MalformedRequest).code
     headers = dict(error.headers or {})
     if headers.get("Allow") == "GET":
         headers["Allow"] = "GET, HEAD"
