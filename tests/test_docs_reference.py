@@ -24,15 +24,21 @@ from rednet.service.http.routes import pieces, v2
 from rednet.service.parsing import memory_budget, multipart, parser
 from rednet.service.settings import OTHER_VARIABLES, Settings
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 REFERENCE_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in sorted(REFERENCE.glob("*.md")))
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 OPTIONS_OF_OTHERS = {"--wait"}  # docker compose
-LINE_OF_OTHERS = re.compile(
-    r"\b(?:curl|docker|kubectl|pip|systemctl|make|nginx|git|promtool|python -m (?!rednet)|ghz|wrk)\b"
+OTHER_PROGRAMS = (
+    "buildah|curl|docker|ghz|git|grpcurl|helm|journalctl|kubectl|make|mkdocs|nginx|node|npm|openssl|pip|podman|promtool|pytest|"
+    "ray|rsync|serve run|systemctl|torchserve|tritonserver|uv|wrk|python -m (?!rednet)"
 )
+LINE_OF_OTHERS = re.compile(rf"\b(?:{OTHER_PROGRAMS})\b")
+COMMAND = re.compile(r"\brednet (?:serve|predict|info|convert|quantize|train|evaluate)\b.*")
 VERSIONED = "/v2/models/{name}/versions/{version}"
 OTHER_PATHS = ("/", "/docs", "/openapi.json", "/v1", "/v2/systemsharedmemory", "/v2/cudasharedmemory", "/v2/models")
 
@@ -55,13 +61,13 @@ def test_every_generated_section_is_in_one_page() -> None:
 
 @each_page
 def test_options_in_page_exist(page: Path) -> None:
-    """Those of `rednet`; lines about other programs may have theirs."""
+    """Those of `rednet`. A line about another program may have that one's, in front of a command of `rednet`."""
     known = command_line.option_names() | OPTIONS_OF_OTHERS
     named = {
         option
         for line in joined_lines(text_of(page))
-        if not LINE_OF_OTHERS.search(line)
-        for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*(?!\w)", line)
+        for part in (COMMAND.findall(line) if LINE_OF_OTHERS.search(line) else [line])
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*(?!\w)", part)
     }
     assert named <= known
 
@@ -159,6 +165,11 @@ def noted_fields() -> Iterator[str]:
 def joined_lines(text: str) -> Iterator[str]:
     """Lines, those of a command that is continued with a backslash as one."""
     yield from text.replace("\\\n", " ").splitlines()
+
+
+def test_citation_has_the_version() -> None:
+    """The one that `rednet --version` prints."""
+    assert f"\nversion: {rednet.__version__}\n" in text_of(ROOT / "CITATION.cff")
 
 
 @pytest.mark.skipif(not shutil.which("mkdocs", path=str(Path(sys.executable).parent)), reason="MkDocs is not installed")

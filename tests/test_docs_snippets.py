@@ -14,6 +14,8 @@ PAGES = [
 ]
 NOT_MARKED_YET = {"README.md"}  # none when the pages are finished
 MARKED = [page for page in PAGES if page not in NOT_MARKED_YET]
+# Tutorials train networks.
+RUN = [pytest.param(page, marks=[pytest.mark.slow] if "/tutorials/" in page else []) for page in MARKED]
 
 PAGE = """
 # A page
@@ -83,7 +85,7 @@ def test_blocks_of_page_are_marked(page: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", MARKED)
+@pytest.mark.parametrize("page", RUN)
 def test_blocks_of_page_run_and_print_what_it_shows(page: str) -> None:
     """In order, against a real server."""
     with PageReader() as reader:
