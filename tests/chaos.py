@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from rednet.model.images.opening import FORMATS
-from tests.conftest import encoded, photo
+from tests.conftest import EVERY_FORMAT, encoded, photo
 from tests.http_helpers import PREDICT, predict, sample
 from tests.processes import killing_decoders
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
@@ -82,9 +81,10 @@ class Mischief:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._photos = [
-            encoded(photo(index, 40 * index + 60, 300), file_format) for index, file_format in enumerate(FORMATS * 2)
+            encoded(photo(index, 40 * index + 60, 300), file_format)
+            for index, file_format in enumerate(EVERY_FORMAT * 2)
         ]
-        self._mutants = [each for file_format in FORMATS for each in mutants(file_format, 40, self._random)]
+        self._mutants = [each for file_format in EVERY_FORMAT for each in mutants(file_format, 40, self._random)]
         self._bad: Sequence[Callable[[], Request]] = (
             lambda: post(self._one(self._mutants)),
             lambda: post(self._one(self._photos)[: self._random.randrange(1, 400)]),

@@ -11,10 +11,14 @@ from PIL import Image
 from torch import nn
 
 from rednet import Checkpoint, Preprocess, RedNet, create_rednet, save_checkpoint
+from rednet.model.images.iso_media import enabled_formats, load_decoder
+from rednet.model.images.opening import FORMATS
 from rednet.model.io.labels import Label
 from rednet.model.native import int8_unavailable
 from tests.servers import ServerProcess
 
+# What this installation reads and can write: everything, with pillow-heif.
+EVERY_FORMAT = (*FORMATS, *map(load_decoder, enabled_formats()))
 needs_int8 = pytest.mark.skipif(int8_unavailable() is not None, reason=str(int8_unavailable()))
 
 

@@ -22,7 +22,6 @@ import atheris
 
 with atheris.instrument_imports(include=["PIL", "rednet"]):
     from rednet import Preprocess
-    from rednet.model.images.opening import FORMATS
     from rednet.service.decoding.decode import decode_image
     from rednet.service.errors import ServiceError
     from rednet.service.grpc.infer_messages import ModelInferRequest, parse_request
@@ -31,7 +30,7 @@ with atheris.instrument_imports(include=["PIL", "rednet"]):
     from rednet.service.parsing.oip import parse_infer
     from rednet.service.parsing.uploads import parse_uploads
 
-from tests.conftest import encoded, photo
+from tests.conftest import EVERY_FORMAT, encoded, photo
 from tests.servers import FakeRunner, fake_network
 
 LONGEST_S = 2.0
@@ -67,7 +66,7 @@ def embeddings(data: bytes) -> None:
 
 def seeds(target: Callable[[bytes], None]) -> list[bytes]:
     """Inputs that are right, to begin with."""
-    photos = [encoded(photo(index, 60, 50), file_format) for index, file_format in enumerate(FORMATS)]
+    photos = [encoded(photo(index, 60, 50), file_format) for index, file_format in enumerate(EVERY_FORMAT)]
     if target is decode:
         return [*photos, encoded(photo(9, 60, 50), "JPEG", progressive=True), encoded(photo(8, 60, 50).convert("P"))]
     if target is uploads:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rednet.model.images.opening import FORMATS
-from tests.conftest import encoded, photo
+from tests.conftest import EVERY_FORMAT, encoded, photo
 from tests.http_helpers import predict
 from tests.servers import ServerProcess
 
@@ -51,10 +50,10 @@ def test_damaged_photos_are_answered_quickly_without_leaks(tiny_path: Path) -> N
     answered."""
     rng = random.Random(7)
     with ServerProcess("--checkpoint", tiny_path) as running:
-        for file_format in FORMATS:
+        for file_format in EVERY_FORMAT:
             assert predict(running.client, encoded(photo(1, 300, 200), file_format)).status_code == 200
         before_mb = resident_mb(running.process.pid)
-        for file_format in FORMATS:
+        for file_format in EVERY_FORMAT:
             for data in mutants(file_format, MUTANTS, rng):
                 started = time.monotonic()
                 response = predict(running.client, data)

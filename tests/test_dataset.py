@@ -60,8 +60,8 @@ def test_photos_are_recognised_by_content(data: Path) -> None:
     folder = data / "train"
     for name, file_format in (("a.jfif", "JPEG"), ("b", "PNG"), ("c.JPE", "JPEG"), ("d.img", "WEBP"), ("e.x", "BMP")):
         add(folder / "tench" / name, 1, file_format)
-    (folder / "tench" / "f.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    (folder / "tench" / "g.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "tench" / "f.JXL").write_bytes(b"\xff\x0a")
+    (folder / "tench" / "g.jxl").write_bytes(b"\xff\x0a")
     (folder / "tench" / "notes").write_text("BM")
     found = read_folder(folder)
     assert [each.path.name for each in found.photos if each.target == 1] == [
@@ -75,7 +75,7 @@ def test_photos_are_recognised_by_content(data: Path) -> None:
         "e.x",
     ]
     assert found.skipped.lines() == [
-        f"skipped: 2 .heic files, the first is {folder / 'tench' / 'f.HEIC'}",
+        f"skipped: 2 .jxl files, the first is {folder / 'tench' / 'f.JXL'}",
         f"skipped: 1 files without an extension that are not images, the first is {folder / 'tench' / 'notes'}",
     ]
 
@@ -232,15 +232,15 @@ def test_evaluate_and_quantize_read_the_same_photos_as_train(
     """They recognise photos by content and report what is left out."""
     assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 0
     add(data / "val" / "church" / "1.jfif", 1, "JPEG")
-    (data / "val" / "church" / "2.heic").write_bytes(b"x")
+    (data / "val" / "church" / "2.jxl").write_bytes(b"x")
     (data / "val" / "@eaDir").mkdir()
     capsys.readouterr()
     assert main(["evaluate", str(data), "--checkpoint", str(data / "x.safetensors")]) == 0
     said = capsys.readouterr()
     assert "3 photos: top-1" in said.out
-    assert "1 .heic files" in said.err
+    assert "1 .jxl files" in said.err
     assert "folders without photos: @eaDir" in said.err
     assert main(["quantize", str(tiny_path), str(data / "val"), "--output", str(data / "q.safetensors")]) == 0
     said = capsys.readouterr()
     assert "activation ranges from 3 photos" in said.out
-    assert "1 .heic files" in said.err
+    assert "1 .jxl files" in said.err

@@ -12,15 +12,14 @@ from rednet import Preprocess
 from rednet.model.images.opening import MAX_READS
 from rednet.service.decoding.decode import decode_image
 from rednet.service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
-from tests.conftest import encoded, photo
+from tests.conftest import EVERY_FORMAT, encoded, photo
 
 PREPROCESS = Preprocess(resize=40, crop=32)
 MAX_PIXELS = 1_000_000
 WAV = b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0"
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", EVERY_FORMAT)
 def test_every_served_format_is_decoded(file_format: str) -> None:
     """The decoded pixels are close to those of the picture that was encoded."""
     pixels = decode_image(encoded(photo(), file_format), PREPROCESS, MAX_PIXELS)
@@ -30,7 +29,7 @@ def test_every_served_format_is_decoded(file_format: str) -> None:
     assert difference.mean() < 8
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", EVERY_FORMAT)
 def test_truncated_file_raises_an_image_error_or_decodes(file_format: str) -> None:
     """Only the two errors for damaged images are raised, and most truncations raise one."""
     data = encoded(photo(), file_format)

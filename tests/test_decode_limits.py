@@ -13,7 +13,7 @@ from PIL import Image
 
 from rednet.service.decoding.cost import estimate
 from rednet.service.decoding.limits import WORST_BYTES_PER_PIXEL, DecodeLimits, max_scanned_pixels, memory_for_decoders
-from tests.conftest import encoded, photo
+from tests.conftest import EVERY_FORMAT, encoded, photo
 from tests.servers import PATIENCE_S, REDNET
 
 GB = 1_000_000_000
@@ -67,6 +67,10 @@ def _saved(mode: str, file_format: str, **options: object) -> bytes:
     return content.getvalue()
 
 
+def needs(file_format: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(file_format not in EVERY_FORMAT, reason=f"{file_format} is not enabled")
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is absent")
 @pytest.mark.parametrize(
     ("mode", "file_format", "options"),
@@ -81,6 +85,8 @@ def _saved(mode: str, file_format: str, **options: object) -> bytes:
         ("RGBA", "TIFF", {"compression": "tiff_lzw"}),
         ("F", "TIFF", {}),
         ("RGBA", "WEBP", {"lossless": True, "method": 0}),
+        pytest.param("RGBA", "AVIF", {"speed": 10, "subsampling": "4:4:4"}, marks=needs("AVIF")),
+        pytest.param("RGB", "HEIF", {"quality": 30}, marks=needs("HEIF")),
     ],
 )
 def test_decoding_takes_no_more_memory_than_estimated(

@@ -334,9 +334,6 @@ def test_bmp_variant_that_pillow_lacks_is_rejected_by_name(at: int, value: bytes
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (b"\0\0\0\x20ftypavif\0\0\0\0mif1miaf", "AVIF"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
         (b"\0\0\0\x14ftypisom\0\0\0\0mp42", "MP4"),
         (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "QuickTime"),
         (b"\xff\x0a\xfa\x1f", "JPEG XL"),

@@ -1,19 +1,19 @@
 """Opens image files, for serving and for training."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from PIL import Image, UnidentifiedImageError
 
-from rednet.model.images import jpeg, png, tiff
+from rednet.model.images import iso_media, jpeg, png, tiff
 from rednet.model.images.errors import DamagedImage, UnsupportedImage
 from rednet.model.images.first_frame import note_first_frame
 from rednet.model.images.signatures import REMEDY, foreign_format, has_supported_signature
 
-# The only formats that are opened, whatever the file's name. Pillow supports many more, and for some of them it starts
-# other programs, such as Ghostscript for EPS.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# The only formats that are opened, whatever the file's name, with those of `iso_media`. Pillow supports many more, and
+# for some of them it starts other programs, such as Ghostscript for EPS.
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Pillow reads the segments of a JPEG one by one in Python, and 32 MB have room for eight million of them.
 MAX_READS = 200_000
@@ -54,6 +54,7 @@ def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.I
         DamagedImage: the header is damaged.
         OSError, ValueError, SyntaxError and others of Pillow's: the file is damaged.
     """
+    formats = FORMATS
     if data.startswith(TIFF_STARTS):
         layout = tiff.read_layout(data)
         check(layout)
@@ -67,8 +68,10 @@ def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.I
         data = jpeg.with_end(data)
     elif data.startswith(png.SIGNATURE):
         data = png.without_damaged_chunks(data)
+    elif decoders := iso_media.decoders_of(iso_media.media_format(data) or ""):
+        formats = _loaded(decoders)
     try:
-        image = Image.open(_CountedReads(data), formats=FORMATS)
+        image = Image.open(_CountedReads(data), formats=formats)
     except OSError as error:
         raise (_reason(data, error) or error) from None
     try:
@@ -78,6 +81,19 @@ def open_photo(data: bytes, check: Callable[[Header], None] = accept) -> Image.I
         raise
     note_first_frame(image, data)
     return image
+
+
+def _loaded(decoders: Sequence[str]) -> tuple[str, ...]:
+    """Load decoders of `iso_media`; returns Pillow's names of their formats.
+
+    Raises:
+        UnsupportedImage: none of them is installed.
+    """
+    enabled = [name for name in decoders if name in iso_media.enabled_formats()]
+    if not enabled:
+        name = decoders[-1]
+        raise UnsupportedImage(f"{name} is not enabled: {iso_media.DECODERS[name].remedy}, or {REMEDY}")
+    return tuple(iso_media.load_decoder(name) for name in enabled)
 
 
 def _reason(data: bytes, error: OSError) -> UnsupportedImage | DamagedImage | None:
@@ -90,8 +106,12 @@ def _reason(data: bytes, error: OSError) -> UnsupportedImage | DamagedImage | No
     if has_supported_signature(data):
         return DamagedImage("the image's header is damaged")
     if name := foreign_format(data):
-        return UnsupportedImage(f"this is {name}; {', '.join(FORMATS)} are supported: {REMEDY}")
-    return UnsupportedImage(f"the data is in no known image format; {', '.join(FORMATS)} are supported")
+        return UnsupportedImage(f"this is {name}; {_supported()} are supported: {REMEDY}")
+    return UnsupportedImage(f"the data is in no known image format; {_supported()} are supported")
+
+
+def _supported() -> str:
+    return ", ".join((*FORMATS, *iso_media.enabled_formats()))
 
 
 class _CountedReads(io.BytesIO):

@@ -1,28 +1,12 @@
 """Recognises file formats by their first bytes, so that errors can name an unsupported format."""
 
+from rednet.model.images.iso_media import enabled_formats, media_format
+
 REMEDY = "convert it to JPEG or PNG"
 
-# First bytes of supported formats. WebP and BMP need more than a prefix: see `has_supported_signature`.
+# First bytes of supported formats. Others need more than a prefix: see `has_supported_signature`.
 SUPPORTED = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# Brands of the ISO base media file format (ISO/IEC 14496-12), at byte 8, and their formats.
-BRANDS = {
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"heim": "HEIC",
-    b"heis": "HEIC",
-    b"hevc": "HEIC",
-    b"hevx": "HEIC",
-    b"mif1": "HEIF",
-    b"msf1": "HEIF",
-    b"jxl ": "JPEG XL",
-    b"jp2 ": "JPEG 2000",
-    b"jpx ": "JPEG 2000",
-    b"crx ": "camera raw (CR3)",
-    b"qt  ": "QuickTime video",
-}
 PREFIXES = (
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
@@ -71,12 +55,12 @@ def has_supported_signature(data: bytes) -> bool:
     """Return whether data begins like one of the supported formats."""
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     is_bmp = data[:2] == b"BM" and data[6:10] == bytes(4)  # reserved, zero
-    return data.startswith(SUPPORTED) or is_webp or is_bmp
+    return data.startswith(SUPPORTED) or is_webp or is_bmp or media_format(data) in enabled_formats()
 
 
 def foreign_format(data: bytes) -> str | None:
     """Return the name of the format of data if it is a known one that is not supported."""
-    for recognise in (_by_prefix, _by_brand, _by_text):
+    for recognise in (_by_prefix, media_format, _by_text):
         if name := recognise(data):
             return name
     return None
@@ -84,15 +68,6 @@ def foreign_format(data: bytes) -> str | None:
 
 def _by_prefix(data: bytes) -> str | None:
     return next((name for prefix, name in PREFIXES if data.startswith(prefix)), None)
-
-
-def _by_brand(data: bytes) -> str | None:
-    if data[4:8] != b"ftyp":
-        return None
-    compatible = [data[at : at + 4] for at in range(16, min(len(data), 64, int.from_bytes(data[:4], "big")), 4)]
-    known = [BRANDS[brand] for brand in (data[8:12], *compatible) if brand in BRANDS]
-    # "mif1" means only HEIF; a later brand may name the codec.
-    return next((name for name in known if name != "HEIF"), known[0] if known else "MP4 video")
 
 
 def _by_text(data: bytes) -> str | None:

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rednet.model.images.iso_media import MAX_HEAD_BYTES, enabled_formats
 from rednet.model.images.signatures import has_supported_signature
 from rednet.model.io.text import clean_text
 from rednet.model.training.loader import Photo, PhotoError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # trusted, which saves opening files
+MEDIA_SUFFIXES = {".avif": "AVIF", ".heic": "HEIC", ".heif": "HEIC"}  # trusted where their format can be decoded
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # of Windows and macOS, in any folder
 MAX_LISTED = 8  # folders or classes that a message lists
 
@@ -156,7 +158,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_photo(entry: os.DirEntry[str], path: Path) -> bool:
     """Decide by the file's name, else by its first bytes. Only regular files are opened: a pipe would block."""
-    known = path.suffix.lower() in SUFFIXES
+    suffix = path.suffix.lower()
+    known = suffix in SUFFIXES or MEDIA_SUFFIXES.get(suffix) in enabled_formats()
     try:
         regular = entry.is_file()
     except OSError:  # a symbolic link that leads to itself
@@ -165,7 +168,7 @@ def _is_photo(entry: os.DirEntry[str], path: Path) -> bool:
         return known and (regular or entry.is_symlink())  # a broken link counts as a photo: reading it reports the name
     try:
         with path.open("rb") as file:
-            start = file.read(16)
+            start = file.read(MAX_HEAD_BYTES)
     except OSError as error:
         raise PhotoError(f"{path} cannot be read: {error.strerror or error}") from error
     return has_supported_signature(start)

@@ -18,7 +18,7 @@ import socket
 import struct
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from PIL import Image
 
 from rednet.model.images.opening import Header
 from rednet.model.images.preprocess import Preprocess
+from rednet.service.decoding.address_space import limit_address_space, limited_address_space
 from rednet.service.decoding.cost import estimate
 from rednet.service.decoding.decode import TooCostly, decode_image, draw_image
 from rednet.service.decoding.limits import SMALL_CPU_LIMIT_S, DecodeLimits
@@ -39,6 +40,9 @@ REQUEST = struct.Struct("<BIII")
 # Kind, seconds, length of the content that follows: an error as JSON, a cost or a PNG. Pixels are in the shared memory.
 ANSWER = struct.Struct("<BdI")
 DONE, FAILED, TOO_COSTLY = range(3)
+# An AVIF file may claim a small size and hold a large frame, which libavif decodes and scales. (libheif refuses it.)
+UNSURE_HEADERS = {"AVIF"}
+UNSURE_EXTRA_BYTES = 32_000_000
 COST = struct.Struct("<dQ")  # CPU time in seconds, memory in bytes
 
 
@@ -47,9 +51,7 @@ def _yield_to_the_server(nice: int, address_space_bytes: int) -> None:
     os.nice(nice)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    with suppress(OSError, ValueError):
-        mapped_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        _limit(resource.RLIMIT_AS, mapped_bytes + address_space_bytes)
+    limit_address_space(address_space_bytes)
     with suppress(OSError, ValueError):
         _limit(resource.RLIMIT_CORE, 0)
 
@@ -75,11 +77,17 @@ def main() -> None:
     slots = np.frombuffer(mmap.mmap(int(sys.argv[2]), 0), np.uint8).reshape(shape)
 
     def answer(slot: int, data: bytes, grid: bytes, shape: tuple[int, int]) -> bytes:
+        limits_of_image = ExitStack()
+
         def check(image: Header) -> None:
-            if small:
-                cost = estimate(image, data, MAX_SIDE if grid else 2 * preprocess.resize)
-                if cost.cpu_s > small.cpu_s or cost.memory_bytes > small.memory_bytes:
-                    raise TooCostly(cost)
+            is_unsure = image.format in UNSURE_HEADERS
+            if not (small or is_unsure):
+                return
+            cost = estimate(image, data, MAX_SIDE if grid else 2 * preprocess.resize)
+            if small and (cost.cpu_s > small.cpu_s or cost.memory_bytes > small.memory_bytes):
+                raise TooCostly(cost)
+            if is_unsure:
+                limits_of_image.enter_context(limited_address_space(cost.memory_bytes + UNSURE_EXTRA_BYTES))
 
         started = time.monotonic()
         kind, content = DONE, b""
@@ -94,6 +102,8 @@ def main() -> None:
             kind, content = TOO_COSTLY, COST.pack(*refusal.cost)
         except ServiceError as error:
             kind, content = FAILED, json.dumps({"code": error.code, "message": error.message}).encode()
+        finally:
+            limits_of_image.close()
         return ANSWER.pack(kind, time.monotonic() - started, len(content)) + content
 
     Image.init()  # load Pillow's plugins now instead of with the first image

@@ -3,7 +3,7 @@
 
 const byId = (id) => document.getElementById(id);
 const MESSAGES = {
-  unsupported_media_type: "The server cannot read this file. It supports JPEG, PNG, WebP, GIF, BMP and TIFF.",
+  unsupported_media_type: "The server cannot read this file. It supports JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF, and HEIC where that is enabled.",
   unreadable_image: "This photo is damaged and cannot be decoded completely.",
   payload_too_large: "This photo is too large for the server.",
   overloaded: "The server is overloaded. Please try again in a moment.",
