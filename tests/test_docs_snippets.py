@@ -1,7 +1,5 @@
 """The code blocks of README and documentation run, and print what the pages show."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.marked_blocks import blocks, commands, difference, mistakes
@@ -12,10 +10,6 @@ PAGES = [
     "README.md",
     *sorted(str(path.relative_to(ROOT)) for name in FOLDERS for path in ROOT.glob(f"docs/{name}/*.md")),
 ]
-NOT_MARKED_YET = {"README.md"}  # none when the pages are finished
-MARKED = [page for page in PAGES if page not in NOT_MARKED_YET]
-# Tutorials train networks.
-RUN = [pytest.param(page, marks=[pytest.mark.slow] if "/tutorials/" in page else []) for page in MARKED]
 
 PAGE = """
 # A page
@@ -78,23 +72,19 @@ false
 """
 
 
-@pytest.mark.parametrize("page", MARKED)
+@pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_page_are_marked(page: str) -> None:
     """No block is forgotten."""
     assert not mistakes((ROOT / page).read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_page_run_and_print_what_it_shows(page: str) -> None:
     """In order, against a real server."""
     with PageReader() as reader:
         reader.read((ROOT / page).read_text(encoding="utf-8"))
-
-
-def test_pages_that_are_exempt_exist() -> None:
-    """A page that has been marked or moved leaves the list."""
-    assert {page for page in NOT_MARKED_YET if mistakes(Path(ROOT, page).read_text(encoding="utf-8"))} == NOT_MARKED_YET
 
 
 def test_every_mark_has_its_effect() -> None:
