@@ -48,7 +48,7 @@ def _command(name: str, parser: argparse.ArgumentParser) -> str:
         rows = ((f"`{_shown(each)}`", plain(each.help or "")) for each in arguments)
         parts.append(table(("argument", "meaning"), rows))
     options = (_option(action, name) for action in actions if action.option_strings)
-    parts.append(table(("option", "variable", "values", "default", "meaning"), options))
+    parts.append(table(("option", "values", "default", "meaning"), options))
     return "\n\n".join(parts)
 
 
@@ -57,16 +57,16 @@ def _shown(action: argparse.Action) -> str:
     return f"{name}..." if action.nargs == "+" else name
 
 
-def _option(action: argparse.Action, command: str) -> tuple[str, str, str, str, str]:
+def _option(action: argparse.Action, command: str) -> tuple[str, str, str, str]:
     flag = " ".join([*action.option_strings, *([] if action.nargs == 0 else [str(action.metavar)])])
     help_text = (action.help or "").replace("%%", "%")
     default = DEFAULT.search(help_text)
     shown = "required" if action.required else _as_code(default[1]) if default else ""
     meaning = plain(DEFAULT.sub("", help_text))
     is_setting = command in ("serve", "predict") and action.dest in Settings.model_fields and action.default == SUPPRESS
-    variable = f"`{PREFIX}{action.dest.upper()}`" if is_setting and command == "serve" else ""
+    variable = f"<br>`{PREFIX}{action.dest.upper()}`" if command == "serve" else ""
     values = _values(Settings.model_json_schema()["properties"][action.dest]) if is_setting else ""
-    return f"`{flag}`", variable, values, shown, meaning
+    return f"`{flag}`{variable}", values, shown, meaning
 
 
 def _as_code(default: str) -> str:

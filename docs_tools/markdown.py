@@ -24,7 +24,11 @@ def sentence(text: str) -> str:
 def plain(text: str) -> str:
     """A text in which nothing but code counts as markup: `<` and `*` stay what they are."""
     parts = MARKUP.split(" ".join(text.split()))
-    return "".join(part if index % 2 else re.sub(r"([<*_\[])", r"\\\1", part) for index, part in enumerate(parts))
+    return "".join(part if index % 2 else _escaped(part) for index, part in enumerate(parts))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([*_\[])", r"\\\1", text.replace("<", "&lt;"))
 
 
 def docstring(text: str) -> Iterator[str]:
