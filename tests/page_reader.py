@@ -53,7 +53,7 @@ class PageReader:
         self._ports: dict[str, str] = {}
         clone = self._folder / "clone"
         shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
-        (clone / ".venv").symlink_to(sys.prefix)
+        _link_environment(clone / ".venv")
         (self._folder / ".curlrc").write_text("silent\nshow-error\n")
         variables = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -197,6 +197,16 @@ class PageReader:
         for shown, port in self._ports.items():
             text = re.sub(rf"\b{port}\b", shown, text)
         return text
+
+
+def _link_environment(folder: Path) -> None:
+    """Make a virtual environment of links to this one. `make` takes it for finished."""
+    folder.mkdir()
+    for each in Path(sys.prefix).iterdir():
+        (folder / each.name).symlink_to(each)
+    for name in ("serve", "test"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).touch()
 
 
 def _missing(block: Block) -> list[str]:
