@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,6 +106,11 @@ class Settings(BaseModel):
         description="names such as api.example or *.example, separated by commas, that the Host header may have, "
         "except on health endpoints and /metrics (default: any)",
     )
+    forwarded_allow_ips: str | None = Field(
+        None,
+        description="addresses or networks of proxies, separated by commas, whose X-Forwarded-For names the client in "
+        "the log; *: all, also on a Unix socket (default: none)",
+    )
     page: Literal["on", "off"] = Field("on", description="the demo page at /: on or off")
     docs: Literal["on", "off"] = Field("on", description="the API documentation at /docs and /openapi.json: on or off")
     request_timeout_s: float = Field(
@@ -139,6 +145,14 @@ class Settings(BaseModel):
         if access == "key" and others.data.get("api_key_file") is None:
             raise ValueError("it requires --api-key-file")
         return access
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _are_networks(cls, text: str | None) -> str | None:
+        if text is not None and text.strip() != "*":
+            for each in _elements(text) or [""]:
+                ip_network(each)  # uvicorn would take anything else for a name that never matches
+        return text
 
     @property
     def origins(self) -> list[str]:

@@ -57,6 +57,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def listens_at(path: Path) -> bool:
+    """Whether something listens on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 def is_ready(client: httpx.Client) -> bool:
     """Whether the server takes requests; it need not listen yet."""
     try:

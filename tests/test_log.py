@@ -9,12 +9,13 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from rednet.service.observability import log
 from tests.conftest import encoded, photo
 from tests.http_helpers import TEXT, predict
-from tests.servers import REDNET, ServerProcess, wait_until
+from tests.servers import REDNET, ServerProcess, is_ready, listens_at, wait_until
 
 KEY, STRANGE = "the-key-0123456789", "strange-0123456789"
 
@@ -82,6 +83,87 @@ def test_access_log_names_api_keys(running: tuple[ServerProcess, str]) -> None:
     assert said["status"] == "401"
     assert "key" not in said
     assert "0123456789" not in server.log
+
+
+def test_access_log_says_who_asked_and_how_many_bytes(running: tuple[ServerProcess, str]) -> None:
+    """The client's address, its user agent, and the sizes of both bodies. Nobody is trusted to name another client."""
+    server, log_format = running
+    content = encoded(photo())
+    headers = {"X-Request-Id": "id-of-sizes", "User-Agent": "shop/1.0", "X-Forwarded-For": "203.0.113.9"}
+    response = server.client.post("/v1/predict", content=content, headers=headers)
+    said = fields(line(server, "id-of-sizes"), log_format)
+    assert (said["client"], said["user_agent"]) == ("127.0.0.1", "shop/1.0")
+    assert (int(said["bytes_in"]), int(said["bytes_out"])) == (len(content), len(response.content))
+    server.client.head("/v1/model", headers={"X-Request-Id": "id-of-head"})
+    said = fields(line(server, "id-of-head"), log_format)
+    assert (said["method"], said["bytes_in"], said["bytes_out"]) == ("HEAD", "0", "0")
+
+
+def test_access_log_escapes_and_shortens_the_user_agent(running: tuple[ServerProcess, str]) -> None:
+    """Neither a terminal that shows the log nor its size is in the client's hands."""
+    server, _ = running
+    headers = [(b"X-Request-Id", b"id-of-escapes"), (b"User-Agent", b"caf\xc3\xa9 \xc2\x9b31m" + b"x" * 5_000)]
+    assert server.client.get("/v1/model", headers=headers).status_code == 200
+    found = line(server, "id-of-escapes")
+    assert "xc3" in found
+    assert found.isascii()
+    assert len(found) < 700
+
+
+def test_documentation_has_endpoints_of_its_own(running: tuple[ServerProcess, str]) -> None:
+    """In the log and in metrics."""
+    server, log_format = running
+    for path in ("/docs", "/openapi.json"):
+        assert server.client.get(path, headers={"X-Request-Id": f"id-of{path}"}).status_code == 200
+        assert fields(line(server, f"id-of{path}"), log_format)["endpoint"] == path
+        assert f'count{{endpoint="{path}",status="200"}} 1.0' in server.client.get("/metrics").text
+
+
+def test_client_of_a_trusted_proxy_is_logged(tiny_path: Path) -> None:
+    """X-Forwarded-For counts from right to left: what is left of the first untrusted address may be made up."""
+    options = ("--checkpoint", tiny_path, "--frontends", 2, "--forwarded-allow-ips", "127.0.0.0/8, 198.51.100.7")
+    with ServerProcess(*options) as server:
+
+        def logged(forwarded: str, request_id: str) -> str:
+            headers = [(b"X-Forwarded-For", forwarded.encode("latin-1")), (b"X-Request-Id", request_id.encode())]
+            server.client.get("/v1/model", headers=headers)
+            return fields(line(server, request_id), "text")["client"]
+
+        assert logged("203.0.113.9", "id-of-one") == "203.0.113.9"
+        assert logged("192.0.2.1, 203.0.113.9, 198.51.100.7, 127.0.0.3", "id-of-chain") == "203.0.113.9"
+        assert logged("2001:db8::1", "id-of-ipv6") == "2001:db8::1"
+        assert logged("\xc2\x9b" * 1_000, "id-of-odd").startswith(r"\xc2\x9b")
+        assert len(line(server, "id-of-odd")) < 1_300
+
+
+def test_mapped_ipv4_address_of_a_proxy_is_trusted(tiny_path: Path) -> None:
+    """On a socket for both IPv6 and IPv4, the kernel writes IPv4 addresses as IPv6."""
+    options = ("--checkpoint", tiny_path, "--host", "::", "--forwarded-allow-ips", "127.0.0.1")
+    with ServerProcess(*options, ready=False) as server:
+        server.client.base_url = server.url.replace("[::]", "127.0.0.1").replace("[::1]", "127.0.0.1")
+        wait_until(lambda: is_ready(server.client), "readiness")
+        headers = {"X-Forwarded-For": "203.0.113.9", "X-Request-Id": "id-of-mapped"}
+        server.client.get("/v1/model", headers=headers)
+        assert fields(line(server, "id-of-mapped"), "text")["client"] == "203.0.113.9"
+        server.client.get("/v1/model", headers={"X-Request-Id": "id-of-peer"})
+        assert fields(line(server, "id-of-peer"), "text")["client"] == "127.0.0.1"
+
+
+def test_unix_socket_has_no_client_address(tiny_path: Path, tmp_path: Path) -> None:
+    path, logged = tmp_path / "rednet.sock", tmp_path / "log"
+    command = [REDNET, "serve", "--uds", path, "--checkpoint", tiny_path, "--decoders", "1"]
+    with logged.open("w") as file, subprocess.Popen([str(part) for part in command], stderr=file) as process:
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+                wait_until(lambda: listens_at(path), "the socket")
+                wait_until(lambda: is_ready(client), "the server")
+                client.get("/v1/model", headers={"X-Request-Id": "id-of-local", "X-Forwarded-For": "203.0.113.9"})
+            wait_until(lambda: "id-of-local" in logged.read_text(), "the request's line")
+        finally:
+            process.terminate()
+    (found,) = [each for each in logged.read_text().splitlines() if "id-of-local" in each]
+    assert "user_agent=python-httpx" in found
+    assert "client=" not in found
 
 
 def test_probes_are_not_logged_at_info_level(running: tuple[ServerProcess, str]) -> None:

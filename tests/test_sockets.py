@@ -17,7 +17,7 @@ import pytest
 from rednet.service.system.sockets import bind, bind_unix, passed_sockets, remove_unix, url
 from tests.conftest import encoded, photo
 from tests.http_helpers import predict
-from tests.servers import PATIENCE_S, REDNET, ServerProcess, is_ready, wait_until
+from tests.servers import PATIENCE_S, REDNET, ServerProcess, is_ready, listens_at, wait_until
 
 
 def has_ipv6() -> bool:
@@ -117,11 +117,6 @@ def test_dual_stack_server_answers_ipv4_and_ipv6(tiny_path: Path) -> None:
                 while client.get("/readyz").status_code != 200:
                     time.sleep(0.05)
                 assert predict(client, encoded(photo())).status_code == 200
-
-
-def listens_at(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
 
 
 def test_a_server_on_a_unix_socket_answers_under_its_own_name(tiny_path: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def create_app(
         lifespan=lifespan,
         servers=[{"url": "."}],  # relative to the document: a proxy may add a path prefix
         docs_url=None,  # `routes.docs` has them, with relative links
-        openapi_url="/openapi.json" if settings.docs == "on" else None,
+        openapi_url=None,  # `routes.docs` has this, too: metrics and the log name the paths of its routes
         redoc_url=None,
         redirect_slashes=False,  # a redirect would carry a wrong address behind a proxy; the middleware strips slashes
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log have them

@@ -30,6 +30,7 @@ MAX_CHUNKED_BYTES = 8_192  # of a chunked body, passed to the parser at once: it
 # After FREE_PIPELINED pipelined requests in a row, the following ones are delayed, so that one connection cannot keep
 # the event loop busy.
 FREE_PIPELINED, PIPELINE_DELAY_S = 8, 0.005
+MAPPED_IPV4 = "::ffff:"  # how a socket for IPv6 and IPv4 writes IPv4 addresses
 LINGER_TIMEOUT_S = 10.0  # for the rest of a body whose request was answered early, most likely with an error
 
 
@@ -56,6 +57,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.client and self.client[0].startswith(MAPPED_IPV4):
+            self.client = (self.client[0].removeprefix(MAPPED_IPV4), self.client[1])
         self.flow = ReadFlowControl(transport)
         self._incoming = ReadBuffer()
         self._slow_reader = SlowReaderMonitor(self.loop, transport)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import structlog
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -22,6 +22,7 @@ requests = structlog.get_logger()
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # fit for a header, and for a line of the log
 WITH_TRAILING_SLASH = ("/v1/", "/v2/", "/livez/", "/readyz/")  # not /metrics/: proxies may hide /metrics only
 PROBES = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}  # requested every few seconds
+MAX_LOGGED_CHARS = 200  # of a client's address or user agent
 CLIENT_CLOSED_REQUEST = 499  # nginx's status, for metrics and the log: the client is gone
 
 
@@ -39,6 +40,37 @@ def _as_routed(scope: Scope) -> Scope:
     return scope
 
 
+class _Exchange:
+    """One request and its response: adds the common headers, and counts the bytes of both bodies."""
+
+    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        self._request_id = request_id.encode()
+        self._started = time.monotonic()
+        self.status = self.bytes_in = self.bytes_out = 0
+
+    @property
+    def duration_s(self) -> float:
+        return time.monotonic() - self._started
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.bytes_in += len(message.get("body", b""))
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            self.bytes_out += len(message.get("body", b""))
+        elif message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = message["headers"] = list(message["headers"])
+            headers.append((b"x-request-id", self._request_id))
+            headers.append((b"server-timing", b"total;dur=%.1f" % (1000 * self.duration_s)))
+            if not any(name == b"cache-control" for name, _ in headers):
+                headers.append((b"cache-control", b"no-store"))
+        await self._send(message)
+
+
 class RequestContextMiddleware:
     """ASGI middleware: assigns the request id, records metrics, writes the access log, turns unhandled exceptions into
     500s."""
@@ -51,43 +83,55 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if REQUEST_ID.fullmatch(given) else log.new_id()
         routed = _as_routed(scope)
         log.begin_request(request_id)
-        started = time.monotonic()
-        status = 0
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = message["headers"] = list(message["headers"])
-                headers.append((b"x-request-id", request_id.encode()))
-                headers.append((b"server-timing", b"total;dur=%.1f" % (1000 * (time.monotonic() - started))))
-                if not any(name == b"cache-control" for name, _ in headers):
-                    headers.append((b"cache-control", b"no-store"))
-            await send(message)
-
+        exchange = _Exchange(request_id, receive, send)
         self._metrics.request_started()
         try:
-            await self._app(routed, receive, send_with_id)
+            await self._app(routed, exchange.receive, exchange.send)
         except ClientDisconnect:
-            status = CLIENT_CLOSED_REQUEST
+            exchange.status = CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:  # the drain is over, and uvicorn cancels what is left: most likely an upload
-            if not status:
-                await error_response(scope, Draining())(scope, receive, send_with_id)
+            if not exchange.status:
+                await error_response(scope, Draining())(scope, receive, exchange.send)
         except Exception:
             logger.exception("unhandled exception")
-            if not status:
-                await error_response(scope, Internal())(scope, receive, send_with_id)
+            if not exchange.status:
+                await error_response(scope, Internal())(scope, receive, exchange.send)
         finally:
-            duration_s = time.monotonic() - started
             endpoint = getattr(routed.get("route"), "path", "unmatched")
-            self._metrics.request_done(endpoint, status, duration_s)
-            log.note(method=scope["method"], endpoint=endpoint, status=status)
-            log.note_ms(duration=duration_s)
+            self._metrics.request_done(endpoint, exchange.status, duration_s := exchange.duration_s)
+            method = scope["method"]
+            bytes_out = 0 if method == "HEAD" else exchange.bytes_out  # uvicorn omits the body
+            log.note(
+                method=method,
+                endpoint=endpoint,
+                status=exchange.status,
+                duration_ms=round(1000 * duration_s, 2),
+                bytes_in=exchange.bytes_in,
+                bytes_out=bytes_out,
+                **_client(scope, headers),
+            )
             requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)
+
+
+def _client(scope: Scope, headers: Mapping[bytes, bytes]) -> dict[str, str]:
+    """Who sent a request, for the access log."""
+    said = {}
+    if client := scope.get("client"):  # on a Unix socket there is none
+        said["client"] = _loggable(client[0])
+    if user_agent := headers.get(b"user-agent"):
+        said["user_agent"] = _loggable(user_agent.decode("latin-1"))
+    return said
+
+
+def _loggable(text: str) -> str:
+    """A value from a client, shortened, with escapes for what is not printable ASCII."""
+    text = text[:MAX_LOGGED_CHARS]
+    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode()
 
 
 class AllowedHostsMiddleware:

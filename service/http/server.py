@@ -179,5 +179,6 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         headers=[("X-Content-Type-Options", "nosniff")],  # of every answer
-        proxy_headers=False,  # nothing here uses a client's address
+        proxy_headers=settings.forwarded_allow_ips is not None,  # for the access log
+        forwarded_allow_ips=settings.forwarded_allow_ips,
     )

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
-from fastapi.responses import RedirectResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 
 from rednet.service.errors import NotFound
 from rednet.service.http.routes.static import File, file_response, read_files
@@ -38,6 +38,12 @@ async def viewer(if_none_match: Annotated[str, Header()] = "") -> Response:
     if not FILES:
         raise NotFound("the viewer is not installed: pip install fastapi-swagger; the document is at openapi.json")
     return file_response(FILES["index.html"], if_none_match, POLICY_IMAGES)
+
+
+@router.get("/openapi.json")
+async def document(request: Request) -> Response:
+    """The OpenAPI document."""
+    return JSONResponse(request.app.openapi())
 
 
 @router.get("/docs/{path}")
