@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rednet.service.autoscaling import OFFERED_LOAD, OfferedLoad
@@ -86,7 +87,9 @@ class DisconnectOnCancel:
             receiving = asyncio.ensure_future(receive())
             try:
                 await asyncio.wait((receiving, left), return_when=asyncio.FIRST_COMPLETED)
-                return {"type": "http.disconnect"} if left.done() else receiving.result()
+                if left.done() or isinstance(receiving.exception(), TaskCancelledError):  # raised during an upload
+                    return {"type": "http.disconnect"}
+                return receiving.result()
             finally:
                 receiving.cancel()
 

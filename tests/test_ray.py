@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from starlette.types import Message, Receive, Scope, Send
 
 from rednet.service.settings import SettingsError
 from rednet.service.types import State
@@ -242,6 +243,39 @@ def test_health_check_waits_for_warm_up_and_fails_with_the_engine() -> None:
                 await check_health(replica)
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("proxy", ["HAProxy", "Serve's"])
+def test_application_receives_a_disconnect_when_the_client_leaves(proxy: str) -> None:
+    """Serve cancels the request; behind its own proxy, `receive` also fails before that during an upload."""
+    from ray.exceptions import TaskCancelledError
+
+    from rednet.service.ray import DisconnectOnCancel
+
+    received: list[Message] = []
+
+    async def receive() -> Message:
+        if proxy == "Serve's":
+            raise TaskCancelledError
+        await asyncio.sleep(PATIENCE_S)
+        raise AssertionError
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        received.append(await receive())
+
+    async def send(message: Message) -> None:
+        raise AssertionError
+
+    async def run() -> None:
+        request = asyncio.create_task(DisconnectOnCancel(application)({"type": "http"}, receive, send))
+        await asyncio.sleep(0.05)
+        if proxy == "HAProxy":
+            request.cancel()
+        await asyncio.wait((request,))
+        assert request.cancelled() == (proxy == "HAProxy")
+
+    asyncio.run(run())
+    assert received == [{"type": "http.disconnect"}]
 
 
 def test_import_of_the_server_does_not_import_ray() -> None:
