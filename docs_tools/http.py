@@ -45,9 +45,7 @@ def paths() -> set[str]:
 def parameter_names() -> set[str]:
     """The query parameters of all endpoints."""
     operations = (operation for methods in openapi()["paths"].values() for operation in methods.values())
-    return {
-        each["name"] for operation in operations for each in operation.get("parameters", ()) if each["in"] == "query"
-    }
+    return {each["name"] for operation in operations for each in operation["parameters"] if each.get("in") == "query"}
 
 
 def _schemas() -> dict[str, Mapping[str, Any]]:
@@ -59,7 +57,8 @@ def _schemas() -> dict[str, Mapping[str, Any]]:
 def _endpoint(method: str, path: str, described: Mapping[str, Any]) -> Iterator[str]:
     yield f"### {method.upper()} {path}"
     yield described["description"]
-    parameters = [each for each in described.get("parameters", ()) if each["in"] != "path"]
+    # Headers of many endpoints are references, and have a section of their own.
+    parameters = [each for each in described["parameters"] if each.get("in") == "query"]
     rows = (
         (
             f"`{each['name'].title() if each['in'] == 'header' else each['name']}`",
@@ -73,7 +72,7 @@ def _endpoint(method: str, path: str, described: Mapping[str, Any]) -> Iterator[
     if parameters:
         yield table(("parameter", "in", "type", "default", "meaning"), rows)
     contents = described.get("requestBody", {}).get("content", {})
-    if "image/*" in contents:
+    if "multipart/form-data" in contents:
         yield "Request body: [images](#images)."
     elif contents:
         yield from _body(contents)
@@ -83,8 +82,7 @@ def _endpoint(method: str, path: str, described: Mapping[str, Any]) -> Iterator[
 def _body(contents: Mapping[str, Any]) -> Iterator[str]:
     json_body = contents["application/json"]
     yield "Request body, JSON:"
-    if "properties" in json_body["schema"]:
-        yield _fields(json_body["schema"])
+    yield f"{_type(json_body['schema'])}."
     if "example" in json_body:
         yield f"```json\n{json.dumps(json_body['example'], indent=2)}\n```"
     if "application/octet-stream" in contents:

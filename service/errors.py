@@ -38,6 +38,12 @@ class HeadersTooLarge(ServiceError):
     code = "headers_too_large"
 
 
+class NotAcceptable(ServiceError):
+    """The `Accept` header excludes every type that the response can have."""
+
+    code = "not_acceptable"
+
+
 class RequestTimeout(ServiceError):
     """The body did not arrive in time. The connection is closed."""
 

@@ -9,6 +9,7 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.Unauthorized: 401,
     errors.NotFound: 404,
     errors.MethodNotAllowed: 405,
+    errors.NotAcceptable: 406,
     errors.RequestTimeout: 408,
     errors.PayloadTooLarge: 413,
     errors.UriTooLong: 414,

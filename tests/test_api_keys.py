@@ -174,15 +174,18 @@ def test_metrics_need_a_key_only_if_configured(running: ServerThread, key_file: 
 
 
 def test_openapi_describes_which_endpoints_need_a_key(running: ServerThread) -> None:
-    """`/docs` can then ask for the key. A server without keys describes none."""
+    """`/docs` can then ask for the key. A server without keys describes it as optional."""
 
     def guarded(client: httpx.Client) -> set[str]:
         paths = client.get("/openapi.json").json()["paths"]
-        return {path for path, operations in paths.items() for each in operations.values() if "security" in each}
+        return {path for path, operations in paths.items() for each in operations.values() if each["security"]}
 
     paths = guarded(running.client)
     assert {PREDICT, "/v1/features", "/v1/explain", "/v1/model", "/v2", "/v2/models/{name}/infer"} <= paths
     assert {"/v1/embeddings", "/v2/repository/index"} <= paths
     assert not paths & {*OPEN, "/metrics"}
     with ServerThread(FakeRunner()) as without:
-        assert not guarded(without.client)
+        assert guarded(without.client) == paths
+        document = without.client.get("/openapi.json").json()
+        assert document["paths"][PREDICT]["post"]["security"] == [{"HTTPBearer": []}, {}]
+    assert running.client.get("/openapi.json").json()["paths"][PREDICT]["post"]["security"] == [{"HTTPBearer": []}]

@@ -156,8 +156,10 @@ def test_embeddings_are_counted_under_their_own_endpoint(server: ServerProcess) 
 
 def test_openapi_describes_embeddings(server: ServerProcess) -> None:
     """With an example. The schema of the request accepts what the server accepts."""
-    operation = server.client.get("/openapi.json").json()["paths"][EMBEDDINGS]["post"]
+    document = server.client.get("/openapi.json").json()
+    operation = document["paths"][EMBEDDINGS]["post"]
     described = operation["requestBody"]["content"]["application/json"]
     assert described["example"]["input"][0].startswith("data:image/jpeg;base64,")
-    assert described["schema"]["required"] == ["model", "input"]
+    assert described["schema"]["$ref"] == "#/components/schemas/EmbeddingsRequestBody"
+    assert document["components"]["schemas"]["EmbeddingsRequestBody"]["required"] == ["model", "input"]
     assert {"200", "401", "404", "413", "429"} <= operation["responses"].keys()

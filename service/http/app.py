@@ -2,12 +2,13 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from rednet.service.api_keys import KeyFile
+from rednet.service.http import openapi
 from rednet.service.http.error_responses import add_error_handlers
 from rednet.service.http.image_requests import ImageRequests
 from rednet.service.http.middleware import AllowedHostsMiddleware, RequestContextMiddleware
@@ -59,9 +60,12 @@ def create_app(
         docs_url=None,  # `routes.docs` has them, with relative links
         openapi_url=None,  # `routes.docs` has this, too: metrics and the log name the paths of its routes
         redoc_url=None,
+        generate_unique_id_function=openapi.operation_id,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         redirect_slashes=False,  # a redirect would carry a wrong address behind a proxy; the middleware strips slashes
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` and the log have them
     )
+    app.openapi = partial(openapi.complete, app)  # type: ignore[method-assign]
     parser = Parser()
     budget = MemoryBudget(max(1, MAX_LARGE_BODIES // processes) * settings.max_body_bytes)
     app.state.current_context = lambda: context_of(pipeline.current)

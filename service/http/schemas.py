@@ -131,18 +131,25 @@ def described_errors(body: type[BaseModel]) -> Responses:
 def described_images() -> dict[str, Any]:
     """The request body of the `/v1` endpoints: the three ways to send images.
 
-    A part of a form is an image if it has a file name or an image type, or begins like an image, also in base64.
+    The image itself may have any image type; only `application/octet-stream` is named, which generators understand. A
+    part of a form is an image if it has a file name or an image type, or begins like an image, also in base64.
     """
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    parts = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
+    binary = {"type": "string", "format": "binary"}
+    parts = {
+        "type": "object",
+        "required": ["images"],
+        "properties": {"images": {"type": "array", "items": binary, "description": "files; other names work as well"}},
+    }
     return {
         "requestBody": {
             "required": True,
             "content": {
-                "image/*": binary,
-                "application/octet-stream": binary,
+                "application/octet-stream": {"schema": binary},
                 "multipart/form-data": {"schema": parts},
-                "application/json": {"schema": ImagesBody.model_json_schema()},
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/ImagesBody"},
+                    "example": {"images": ["<base64 of a photo>"]},
+                },
             },
         }
     }
@@ -159,7 +166,9 @@ def described_embeddings() -> dict[str, Any]:
 
 def described_json(body: type[BaseModel]) -> dict[str, Any]:
     """An optional request body in JSON."""
-    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
+    return {
+        "requestBody": {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}}
+    }
 
 
 class InferErrorBody(BaseModel):
@@ -239,7 +248,7 @@ def described_infer() -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": {"type": "object"}, "example": example},
+                "application/json": {"schema": {"$ref": "#/components/schemas/InferBody"}, "example": example},
                 "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
             },
         }

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from rednet.service.errors import MalformedRequest, NotFound, ServiceError
+from rednet.service.http.routes.accept import check_accept
 from rednet.service.http.routes.context import context
 from rednet.service.http.routes.parameters import StrictRoute
 from rednet.service.http.routes.v1 import ERRORS, json_response, with_image_index
@@ -34,6 +35,7 @@ async def embeddings(request: Request) -> Response:
     The vectors are those of `/v1/features`. Their length is not 1: compare them by cosine similarity. The format has no
     place for errors of single images: the first image that cannot be read fails the request.
     """
+    check_accept(request, "application/json")
     server = context(request)
     check = partial(_check, model=server.pipeline.model)
     found = await server.image_requests.answer(request, BodyFormat("embeddings"), check=check)

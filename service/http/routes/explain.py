@@ -3,10 +3,10 @@
 import time
 from typing import Annotated, Any, Literal, NamedTuple
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from rednet.service.errors import MalformedRequest, ServiceError, error_body
-from rednet.service.http.routes.accept import prefers
+from rednet.service.http.routes.accept import check_accept, prefers
 from rednet.service.http.routes.context import context
 from rednet.service.http.routes.parameters import StrictRoute
 from rednet.service.http.routes.respond import respond
@@ -63,13 +63,12 @@ router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
 
 @router.post(
     "/explain",
-    response_model=ExplainBody,
+    response_class=Response,
     responses={
         **ERRORS,
         200: {
             "content": {PNG: {"schema": {"type": "string", "format": "binary"}}},
-            "description": "The photo with a heat map over it, from the lowest value (violet) to the highest (yellow); "
-            "or the values.",
+            "description": "The photo with a heat map over it, from the lowest value (violet) to the highest (yellow).",
         },
     },
     openapi_extra=described_images(),
@@ -77,7 +76,6 @@ router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
 async def explain(
     request: Request,
     asked: Annotated[Asked, Depends(_asked)],
-    accept: Annotated[str, Header(description=f"{PNG}, or {JSON} for the values of the map")] = "*/*",
 ) -> Response:
     """Draw a heat map over a photo, from the same forward pass that predicts.
 
@@ -86,9 +84,21 @@ async def explain(
     that the last layer of the stage makes at each position: it shows where the operator aggregates, not why a class was
     chosen.
 
-    A picture explains one image; with `Accept: application/json` the request may have any number of them.
+    A picture explains one image. With `Accept: application/json`, the response is that of `/v1/explain.json`.
     """
-    server, as_json = context(request), prefers(accept, JSON, PNG)
+    check_accept(request, PNG, JSON)
+    return await _explain(request, asked, as_json=prefers(request.headers.get("accept", ""), JSON, PNG))
+
+
+@router.post("/explain.json", response_model=ExplainBody, responses=ERRORS, openapi_extra=described_images())
+async def explain_json(request: Request, asked: Annotated[Asked, Depends(_asked)]) -> Response:
+    """Compute the values of the map that `/v1/explain` draws, for any number of images."""
+    check_accept(request, JSON)
+    return await _explain(request, asked, as_json=True)
+
+
+async def _explain(request: Request, asked: Asked, as_json: bool) -> Response:
+    server = context(request)
     found = await server.image_requests.answer(request, body_format(request), asked.explain, not as_json)
     answers = raise_if_all_failed(found.images)
     started = time.monotonic()

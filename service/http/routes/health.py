@@ -28,7 +28,7 @@ async def readyz(request: Request, response: Response) -> StatusBody:
     return StatusBody(status=state)
 
 
-@router.get("/v2/health/live", responses={503: {"model": LiveBody}})
+@router.get("/v2/health/live", name="server_live", responses={503: {"model": LiveBody}})
 async def live(request: Request, response: Response) -> LiveBody:
     """`/livez` for the Open Inference Protocol."""
     alive = context(request).pipeline.state is not State.FAILED
@@ -36,7 +36,7 @@ async def live(request: Request, response: Response) -> LiveBody:
     return LiveBody(live=alive)
 
 
-@router.get("/v2/health/ready", responses={503: {"model": ReadyBody}})
+@router.get("/v2/health/ready", name="server_ready", responses={503: {"model": ReadyBody}})
 async def ready(request: Request, response: Response) -> ReadyBody:
     """`/readyz` for the Open Inference Protocol."""
     is_ready = context(request).pipeline.state is State.READY

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from rednet.service.errors import MalformedRequest, ServiceError, error_body
 from rednet.service.http.image_requests import Answers
-from rednet.service.http.routes.accept import prefers
+from rednet.service.http.routes.accept import check_accept, prefers
 from rednet.service.http.routes.context import Context, context
 from rednet.service.http.routes.parameters import StrictRoute
 from rednet.service.http.routes.pieces import comma_separated
@@ -30,9 +30,14 @@ from rednet.service.pipeline import Answer
 from rednet.service.scores import most_probable
 from rednet.service.types import Floats, Inference
 
-ERRORS = described_errors(ErrorBody)
+ERRORS = described_errors(ErrorBody) | {
+    406: {"model": ErrorBody, "description": "not_acceptable: the response cannot have a type of `Accept`"}
+}
+JSON = "application/json"
 NPY = "application/x-npy"
 MAX_CONTENT_TYPE = 1_000  # characters; a boundary has up to 70
+
+Normalize = Annotated[bool, Query(description="scale each vector to length 1")]
 
 direct = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
 router = APIRouter(prefix="/v1", tags=["v1"], route_class=StrictRoute)
@@ -49,6 +54,7 @@ async def predict(
     read has an error in its place; if no image can be read, the response has the status of the first error. A part of a
     form is an image if it has a file name, an image type, or the first bytes of an image; `ignored` names the others.
     """
+    check_accept(request, JSON)
     server = context(request)
     answers, ignored = await _answers(request, server)
     started = time.monotonic()
@@ -70,39 +76,65 @@ async def predict(
 @router.post(
     "/features",
     response_model=FeaturesBody,
-    responses={**ERRORS, 200: {"content": {NPY: {"schema": {"type": "string", "format": "binary"}}}}},
+    responses=ERRORS,
     openapi_extra=described_images(),
 )
 async def features(
     request: Request,
-    normalize: Annotated[bool, Query(description="scale each vector to length 1")] = False,
-    accept: Annotated[str, Header(description=f"{NPY} for a float32 array [N, D] instead of JSON")] = "*/*",
+    normalize: Normalize = False,
 ) -> Response:
     """Compute the feature vector of each image: the output of the last stage, averaged over all positions.
 
-    An array has no place for errors: one image that cannot be read then fails the request.
+    With `Accept: application/x-npy`, the response is that of `/v1/features.npy`.
     """
+    check_accept(request, JSON, NPY)
+    if prefers(request.headers.get("accept", ""), NPY, JSON):
+        return await _features_npy(request, normalize)
     server = context(request)
     answers, ignored = await _answers(request, server)
     started = time.monotonic()
     rows = [_features(answer, normalize) for answer in answers]
-    if prefers(accept, NPY, "application/json"):
-        for index, row in enumerate(rows):
-            if isinstance(row, ServiceError):
-                raise with_image_index(index, row, len(rows))
-        return await respond(_npy([row for row in rows if isinstance(row, np.ndarray)]), NPY, answers, server, started)
     vectors = (error_body(row) if isinstance(row, ServiceError) else row for row in rows)
     dimension = next(len(row) for row in rows if isinstance(row, np.ndarray))
     fields = {**ignored, "dimension": dimension}
     return await json_response(server, fields, "features", vectors, answers, started)
 
 
-@router.get("/model")
+@router.post(
+    "/features.npy",
+    response_class=Response,
+    responses={**ERRORS, 200: {"content": {NPY: {"schema": {"type": "string", "format": "binary"}}}}},
+    openapi_extra=described_images(),
+)
+async def features_npy(request: Request, normalize: Normalize = False) -> Response:
+    """Compute the feature vector of each image, as a NumPy file: a float32 array [N, D].
+
+    An array has no place for errors: one image that cannot be read fails the request.
+    """
+    check_accept(request, NPY)
+    return await _features_npy(request, normalize)
+
+
+@router.get("/model", name="model_description", responses={406: ERRORS[406]})
 async def model(request: Request) -> ModelBody:
     """Describe the model: name, architecture, labels, preprocessing, device, and the measured time of batches."""
+    check_accept(request, JSON)
     pipeline = context(request).pipeline
     costs = pipeline.client.costs
     return pipeline.model.model_copy(update={"max_batch_size": costs.max_batch_size, "cost_s": dict(costs.seconds)})
+
+
+async def _features_npy(request: Request, normalize: bool) -> Response:
+    server = context(request)
+    answers, _ = await _answers(request, server)
+    started = time.monotonic()
+    rows = []
+    for index, answer in enumerate(answers):
+        row = _features(answer, normalize)
+        if isinstance(row, ServiceError):
+            raise with_image_index(index, row, len(answers))
+        rows.append(row)
+    return await respond(_npy(rows), NPY, answers, server, started)
 
 
 async def _answers(request: Request, server: Context) -> tuple[Sequence[Answer], dict[str, Any]]:
@@ -169,7 +201,7 @@ async def json_response(
     head = orjson.dumps({"model": server.pipeline.model.name, **fields})
     encoded = (orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY) for entry in entries)
     body = chain([head[:-1] + f',"{name}":['.encode()], comma_separated(encoded), [b"]}"])
-    return await respond(body, "application/json", answers, server, started)
+    return await respond(body, JSON, answers, server, started)
 
 
 def _npy(rows: Sequence[Floats]) -> Iterator[bytes]:

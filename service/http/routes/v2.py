@@ -176,14 +176,21 @@ for path, checks in (
 ):
     # The router's own prefix: metrics are labelled with route paths, which do not include a prefix that is added later.
     models = APIRouter(prefix=path, dependencies=checks, responses=NO_MODEL, route_class=StrictRoute)
-    models.add_api_route("", metadata)
-    models.add_api_route("/config", config)
-    models.add_api_route("/stats", statistics)
+    models.add_api_route("", metadata, name="model_metadata")
+    models.add_api_route("/config", config, name="model_config")
+    models.add_api_route("/stats", statistics, name="model_statistics")
     # A probe may carry a query parameter against caches.
-    models.add_api_route("/ready", ready, responses={503: {"model": ModelReadyBody}}, route_class_override=APIRoute)
+    models.add_api_route(
+        "/ready",
+        ready,
+        name="model_ready",
+        responses={503: {"model": ModelReadyBody}},
+        route_class_override=APIRoute,
+    )
     models.add_api_route(
         "/infer",
         infer,
+        name="model_infer",
         methods=["POST"],
         response_model=InferAnswerBody,
         responses=described_errors(InferErrorBody),
