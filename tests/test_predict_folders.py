@@ -192,6 +192,7 @@ def compare_csv(output: Path, unbroken: Path) -> None:
             assert cell["label_1"] == cell["feature_0"] == ""
         else:
             assert cell["error_code"] == ""
+            assert cell["id_1"] == row["classes"][0]["id"]
             assert cell["label_3"] == row["classes"][2]["label"]
             assert_equal(float(cell["probability_1"]), row["classes"][0]["probability"])
             assert_equal(float(cell["feature_511"]), row["features"][511])

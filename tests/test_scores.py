@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rednet.service.model_description import LabelBody
 from rednet.service.scores import FEW, most_probable, probabilities, top_classes
 
 
@@ -18,6 +19,11 @@ def test_most_probable_equals_a_stable_sort(count: int) -> None:
 
 def test_top_classes_of_a_small_network() -> None:
     """All classes, if there are fewer than were asked for."""
-    found = top_classes(np.log(np.array([1, 3, 4], np.float32)), ["a", "b", "c"], 5)
-    assert [(score["index"], score["label"]) for score in found] == [(2, "c"), (1, "b"), (0, "a")]
+    labels = [LabelBody(index=index, id=f"n{index}", label=name) for index, name in enumerate("abc")]
+    found = top_classes(np.log(np.array([1, 3, 4], np.float32)), labels, 5)
+    assert [(score["index"], score["id"], score["label"]) for score in found] == [
+        (2, "n2", "c"),
+        (1, "n1", "b"),
+        (0, "n0", "a"),
+    ]
     assert [score["probability"] for score in found] == pytest.approx([0.5, 0.375, 0.125])

@@ -11,6 +11,7 @@ import torch
 
 from rednet import Checkpoint, load_checkpoint, prepare
 from rednet.service.decoding.decode import decode_image
+from rednet.service.model_description import LabelBody
 from rednet.service.scores import top_classes
 from rednet.service.system.cores import usable_cores
 from rednet.service.types import Floats, Pixels
@@ -41,6 +42,11 @@ def checkpoint() -> Checkpoint:
     return load_checkpoint()
 
 
+@cache
+def labels() -> Sequence[LabelBody]:
+    return [LabelBody(index=i, id=label.id, label=label.name) for i, label in enumerate(checkpoint().labels)]
+
+
 def decoded(photo: bytes) -> Pixels:
     return decode_image(photo, checkpoint().preprocess, MAX_PIXELS)
 
@@ -63,4 +69,4 @@ def network(model: str) -> Network:
 
 
 def answer(logits: Floats) -> dict[str, Any]:
-    return {"predictions": [{"classes": top_classes(logits, [label.name for label in checkpoint().labels], 5)}]}
+    return {"predictions": [{"classes": top_classes(logits, labels(), 5)}]}

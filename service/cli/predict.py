@@ -18,6 +18,7 @@ from rednet.service.cli.photo_paths import find_all
 from rednet.service.cli.results import Results, check_format, finish, open_results
 from rednet.service.engine.admission import OwnCounts
 from rednet.service.errors import DeviceFailed, ServiceError, error_body
+from rednet.service.model_description import LabelBody
 from rednet.service.network import Network, load_network
 from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Pipeline
@@ -74,7 +75,7 @@ def _settings(options: argparse.Namespace, photos: int) -> Settings:
 
 
 async def _print(pipeline: Pipeline, photos: Sequence[str], options: argparse.Namespace) -> int:
-    labels = [label.label for label in pipeline.model.labels]
+    labels = pipeline.model.labels
     predictions: list[dict[str, Any]] = []
     failed = False
     async with _answers(pipeline, photos) as answers:
@@ -116,7 +117,7 @@ def _write(settings: Settings, network: Network, photos: Sequence[str], options:
 async def _add_rows(
     pipeline: Pipeline, photos: Sequence[str], files: Sequence[str], results: Results, options: argparse.Namespace
 ) -> None:
-    labels = [label.label for label in pipeline.model.labels]
+    labels = pipeline.model.labels
     done = results.done
     async with _answers(pipeline, photos[done:]) as answers:
         for file in progress(files[done:], total=len(files), done=done, describe="photos"):
@@ -143,7 +144,7 @@ async def _answers(pipeline: Pipeline, photos: Sequence[str]) -> AsyncIterator[A
         await pipeline.close()
 
 
-def _prediction(outcome: Inference | ServiceError, labels: Sequence[str], top_k: int) -> dict[str, Any]:
+def _prediction(outcome: Inference | ServiceError, labels: Sequence[LabelBody], top_k: int) -> dict[str, Any]:
     if isinstance(outcome, ServiceError):
         return error_body(outcome)
     return {"classes": top_classes(outcome.logits, labels, top_k)}

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+SCORE = ("index", "id", "label", "probability")
 GROUP_BYTES = 8_000_000  # of JSON that become a row group of Parquet: 400 rows with features, 27,000 without
 
 
@@ -21,7 +22,7 @@ def write_csv(rows: BinaryIO, path: Path, top_k: int, features: int) -> None:
         features: length of the feature vectors; 0: there are none.
     """
     header = ["file", "error_code", "error_message"]
-    header += [f"{name}_{rank}" for rank in range(1, top_k + 1) for name in ("index", "label", "probability")]
+    header += [f"{name}_{rank}" for rank in range(1, top_k + 1) for name in SCORE]
     header += [f"feature_{index}" for index in range(features)]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -31,7 +32,7 @@ def write_csv(rows: BinaryIO, path: Path, top_k: int, features: int) -> None:
             if "error" in row:
                 cells = [row["file"], row["error"]["code"], row["error"]["message"]]
             else:
-                scores = [score[name] for score in row["classes"] for name in ("index", "label", "probability")]
+                scores = [score[name] for score in row["classes"] for name in SCORE]
                 cells = [row["file"], "", "", *scores, *row.get("features", ())]
             writer.writerow(cells + [""] * (len(header) - len(cells)))
 
@@ -48,7 +49,8 @@ def write_parquet(rows: BinaryIO, path: Path, top_k: int, features: int) -> None
     import pyarrow as pa  # noqa: PLC0415  (an extra)
     from pyarrow import parquet  # noqa: PLC0415
 
-    score = pa.struct([("index", pa.int32()), ("label", pa.string()), ("probability", pa.float64())])
+    types = (pa.int32(), pa.string(), pa.string(), pa.float64())
+    score = pa.struct(list(zip(SCORE, types, strict=True)))
     fields = [
         pa.field("file", pa.string(), nullable=False),
         pa.field("error", pa.struct([("code", pa.string()), ("message", pa.string())])),
