@@ -20,6 +20,8 @@ from tests.conftest import encoded, photo
 from tests.processes import module_pids
 from tests.servers import PATIENCE_S, ServerProcess, free_port, wait_until
 
+pytestmark = pytest.mark.slow
+
 JPEG = encoded(photo(1), "JPEG")
 ENGINE, FRONT_END, EVERY = "engine", "front_end", ""
 # A supervisor that finds out sooner that a process hangs.
@@ -27,7 +29,6 @@ IMPATIENT = """
 import rednet.service.processes.supervisor as supervisor
 from rednet.service.cli.parser import main
 
-pytestmark = pytest.mark.slow
 supervisor.HUNG_S = 2.0
 raise SystemExit(main())
 """
