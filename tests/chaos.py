@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from rednet.service.http.connections import HEAD_TIMEOUT_S
 from tests.conftest import EVERY_FORMAT, encoded, photo
 from tests.http_helpers import PREDICT, predict, sample
 from tests.processes import killing_decoders
@@ -51,6 +52,7 @@ class Report:
     statuses: Counter[int] = field(default_factory=Counter)
     left: int = 0  # callers who did not wait
     unanswered: list[str] = field(default_factory=list)  # why, and the heads of these requests
+    late: int = 0  # sent nothing for so long after connecting that they were disconnected: this process was starved
     without_retry_after: int = 0
     slowest_s: float = 0.0
     decoders_killed: int = 0
@@ -152,6 +154,7 @@ async def leave(address: tuple[str, int], mischief: Mischief, request: Request) 
 
 async def ask(address: tuple[str, int], request: Request, report: Report) -> None:
     """Send a request over a connection of its own and wait for the answer."""
+    opening = time.monotonic()
     reader, writer = await asyncio.open_connection(*address)
     started = time.monotonic()
     try:
@@ -162,7 +165,10 @@ async def ask(address: tuple[str, int], request: Request, report: Report) -> Non
         report.statuses[status] += 1
         report.without_retry_after += status in (429, 503) and b"retry-after:" not in head.lower()
     except (OSError, EOFError, TimeoutError) as error:
-        report.unanswered.append(f"{error!r} after {time.monotonic() - started:.1f} s: {request.head!r}")
+        if started - opening > HEAD_TIMEOUT_S:
+            report.late += 1
+        else:
+            report.unanswered.append(f"{error!r} after {time.monotonic() - started:.1f} s: {request.head!r}")
     finally:
         report.slowest_s = max(report.slowest_s, time.monotonic() - started)
         writer.close()
