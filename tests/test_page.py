@@ -2,6 +2,7 @@
 
 import fnmatch
 import shutil
+import signal
 import subprocess
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwri
 from rednet.model.native import unavailable
 from tests.conftest import encoded, photo
 from tests.http_helpers import CUT, assert_error
-from tests.servers import FakeRunner, ServerProcess, ServerThread
+from tests.reloads import LOADED, server_with_checkpoints
+from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "service" / "http" / "page"
@@ -309,4 +311,19 @@ def test_page_asks_for_a_key_when_required(browser: Browser, tiny_path: Path, tm
         assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
         page.reload()
         expect(page.get_by_label("This server requires an API key")).to_have_value("")
+        page.context.close()
+
+
+@needs_chromium
+def test_page_describes_the_network_that_answers(browser: Browser) -> None:
+    """Also if the server has loaded another one since the page was opened."""
+    with server_with_checkpoints() as (running, checkpoints):
+        page = opened(browser, running.url, [])
+        expect(page.locator("#model")).to_contain_text("first: rednet26, 5 classes")
+        checkpoints.change("other")
+        running.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: LOADED in running.log, "the reload")
+        page.get_by_role("button", name="A dog").click()
+        assert_answered(page, "second")
+        expect(page.locator("#model")).to_contain_text("second: rednet26, 7 classes")
         page.context.close()

@@ -14,6 +14,7 @@ const STAGES = ["decode", "queue", "inference", "draw"]; // names in the Server-
 
 let key = ""; // stored nowhere else
 let photo = null; // the chosen file and its name
+let described = ""; // name of the network that the page describes
 let shown = null; // the photo whose results are on the page
 let classes = []; // the most probable classes
 let chosen = 0; // index of the explained class in `classes`
@@ -94,6 +95,7 @@ function askForKey(retry) {
 async function describe() {
   const model = await (await ask("v1/model")).json();
   const { name, architecture, labels, device, precision } = model;
+  described = name;
   byId("model").textContent = `${name}: ${architecture}, ${labels.length} classes, ${precision} on ${device}`;
   byId("known").textContent = `The network knows ${labels.length} and assigns every photo to one of them.`;
 }
@@ -111,10 +113,11 @@ async function showAll() {
   wanted.file = await wanted.file;
   if (wanted !== photo) return; // a newer photo has replaced this one
   const answers = [send("predict", "v1/predict?top_k=5"), send("class", "v1/explain?layer=class"), send("kernels", explainKernels())];
-  const [{ predictions }, classMap, kernelMap] = await Promise.all(answers).catch((error) => {
+  const [{ model, predictions }, classMap, kernelMap] = await Promise.all(answers).catch((error) => {
     if (error instanceof ApiError) byId("answer").hidden = true; // it belongs to another photo
     throw error;
   });
+  if (model !== described) await describe();
   classes = predictions[0].classes;
   for (const image of document.querySelectorAll(".photo")) show(image, photo.file);
   showClassMap(classMap);
