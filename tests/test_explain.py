@@ -154,6 +154,17 @@ def test_explain_class_by_index_or_id(server: ServerProcess, net: RedNet) -> Non
         assert np.mean(each["grid"]) + bias == pytest.approx(each["class"]["logit"], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("parameters", [{}, {"class": 3}, {"layer": "stage2"}])
+def test_map_in_json_comes_with_the_predicted_classes(server: ServerProcess, parameters: dict[str, object]) -> None:
+    """Those of `/v1/predict`, whichever map is requested."""
+    data = encoded(photo())
+    predicted = predict(server.client, data).json()["predictions"][0]["classes"]
+    classes = explained(server, data, **parameters)["classes"]
+    assert [each["id"] for each in classes] == [each["id"] for each in predicted]
+    for ours, theirs in zip(classes, predicted, strict=True):
+        assert ours["probability"] == pytest.approx(theirs["probability"], rel=1e-4)
+
+
 def test_explain_kernels_by_stage_and_group(server: ServerProcess) -> None:
     """Four stages have four resolutions, and without a group the result is the mean of all groups."""
     data = encoded(photo())

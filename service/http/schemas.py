@@ -91,7 +91,7 @@ class ExplainedClass(ClassScore):
     logit: float = Field(description="the mean of the grid plus the bias of the class in the head")
 
 
-class Explanation(BaseModel):
+class Explanation(Prediction):
     explained: ExplainedClass | None = Field(
         None, alias="class", description="the explained class, for the layer `class`"
     )

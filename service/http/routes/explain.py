@@ -14,11 +14,12 @@ from rednet.service.http.routes.v1 import ERRORS, body_format, ignored_parts, js
 from rednet.service.http.schemas import ExplainBody, described_images
 from rednet.service.model_description import ModelBody
 from rednet.service.pipeline import Answer
-from rednet.service.scores import probabilities
+from rednet.service.scores import probabilities, top_classes
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums
 
 JSON, PNG = "application/json", "image/png"
 LISTED = 10  # ids in an error message
+TOP_K = 5  # predicted classes beside each map in JSON, so that a client need not upload a photo twice
 Layer = Literal["class", "stage1", "stage2", "stage3", "stage4"]
 
 
@@ -92,7 +93,7 @@ async def explain(
 
 @router.post("/explain.json", response_model=ExplainBody, responses=ERRORS, openapi_extra=described_images())
 async def explain_json(request: Request, asked: Annotated[Asked, Depends(_asked)]) -> Response:
-    """Compute the values of the map that `/v1/explain` draws, for any number of images."""
+    """Predict the 5 most likely classes of any number of images, and compute the maps that `/v1/explain` draws."""
     check_accept(request, JSON)
     return await _explain(request, asked, as_json=True)
 
@@ -129,8 +130,9 @@ def _explanation(answer: Answer, explain: ExplainSpec, model: ModelBody) -> dict
     if isinstance(answer.outcome, ServiceError):
         return error_body(answer.outcome)
     inference = answer.outcome
+    classes = top_classes(inference.logits, model.labels, TOP_K)
     if isinstance(explain, KernelSums):
-        return {"grid": inference.grid}
+        return {"classes": classes, "grid": inference.grid}
     index = int(inference.logits.argmax()) if explain.class_index is None else explain.class_index
     explained = {
         "index": index,
@@ -139,4 +141,4 @@ def _explanation(answer: Answer, explain: ExplainSpec, model: ModelBody) -> dict
         "probability": float(probabilities(inference.logits)[index]),
         "logit": float(inference.logits[index]),
     }
-    return {"class": explained, "grid": inference.grid}
+    return {"classes": classes, "class": explained, "grid": inference.grid}
