@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
+from rednet import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,6 +21,7 @@ class LabelBody(BaseModel):
 
 class ModelBody(BaseModel):
     name: str
+    server_version: str = Field(description="version of RedNet Serve")
     architecture: str
     parameters: int
     config: dict[str, Any]
@@ -47,6 +50,7 @@ def describe(checkpoint: "Checkpoint", prepared: "Sequence[Prepared]") -> ModelB
     net, first = checkpoint.net, prepared[0]
     return ModelBody(
         name=checkpoint.name,
+        server_version=__version__,
         architecture=net.config.name,
         parameters=sum(parameter.numel() for parameter in net.parameters()),
         config=asdict(net.config),

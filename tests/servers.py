@@ -167,6 +167,7 @@ def fake_network(runner: ModelRunner, classes: Sequence[str] = CLASSES) -> Netwo
     preprocess = Preprocess(resize=32, crop=32)
     model = ModelBody(
         name="fake",
+        server_version="0",
         architecture="none",
         parameters=0,
         config={},

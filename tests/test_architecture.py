@@ -101,7 +101,7 @@ def test_packages_are_few(folder: str) -> None:
 def test_only_the_runner_and_the_commands_import_torch() -> None:
     """What answers requests works with NumPy arrays."""
     found = {path.relative_to(ROOT) for path in (ROOT / "service").rglob("*.py") if imports_torch(path)}
-    assert found == {Path("service") / path for path in ("engine/runner.py", "engine/transfer.py", "cli/commands.py")}
+    assert found == {Path("service") / path for path in ("engine/runner.py", "engine/transfer.py", "cli/info.py")}
 
 
 def imports_torch(path: Path) -> bool:

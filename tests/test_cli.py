@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,14 +106,27 @@ def test_top_k_below_one_is_rejected(capsys: pytest.CaptureFixture[str]) -> None
     assert "must be at least 1, not '0'" in capsys.readouterr().err
 
 
-def test_info_reports_model_and_backend(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_reports_file_model_and_backend(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As text and as JSON."""
     assert main(["info", "--checkpoint", str(tiny_path), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["name"], info["architecture"], info["versions"]["torch"]) == ("tiny", "rednet26", torch.__version__)
     assert ("native engine" if unavailable() is None else "involution: torch") in info["backend"]
     assert main(["info", "--checkpoint", str(tiny_path)]) == 0
-    assert "architecture: rednet26" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"file          {tiny_path} ({tiny_path.stat().st_size / 1e6:.1f} MB)"
+    assert lines[2].startswith("network       rednet26, ")
+    assert info["file"] == str(tiny_path)
+
+
+def test_info_prints_the_path_of_the_embedded_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its accuracy, and without the long lists that `--json` has."""
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    file = text.splitlines()[0].removeprefix("file          ").rpartition(" (")[0]
+    assert load_checkpoint(file).name == load_checkpoint().name
+    assert re.search(r"^accuracy      top-1 0\.\d{4} on 1,966 photos, expected calibration error 0\.\d{4}$", text, re.M)
+    assert "history" not in text
 
 
 def test_convert_official_checkpoint_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

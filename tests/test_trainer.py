@@ -207,6 +207,15 @@ def test_fine_tuning_starts_from_the_checkpoint(data: Path, tmp_path: Path) -> N
     assert main([*command, "--depth", "50"]) == 2
 
 
+def test_fine_tuning_starts_from_the_embedded_checkpoint(data: Path, tmp_path: Path) -> None:
+    """`--from embedded` needs no path."""
+    command = ["train", str(data), "--from", "embedded", "--output", str(tmp_path / "tuned")]
+    assert main([*command, "--epochs", "1", "--size", "32"]) == 0
+    tuned = load_checkpoint(tmp_path / "tuned")
+    assert tuned.provenance["from"] == "rednet26-imagenette"
+    assert [label.name for label in tuned.labels] == ["blue", "green", "red"]
+
+
 def test_held_out_photos_are_one_in_twenty_of_every_class() -> None:
     """None are held out if there would be too few."""
     photos = [Photo(Path(f"{target}/{index:03}.png"), target) for target in range(4) for index in range(500)]

@@ -6,7 +6,8 @@ and what familiarity compares with.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -94,24 +95,40 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
         >>> checkpoint.net.config.name, checkpoint.labels[0].name
         ('rednet26', 'tench')
     """
+    with checkpoint_file(path) as file:
+        try:
+            if file.exists() and not file.is_file():
+                raise CheckpointError(f"{file} is not a regular file")  # opening a pipe would block
+            before = _version(file)
+            checkpoint = _load(file)
+            if _version(file) != before:
+                raise CheckpointError(f"{file} changed while it was being read")
+            return checkpoint
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+        except UntrustedError as error:
+            raise CheckpointError(f"{file} {error}") from error
+
+
+@contextmanager
+def checkpoint_file(path: str | Path | None) -> Iterator[Path]:
+    """Yield the file that `load_checkpoint` reads for `path`; it need not exist.
+
+    Raises:
+        CheckpointError: `path` is a folder without a checkpoint, or with several.
+    """
     if path is None:
         with resources.as_file(resources.files("rednet.model") / EMBEDDED) as embedded:
-            return load_checkpoint(embedded)
+            yield embedded
+        return
     path = Path(path)
     try:
-        if path.is_dir():
-            path = _checkpoint_in(path)
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is not a regular file")  # opening a pipe would block
-        before = _version(path)
-        checkpoint = _load(path)
-        if _version(path) != before:
-            raise CheckpointError(f"{path} changed while it was being read")
-        return checkpoint
+        file = checkpoint_in(path) if path.is_dir() else path
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UntrustedError as error:
-        raise CheckpointError(f"{path} {error}") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    yield file
 
 
 def _load(path: Path) -> Checkpoint:
@@ -130,13 +147,6 @@ def _version(path: Path) -> tuple[int, int, int]:
     """What differs between two versions of a file."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    try:
-        return checkpoint_in(folder)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = False, replace: bool = True) -> None:

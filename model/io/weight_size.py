@@ -2,11 +2,9 @@
 
 import json
 import math
-from importlib import resources
 from pathlib import Path
 
-from rednet.model.io.checkpoint import EMBEDDED
-from rednet.model.io.checkpoint_folder import checkpoint_in
+from rednet.model.io.checkpoint import checkpoint_file
 from rednet.model.io.untrusted_files import check_safetensors
 
 
@@ -24,16 +22,12 @@ def float32_bytes(path: str | Path | None = None) -> int:
         >>> float32_bytes() >= 4 * sum(weight.numel() for weight in load_checkpoint().net.parameters())
         True
     """
-    if path is None:
-        with resources.as_file(resources.files("rednet.model") / EMBEDDED) as embedded:
-            return float32_bytes(embedded)
     try:
-        path = checkpoint_in(Path(path)) if Path(path).is_dir() else Path(path)
-        with path.open("rb") as file:
-            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+        with checkpoint_file(path) as found, found.open("rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), found.stat().st_size
             if file.read(1) != b"{":  # other formats store float32
                 return size
-            check_safetensors(path)
+            check_safetensors(found)
             file.seek(8)
             header = json.loads(file.read(length))
         return sum(4 * math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

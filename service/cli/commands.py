@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from rednet.service.settings import check_files, read_settings
@@ -65,33 +66,9 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    import platform
+    from rednet.service.cli.info import info as run
 
-    import torch
-
-    from rednet import load_checkpoint, prepare
-    from rednet.service.engine.runner import set_threads
-    from rednet.service.model_description import describe
-
-    set_threads(usable_cores())
-    checkpoint = load_checkpoint(options.checkpoint)
-    prepared = prepare(checkpoint.net, checkpoint.preprocess, calibration=checkpoint.calibration)
-    model = describe(checkpoint, [prepared]).model_dump(exclude={"max_batch_size", "cost_s"})  # measured by a server
-    model["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    if options.json:
-        print(json.dumps(model))
-        return 0
-    for key, value in model.items():
-        match value:
-            case dict():
-                print(f"{key}:")
-                print("\n".join(f"  {name}: {item}" for name, item in value.items()))
-            case list():
-                names = [item["label"] if key == "labels" else item for item in value]
-                print(f"{key}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
-            case _:
-                print(f"{key}: {value}")
-    return 0
+    return run(options)
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -157,7 +134,7 @@ def train(options: argparse.Namespace) -> int:
     if options.start is not None:
         if fields.keys() & {"depth", "base_channels"}:
             raise ValueError("--depth and --base-channels are those of the checkpoint that --from names")
-        start = load_checkpoint(options.start)
+        start = load_checkpoint(None if options.start == Path("embedded") else options.start)
         config = start.net.config
         its_own = {"depth": config.depth, "base_channels": config.base_channels, "learning_rate": FINE_TUNING_RATE}
         fields = its_own | fields

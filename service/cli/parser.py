@@ -116,7 +116,9 @@ def _add_training_commands(subparsers: Any) -> None:
 
     train = _command(subparsers, commands.train, "train on DATA_DIR/train/<class>/*; resumes an interrupted run")
     train.add_argument("data", metavar="DATA_DIR", type=Path, help=DATA_HELP)
-    train.add_argument("--from", dest="start", type=Path, metavar="F", help="checkpoint to fine-tune")
+    train.add_argument(
+        "--from", dest="start", type=Path, metavar="F", help="checkpoint to fine-tune; embedded: the embedded one"
+    )
     _add_output(train)
     _add_recipe(train)
     _add_device(train)
