@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test test-slow lint format proto sanitize benchmarks docs reference chaos soak reloads faults fuzz clean
+.PHONY: serve test test-slow lint format proto sanitize benchmarks docs reference chaos soak reloads faults fuzz lock licences sbom clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -72,18 +72,44 @@ fuzz: .venv/test
 	$(foreach run,decode:1200 infer:200 grpc:200 uploads:100 embeddings:100,(cd build/fuzz && PYTHONPATH=../.. ../../$(BIN)/python -m tests.fuzz \
 	    $(word 1,$(subst :, ,$(run))) -max_total_time=$(word 2,$(subst :, ,$(run)))) &&) true
 
+# The pins of *.in and of what they need, with hashes; the licences of what the server needs; its SBOM in CycloneDX's format.
+lock: build/tools
+	$(foreach each,requirements requirements-dev docs/requirements,build/tools/bin/uv pip compile --quiet --no-annotate \
+	    --universal --python-version 3.11.5 --constraint requirements.in --generate-hashes \
+	    --custom-compile-command "make lock" --output-file $(each).txt $(each).in &&) true
+
+licences: build/tools .venv/serve
+	(sed '/^|/,$$d' docs/reference/licences.md; build/tools/bin/pip-licenses --with-system --python $(BIN)/python --format markdown \
+	    --packages torch $$(sed -n 's/==.*//p' requirements.in)) > build/licences.md
+	mv build/licences.md docs/reference/licences.md
+
+sbom: build/tools
+	cat requirements.txt requirements-torch.txt | build/tools/bin/cyclonedx-py requirements --pyproject pyproject.toml \
+	    --output-file build/sbom.cdx.json -
+
+build/tools:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet cyclonedx-bom==7.5.0 pip-licenses==5.5.5 uv==0.13.9
+
 clean:
 	rm -rf .venv build *.egg-info model/native/*.so
 
 # Each of these two files marks a finished installation.
-.venv/serve: requirements.txt pyproject.toml $(NATIVE)
+.venv/serve: requirements.txt requirements-torch.txt pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --require-hashes -r requirements.txt
+	@$(if $(TORCH_INDEX),true,$(warn_of_cuda))
+	$(BIN)/pip install $(addprefix --extra-index-url ,$(TORCH_INDEX)) -r requirements-torch.txt
+	rm -f model/native/*.so  # built for another Python, or by an older version
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+# `make serve TORCH_INDEX=<index of the CPU builds>` installs the CPU build. Elsewhere than on x86-64 it is the default.
+warn_of_cuda := [ "$$(uname -m)" != x86_64 ] || [ -e /proc/driver/nvidia ] || echo "No NVIDIA driver found. PyTorch's default build for \
+x86-64 downloads several GB of CUDA libraries, the CPU build 0.2 GB: see docs/start/install.md to choose"
+
 .venv/test: .venv/serve requirements-dev.txt docs/requirements.txt
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --require-hashes -r requirements-dev.txt -r docs/requirements.txt
 	touch $@
 
 .venv/benchmarks: .venv/serve benchmarks/requirements.txt
@@ -91,5 +117,5 @@ clean:
 	touch $@
 
 .venv/docs: .venv/serve docs/requirements.txt
-	$(BIN)/pip install --quiet -r docs/requirements.txt
+	$(BIN)/pip install --quiet --require-hashes -r docs/requirements.txt
 	touch $@

@@ -53,7 +53,9 @@ setup(
             "rednet.model.native.library",
             ["src/rednet/model/native/dispatch.c", "src/rednet/model/native/engine.c"],
             optional=True,
+            py_limited_api=True,  # it uses nothing of Python: one wheel serves all versions
         ),
     ],
     cmdclass={"build_ext": BuildEngine},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,9 +1,12 @@
 """Flat on purpose: a `tests/model/` would shadow the package under test.
 
-Triton reads when it is first imported whether to interpret kernels on the CPU, so that is said first of all.
+Two libraries read their settings when they are first imported, so those are set first of all.
 """
 
 import os
+
+# OpenMP's threads yield their core while they wait: if they spin, training on a busy machine takes much longer.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

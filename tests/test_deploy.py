@@ -156,7 +156,7 @@ def test_dockerignore_lets_only_build_inputs_pass() -> None:
     """All files that the build reads pass `.dockerignore`, and no others."""
     allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
     assert all((ROOT / name).exists() for name in allowed)
-    files = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "setup.py"}
+    files = {"LICENSE", "README.md", "pyproject.toml", "requirements-torch.txt", "requirements.txt", "setup.py"}
     assert allowed == files | {"src", "model", "service"}  # the latter two through links in src/rednet
 
 
