@@ -12,8 +12,7 @@ export async function describe() {
     isolated(name),
     ` decides which of ${labels.length.toLocaleString("en")} classes a photo shows, and highlights the parts of the photo that counted.`,
   );
-  byId("known").textContent =
-    labels.length > 1 ? `Every photo is given one of the ${labels.length.toLocaleString("en")} classes, even a photo of something else.` : "";
+  byId("known").textContent = `Every photo is given one of the ${labels.length.toLocaleString("en")} classes, even a photo of something else.`;
   showClasses(labels);
   showExamples(labels);
   byId("facts").replaceChildren(...facts(model, server.version).flatMap(([term, ...value]) => [element("dt", {}, term), element("dd", {}, ...value)]));

@@ -37,6 +37,7 @@ export function showAnswer(photo, preprocess) {
   showVerdict();
   showEvidence(photo.answer);
   byId("answer").hidden = false;
+  byId("kernels").width = 0; // those of another photo
   if (byId("looks").open) chooseStage();
 }
 

@@ -27,17 +27,22 @@ export const setKey = (text) => {
   key = text;
 };
 
-async function request(path, options = {}) {
-  const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-  const response = await fetch(path, { ...options, headers }).catch((error) => {
-    throw error.name === "AbortError" ? error : new ApiError({ message: "The server cannot be reached." });
-  });
-  if (response.ok) return response;
-  const body = await response.json().catch(() => ({}));
-  throw new ApiError(body.error ?? { message: `The server answered ${response.status}.` }, response.headers.get("Retry-After"));
+function unreachable(error) {
+  throw error.name === "AbortError" ? error : new ApiError({ message: "The server cannot be reached." });
 }
 
-export const getJson = async (path) => (await request(path)).json();
+async function request(path, options = {}) {
+  const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
+  const response = await fetch(path, { ...options, headers }).catch(unreachable);
+  if (response.ok) return response;
+  const body = await response.json().catch(() => ({})); // a proxy's errors are HTML
+  const code = response.status === 413 ? "payload_too_large" : undefined;
+  throw new ApiError(body.error ?? { code, message: `The server answered ${response.status}.` }, response.headers.get("Retry-After"));
+}
+
+const bodyOf = (response) => response.json().catch(unreachable);
+
+export const getJson = async (path) => bodyOf(await request(path));
 
 export const getBlob = async (path) => (await request(path)).blob();
 
@@ -51,7 +56,7 @@ export async function explain(file, parameters, signal) {
   // Without this header, a file that is named photo.json would be sent as JSON.
   const headers = { "Content-Type": "application/octet-stream" };
   const response = await request(explainPath(parameters), { method: "POST", body: file, headers, signal });
-  const { model, explanations: [explanation] } = await response.json();
+  const { model, explanations: [explanation] } = await bodyOf(response);
   const timing = response.headers.get("Server-Timing") ?? "";
   const times = Object.fromEntries([...timing.matchAll(/(\w+);dur=([\d.]+)/g)].map(([, part, ms]) => [part, Number(ms)]));
   return { ...explanation, model, times: { ...times, all: performance.now() - started } };
