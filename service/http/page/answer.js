@@ -150,7 +150,7 @@ byId("looks").addEventListener("toggle", () => {
 });
 byId("opacity").addEventListener("input", ({ target }) => {
   byId("answer").style.setProperty("--opacity", target.value / 100);
-  byId("opacity-value").textContent = `${target.value}%`;
+  target.ariaValueText = byId("opacity-value").textContent = `${target.value}%`;
 });
 byId("copy").hidden = !navigator.clipboard; // browsers provide it on secure origins only
 byId("copy").addEventListener("click", async ({ target }) => {

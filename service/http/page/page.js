@@ -136,7 +136,7 @@ function showBusy() {
   byId("progress").max = photos.length;
   byId("progress").value = photos.length - left;
   byId("count").textContent = left ? `${photos.length - left} of ${photos.length}` : `${photos.length}`;
-  byId("csv").hidden = !photos.some(({ state }) => state === "done");
+  byId("csv").hidden = left > 0 || !photos.some(({ state }) => state === "done");
 }
 
 function clear() {
