@@ -652,6 +652,7 @@ def test_page_asks_for_a_key_when_required(browser: Browser, tiny_path: Path, tm
     with ServerProcess("--checkpoint", tiny_path, "--api-key-file", keys) as running:
         page = opened(browser, running.url, [])
         page.get_by_label("This server requires an API key").fill("not-one-of-them-at-all")
+        expect(page.locator("#classes")).to_be_hidden()
         page.set_input_files("#file", file_of(encoded(photo())))
         expect(page.locator("#photos li")).to_contain_text("Waiting")
         page.get_by_role("button", name="Continue").click()

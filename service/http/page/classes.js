@@ -8,6 +8,7 @@ let labels = [];
 export function showClasses(known) {
   labels = known;
   byId("classes-title").textContent = `The ${known.length.toLocaleString("en")} classes it knows`;
+  byId("classes").hidden = false;
   byId("class-search").hidden = known.length <= FEW;
   byId("search").value = "";
   find();
