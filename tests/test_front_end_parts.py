@@ -26,6 +26,7 @@ from rednet.service.engine.messages import (
 from rednet.service.engine.remote_client import FIRST_START_S, RemoteClient
 from rednet.service.engine.slots import MAX_ERROR_BYTES, SlotLayout, Slots
 from rednet.service.errors import DeadlineExceeded, Internal, NotReady, Overloaded
+from rednet.service.processes.acceptor import Acceptor
 from rednet.service.processes.board import Board, SharedCounts
 from rednet.service.processes.counts import front_end_count
 from rednet.service.processes.engine import EngineHost
@@ -117,6 +118,32 @@ def test_the_queue_is_full_for_all_front_ends_together() -> None:
     assert first.accepted == second.accepted == 0
     assert first.offered_s == second.offered_s > 0.4
     os.close(fd)
+
+
+def test_closing_an_acceptor_accepts_the_connections_that_wait() -> None:
+    """With the port, they would be reset, and requests that they carry already would be lost."""
+
+    async def opened_connections(listener: socket.socket, waiting: int) -> None:
+        fd = Board.allocate(1)
+        opened: asyncio.Queue[asyncio.Protocol] = asyncio.Queue()
+
+        def new_protocol() -> asyncio.Protocol:
+            protocol = asyncio.Protocol()
+            opened.put_nowait(protocol)
+            return protocol
+
+        acceptor = Acceptor(listener, new_protocol, lambda: 0, Board(fd), 0)
+        clients = [socket.create_connection(listener.getsockname()) for _ in range(waiting)]
+        acceptor.close()
+        listener.close()
+        async with asyncio.timeout(PATIENCE_S):
+            for _ in range(waiting):
+                await opened.get()
+        for client in clients:
+            client.close()
+        os.close(fd)
+
+    asyncio.run(opened_connections(socket.create_server(("127.0.0.1", 0)), 5))
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,11 @@ class Connection(HttpToolsProtocol):
         self._slow_reader = SlowReaderMonitor(self.loop, transport)
         self._set_timeout(HEAD_TIMEOUT_S)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether the client has not sent a request yet."""
+        return not (self.cycle or self.transport.is_closing())
+
     def data_received(self, data: bytes) -> None:
         waits = bool(self._incoming)  # the transport had read the data before it paused
         self._incoming.add(data)

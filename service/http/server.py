@@ -18,6 +18,7 @@ from rednet.service.http.connections import Connection
 from rednet.service.reloading import ReloadablePipeline, Reloader
 from rednet.service.settings import Settings
 from rednet.service.system.hangup import Hangups
+from rednet.service.system.listener import Listener
 from rednet.service.system.sockets import url
 from rednet.service.types import State
 
@@ -27,9 +28,9 @@ logger = logging.getLogger(__name__)
 # over an open connection gets an answer that closes it, instead of a connection that breaks under the request.
 MIN_DRAIN_S = 1.0
 
-# How long open connections are served after the port was closed: clients that had just connected are told to try again,
-# instead of having their connection break under a request.
-LAST_REQUESTS_S = 0.2
+# How long new connections may take to send their first request after the port was closed: their clients are told to try
+# again, instead of having the connection break under a request. A busy machine is slow to read it.
+LAST_REQUESTS_S = 1.0
 
 # Longer than proxies keep idle connections: the side that closes first must not be the one that cannot know whether a
 # request is already on its way. nginx keeps them for 60 s.
@@ -80,6 +81,7 @@ class Server(uvicorn.Server):
         self._drain_since: float | None = None
         self._min_drain_s = MIN_DRAIN_S
         self._failed = False
+        self._last: list[Listener] = []  # kept while the connections that they accepted are opening
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         gc.collect()
@@ -138,7 +140,10 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._drain_since is not None and self._min_drain_s and not self.force_exit:
             self.close_port(sockets or ())
-            await asyncio.sleep(LAST_REQUESTS_S)
+            for _ in range(round(LAST_REQUESTS_S / POLL_S)):
+                if self.force_exit or not self._new_connections():
+                    break
+                await asyncio.sleep(POLL_S)
         if self._other is None:
             await super().shutdown(sockets)
             return
@@ -152,11 +157,24 @@ class Server(uvicorn.Server):
         await stopping
 
     def close_port(self, sockets: Sequence[socket.socket]) -> None:
-        """Accept no more connections."""
+        """Accept no more connections than those that wait already."""
+        self._last = [Listener(each, self.new_connection) for each in sockets]
+        for listener in self._last:
+            listener.accept_all()
         for server in self.servers:
             server.close()
         for each in sockets:
             each.close()
+
+    def _new_connections(self) -> bool:
+        """Whether there are connections whose clients have not sent a request yet."""
+        connections = self.server_state.connections
+        return any(each.opening for each in self._last) or any(
+            isinstance(each, Connection) and each.is_new for each in connections
+        )
+
+    def new_connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
 
     async def _close(self) -> None:
         await self._reloader.stop()

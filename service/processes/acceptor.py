@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 
 from rednet.service.processes.board import CONNECTIONS, Board
+from rednet.service.system.listener import Listener
 
 # How long a front end with more connections than another leaves a new one to it. If none takes it in that time, the
 # other is busy or has died.
@@ -33,30 +34,30 @@ class Acceptor:
         board: Board,
         row: int,
     ) -> None:
-        self._listener, self._new_protocol = listener, new_protocol
+        self._socket, self._listener = listener, Listener(listener, new_protocol)
         self._connections, self._board, self._row = connections, board, row
         self._loop = asyncio.get_running_loop()
-        self._opening: set[asyncio.Task[object]] = set()
         self._closed = False
         listener.setblocking(False)
         listener.listen(socket.SOMAXCONN)
         self._resume()
 
     def close(self) -> None:
-        """Accept no more connections. May be called again."""
+        """Accept no more connections than those that wait already. May be called again."""
         if not self._closed:
             self._closed = True
-            self._loop.remove_reader(self._listener)
+            self._loop.remove_reader(self._socket)
+            self._listener.accept_all()
 
     def _resume(self) -> None:
         if not self._closed:
-            self._loop.add_reader(self._listener, self._on_readable)
+            self._loop.add_reader(self._socket, self._on_readable)
 
     def _on_readable(self) -> None:
-        own = self._connections() + len(self._opening)
+        own = self._connections() + self._listener.opening
         self._board.set(self._row, CONNECTIONS, own)
         if own > self._board.least(CONNECTIONS):
-            self._loop.remove_reader(self._listener)
+            self._loop.remove_reader(self._socket)
             self._loop.call_later(YIELD_S, self._accept_leftover)
         else:
             self._accept()
@@ -67,12 +68,5 @@ class Acceptor:
             self._accept()
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:  # another front end has it, or the client is gone
-            return
-        connection.setblocking(False)
-        opening = self._loop.create_task(self._loop.connect_accepted_socket(self._new_protocol, connection))
-        self._opening.add(opening)
-        opening.add_done_callback(self._opening.discard)
-        self._board.set(self._row, CONNECTIONS, self._connections() + len(self._opening))
+        if self._listener.accept():
+            self._board.set(self._row, CONNECTIONS, self._connections() + self._listener.opening)

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import uvicorn
 
@@ -22,7 +21,6 @@ from rednet.service.decoding.decoder import Decoder
 from rednet.service.engine.messages import ONLY_HELLO, Hello, take_frame
 from rednet.service.engine.remote_client import RemoteClient
 from rednet.service.http.app import create_app
-from rednet.service.http.connections import Connection
 from rednet.service.http.server import OtherServer, Server, uvicorn_config
 from rednet.service.model_description import ModelBody
 from rednet.service.observability import log
@@ -128,9 +126,10 @@ class FrontEndServer(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
         loop = asyncio.get_running_loop()
-        new = partial(Connection, self.config, self.server_state, self.lifespan.state)
         count = self.server_state.connections.__len__
-        self._acceptors = [Acceptor(each, new, count, self._board, self._options.row) for each in sockets or ()]
+        self._acceptors = [
+            Acceptor(each, self.new_connection, count, self._board, self._options.row) for each in sockets or ()
+        ]
         self._supervisor = _Supervisor(self.obey)
         connection = socket.socket(fileno=self._options.control)
         await loop.create_unix_connection(lambda: self._supervisor, sock=connection)
