@@ -14,7 +14,7 @@ from rednet.service.http.app import create_app
 from rednet.service.http.server import OtherServer, Server, uvicorn_config
 from rednet.service.memory_check import MemoryCheck
 from rednet.service.network import Network, load_network, release_memory
-from rednet.service.observability import log
+from rednet.service.observability import log, tracing
 from rednet.service.observability.gpus import watch_gpus
 from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Pipeline
@@ -88,6 +88,7 @@ def load_app(
         CheckpointError, ValueError: the checkpoint, the device or --max-pixels cannot be used.
     """
     writer = log.configure(settings.log_level, settings.log_format)
+    tracing.configure()
     raise_file_limit()
     metrics = Metrics()
     metrics.watch_log(lambda: writer.dropped)

@@ -12,6 +12,7 @@ from rednet.service.decoding.decoder import Decoded, Decoder, Drawn
 from rednet.service.decoding.fair_queue import Flow
 from rednet.service.errors import DeadlineExceeded, ServiceError
 from rednet.service.model_description import ModelBody
+from rednet.service.observability import tracing
 from rednet.service.observability.metrics import Metrics
 from rednet.service.types import EngineClient, ExplainSpec, Inference, Permit, State, Upload
 
@@ -154,9 +155,12 @@ class Pipeline:
                 raise image
             async with asyncio.timeout_at(request.ends):
                 if isinstance(image, np.ndarray):  # normalised and checked: there is nothing to decode or to draw on
-                    return Answer(await self.client.infer(image, request.deadline, job.explain), decode_s)
+                    inference = await self.client.infer(image, request.deadline, job.explain)
+                    tracing.inference(inference.queue_s, inference.inference_s, inference.batch_size)
+                    return Answer(inference, decode_s)
                 pixels, decode_s = await self._decode(image, job.flow)
                 inference = await self.client.infer(pixels, request.deadline, job.explain)
+                tracing.inference(inference.queue_s, inference.inference_s, inference.batch_size)
                 if job.draw and inference.grid is not None:
                     drawn = await self._decoder.draw(image, inference.grid, job.flow)
                     self.metrics.stage("draw", drawn.draw_s)

@@ -33,7 +33,7 @@ SERVICE = {
     "decoding": "errors system types model.images",
     "engine": "cost_table errors types model.inference",
     "parsing": "errors types",
-    "observability": "model_description",
+    "observability": "model_description model",
     "pipeline": "decoding errors model_description observability types",
     "reloading": "api_keys observability pipeline system types",
     "server_timing": "observability pipeline types",

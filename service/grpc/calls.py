@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,9 @@ from rednet.service.errors import (
     Unauthorized,
 )
 from rednet.service.grpc import statuses
-from rednet.service.observability import log
+from rednet.service.observability import log, tracing
 from rednet.service.observability.metrics import Metrics
+from rednet.service.observability.tracing import Trace
 
 logger = logging.getLogger(__name__)
 requests = structlog.get_logger()
@@ -32,6 +33,14 @@ REQUEST_ID = re.compile(r"[!-~]{1,128}")  # fit for metadata, and for a line of 
 BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
 CANCELLATION_S = 0.25  # gRPC reports the end of the messages before the reason for it, on a busy machine long before
 CLIENT_LEFT = 499  # as over HTTP
+# What the log says about a call, by OpenTelemetry's semantic conventions.
+TRACED = {
+    "error": "error.type",
+    "grpc_status": "rpc.response.status_code",
+    "request_id": "rednet.request_id",
+    "images": "rednet.images",
+    "batch_size": "rednet.batch_size",
+}
 
 
 class Call:
@@ -65,6 +74,11 @@ class Call:
             await asyncio.sleep(CANCELLATION_S)  # if the client has left, this is cancelled
             raise MalformedRequest("the call has no message")
         return message
+
+    def values(self, name: str) -> Sequence[str]:
+        """The text values of metadata of that name."""
+        value = self.metadata.get(name)
+        return [value] if isinstance(value, str) else []
 
     def on_done(self, function: Callable[[], None]) -> None:
         """Call a function when the response has been sent, or cannot be sent any more."""
@@ -108,13 +122,14 @@ class Calls:
             endpoint: as metrics and the log show it.
             answer: returns the serialized response.
             guarded: whether a call needs an API key.
-            probe: whether to keep calls out of the log, unless it shows everything.
+            probe: whether to keep calls out of traces, and of the log unless it shows everything.
         """
         level = logging.DEBUG if probe else logging.INFO
 
         async def handle(_: object, context: Any) -> bytes:
             call = Call(endpoint, context, self._timeout_s)
             log.begin_request(call.request_id)
+            trace = tracing.begin(call.values, probe) if tracing.is_on() else None
             started = time.monotonic()
             self._metrics.request_started()
             status, code, error = 200, grpc.StatusCode.OK, None
@@ -150,6 +165,8 @@ class Calls:
                 self._metrics.request_done(endpoint, status, duration_s)
                 log.note(endpoint=endpoint, status=status, grpc_status=code.name)
                 log.note_ms(duration=duration_s)
+                if trace:
+                    _end_trace(trace, log.noted())
                 requests.log(level, "request", logger=__name__)
             trailers = (*call.trailers, *statuses.trailers(error))
             await context.abort(statuses.code(error), statuses.message(error), trailers)
@@ -172,3 +189,13 @@ class Calls:
             self._metrics.refused(error.reason if call.has_short_deadline else error.code)
         if isinstance(error, DeadlineExceeded) and call.has_short_deadline:
             self._metrics.short_deadline_exceeded()
+
+
+def _end_trace(trace: Trace, noted: Mapping[str, str | float]) -> None:
+    """End the trace of a call, given the values of its line in the log."""
+    method = str(noted["endpoint"]).removeprefix("/")
+    attributes = {name: noted[each] for each, name in TRACED.items() if each in noted}
+    failed = int(noted["status"]) >= 500
+    if failed:
+        attributes.setdefault("error.type", noted["grpc_status"])
+    trace.end(method, {"rpc.system.name": "grpc", "rpc.method": method, **attributes}, failed)

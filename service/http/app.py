@@ -1,5 +1,6 @@
 """The web application: routes around the pipeline."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
@@ -15,6 +16,7 @@ from rednet.service.http.middleware import AllowedHostsMiddleware, RequestContex
 from rednet.service.http.routes import docs, embeddings, explain, health, page, v1, v2
 from rednet.service.http.routes.context import Context, require_key
 from rednet.service.http.routes.direct import DirectRoutesMiddleware
+from rednet.service.observability import tracing
 from rednet.service.parsing.memory_budget import MemoryBudget
 from rednet.service.parsing.oip import HEADER_LENGTH
 from rednet.service.parsing.parser import Parser
@@ -51,6 +53,8 @@ def create_app(
         yield
         await pipeline.close()
         parser.close()
+        if tracing.is_on():
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title=docs.TITLE,

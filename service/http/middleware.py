@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rednet.service.errors import Draining, Internal, MalformedRequest
 from rednet.service.http.error_responses import error_response
-from rednet.service.observability import log
+from rednet.service.http.request_trace import begin_trace, end_trace
+from rednet.service.observability import log, tracing
 from rednet.service.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ class _Exchange:
 
 
 class RequestContextMiddleware:
-    """ASGI middleware: assigns the request id, records metrics, writes the access log, turns unhandled exceptions into
-    500s."""
+    """ASGI middleware: assigns the request id, records metrics and traces, writes the access log, turns unhandled
+    exceptions into 500s."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -88,6 +89,7 @@ class RequestContextMiddleware:
         request_id = given.decode() if REQUEST_ID.fullmatch(given) else log.new_id()
         routed = _as_routed(scope)
         log.begin_request(request_id)
+        trace = begin_trace(scope, probe=routed["path"] in PROBES) if tracing.is_on() else None
         exchange = _Exchange(request_id, receive, send)
         self._metrics.request_started()
         try:
@@ -115,6 +117,8 @@ class RequestContextMiddleware:
                 bytes_out=bytes_out,
                 **_client(scope, headers),
             )
+            if trace:
+                end_trace(trace, scope, headers, log.noted())
             requests.log(logging.DEBUG if endpoint in PROBES else logging.INFO, "request", logger=__name__)
 
 

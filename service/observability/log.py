@@ -5,6 +5,7 @@ import logging
 import random
 import re
 import sys
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Literal, TextIO, cast
 
@@ -86,6 +87,11 @@ def begin_request(request_id: str) -> None:
 def note(**values: str | float) -> None:
     """Add values to the following log lines of this request, in particular to its line in the access log."""
     _request_values.get().update(values)
+
+
+def noted() -> Mapping[str, str | float]:
+    """The values of this request so far."""
+    return _request_values.get()
 
 
 def note_ms(**times_s: float) -> None:

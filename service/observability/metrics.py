@@ -17,10 +17,13 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from rednet.service.model_description import ModelBody
+from rednet.service.observability import tracing
+from rednet.service.observability.exemplars import LocalExemplars
 from rednet.service.observability.server_processes import ServerProcessCollector
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -41,10 +44,13 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
         self.registry = CollectorRegistry()  # what a scrape shows
+        self._exemplars: LocalExemplars | None = None  # of a server of several processes
         PlatformCollector(registry=self.registry)
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             counted = CollectorRegistry()
-            MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
+            sums = MultiProcessCollector(None)  # type: ignore[no-untyped-call]
+            self._exemplars = LocalExemplars(sums, LATENCY_BUCKETS)
+            self.registry.register(self._exemplars)
             self.registry.register(ServerProcessCollector(os.getppid()))
         else:
             counted = self.registry
@@ -118,10 +124,21 @@ class Metrics:
 
     def request_done(self, endpoint: str, status: int, duration_s: float) -> None:
         self._inflight.dec()
-        self._requests.labels(endpoint, str(status)).observe(duration_s)
+        trace = tracing.current()
+        self._requests.labels(endpoint, str(status)).observe(duration_s, trace.exemplar if trace else None)
+        if trace and self._exemplars:
+            labels = {"endpoint": endpoint, "status": str(status)}
+            self._exemplars.observed("rednet_request_duration_seconds", labels, duration_s, trace.exemplar)
 
     def stage(self, stage: Stage, duration_s: float) -> None:
-        self._stages[stage].observe(duration_s)
+        """Record a stage that has just ended, also in the trace of the current request."""
+        trace = tracing.current()
+        self._stages[stage].observe(duration_s, trace.exemplar if trace else None)
+        if trace:
+            trace.stage("render" if stage == "respond" else stage, duration_s)
+            if self._exemplars:
+                labels = {"stage": stage}
+                self._exemplars.observed("rednet_stage_duration_seconds", labels, duration_s, trace.exemplar)
 
     def image(self, endpoint: str, outcome: str) -> None:
         self._images.labels(endpoint, outcome).inc()
@@ -148,6 +165,11 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def openmetrics(self) -> bytes:
+        """The same in the OpenMetrics format, which has exemplars."""
+        encoded: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+        return encoded
 
     def samples(self) -> Iterable[Sample]:
         """All values that a scrape shows."""

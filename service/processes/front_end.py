@@ -23,7 +23,7 @@ from rednet.service.engine.remote_client import RemoteClient
 from rednet.service.http.app import create_app
 from rednet.service.http.server import OtherServer, Server, uvicorn_config
 from rednet.service.model_description import ModelBody
-from rednet.service.observability import log
+from rednet.service.observability import log, tracing
 from rednet.service.observability.gpus import watch_gpus
 from rednet.service.observability.metrics import Metrics
 from rednet.service.pipeline import Pipeline
@@ -213,6 +213,7 @@ def main() -> int:
     options = FrontEndOptions.from_json(sys.argv[1])
     settings = options.read_settings()
     writer = log.configure(settings.log_level, settings.log_format)
+    tracing.configure()
     raise_file_limit()
     board, metrics = Board(options.board), Metrics()
     already_dropped = board.get(options.row, LOG_LINES_DROPPED)  # by the front end before this one

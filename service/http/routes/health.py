@@ -2,7 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.openmetrics import exposition as openmetrics
 
+from rednet.service.http.routes.accept import prefers
 from rednet.service.http.routes.context import context
 from rednet.service.http.schemas import LiveBody, ReadyBody, StatusBody
 from rednet.service.types import State
@@ -46,5 +48,8 @@ async def ready(request: Request, response: Response) -> ReadyBody:
 
 @metrics_router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Metrics in the Prometheus text format."""
-    return Response(context(request).pipeline.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    """Metrics in the Prometheus text format, or in the OpenMetrics format, which has exemplars."""
+    found = context(request).pipeline.metrics
+    if prefers(request.headers.get("accept", ""), "application/openmetrics-text", "text/plain"):
+        return Response(found.openmetrics(), media_type=openmetrics.CONTENT_TYPE_LATEST)
+    return Response(found.text(), media_type=CONTENT_TYPE_LATEST)
