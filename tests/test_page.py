@@ -241,6 +241,8 @@ def test_map_lies_on_the_part_that_the_network_sees(page: Page) -> None:
     assert outer
     assert inner
     assert outer["width"] / outer["height"] == pytest.approx(70 / 90, rel=0.01)
+    width, height = page.locator("#photos canvas").evaluate("canvas => [canvas.width, canvas.height]")
+    assert width / height == pytest.approx(70 / 90, rel=0.02)
     assert inner["width"] == pytest.approx(outer["width"] * 64 / 72, rel=0.01)
     assert inner["height"] == pytest.approx(inner["width"], rel=0.01)
     assert inner["x"] + inner["width"] / 2 == pytest.approx(outer["x"] + outer["width"] / 2, abs=1)
