@@ -42,7 +42,8 @@ def build(
     """
     engines = [build_engine(settings, network, device, metrics, hung_s) for device in network.runners]
     decoder = Decoder(network.preprocess, decode_limits, decoder_count(settings))
-    return Pipeline(network.description, LocalClient(engines, settings.max_queue, counts), decoder, metrics)
+    client = LocalClient(engines, settings.max_queue, counts)
+    return Pipeline(network.description, client, decoder, metrics, network.familiarity)
 
 
 def build_engine(

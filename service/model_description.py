@@ -29,6 +29,7 @@ class ModelBody(BaseModel):
     labels: list[LabelBody]
     preprocess: dict[str, Any]
     provenance: dict[str, Any] = Field(description="where the weights come from")
+    familiarity: bool = Field(False, description="whether answers say how familiar an image looks")
     device: str
     precision: str
     backend: str = Field(description="the implementation that runs the network")
@@ -58,6 +59,7 @@ def describe(checkpoint: "Checkpoint", prepared: "Sequence[Prepared]") -> ModelB
         labels=[LabelBody(index=i, id=label.id, label=label.name) for i, label in enumerate(checkpoint.labels)],
         preprocess=asdict(checkpoint.preprocess),
         provenance=dict(checkpoint.provenance),
+        familiarity=checkpoint.familiarity is not None,
         device=",".join(str(each.device) for each in prepared),
         precision=first.precision,
         backend=first.backend,

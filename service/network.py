@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from rednet import Checkpoint, Prepared, Preprocess, load_checkpoint, prepare
+from rednet import Checkpoint, Familiarity, Prepared, Preprocess, load_checkpoint, prepare
 from rednet.model.inference.preparation import resolve_device
 from rednet.service.engine.runner import PreparedRunner, driver_name, release_device_memory, set_threads
 from rednet.service.model_description import ModelBody, describe
@@ -29,12 +29,14 @@ class Network:
         preprocess: turns photos into its input.
         runners: by device, what makes the device's runner; called on the engine's thread.
         gpus: the CUDA devices among them, with the names that the driver gives them.
+        familiarity: tells from logits how familiar an image looks; None: not measured.
     """
 
     description: ModelBody
     preprocess: Preprocess
     runners: Mapping[str, Callable[[], ModelRunner]]
     gpus: Mapping[str, str] = field(default_factory=dict)
+    familiarity: Familiarity | None = None
 
 
 def load_network(settings: Settings) -> Network:
@@ -54,6 +56,7 @@ def load_network(settings: Settings) -> Network:
         checkpoint.preprocess,
         {str(each.device): _runner(each, settings) for each in prepared},
         {str(each.device): driver_name(each.device) for each in prepared if each.device.type == "cuda"},
+        checkpoint.familiarity,
     )
 
 

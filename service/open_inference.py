@@ -4,12 +4,12 @@ https://github.com/kserve/open-inference-protocol. There is one model in one ver
 """
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rednet.service.errors import NotFound, ServiceError
+from rednet.service.errors import MalformedRequest, NotFound, ServiceError
 from rednet.service.event_loop import in_turns
 from rednet.service.model_description import ModelBody
 from rednet.service.parsing.bodies import InferOptions
@@ -46,12 +46,24 @@ def inputs(model: ModelBody) -> Sequence[Tensor]:
 
 def outputs(model: ModelBody) -> Sequence[Tensor]:
     """The outputs, all of which a request gets unless it names some."""
-    widths = {
-        "logits": len(model.labels),
-        "probabilities": len(model.labels),
-        "features": model.feature_channels,
-    }
-    return [Tensor(name, "FP32", [-1, width]) for name, width in widths.items()]
+    classes = len(model.labels)
+    shapes = {"logits": [-1, classes], "probabilities": [-1, classes], "features": [-1, model.feature_channels]}
+    if model.familiarity:
+        shapes["familiarity"] = [-1]
+    return [Tensor(name, "FP32", shape) for name, shape in shapes.items()]
+
+
+def requested_outputs(asked: InferOptions, model: ModelBody) -> Mapping[str, bool]:
+    """The names of the outputs that a request gets, in order, and whether each is sent as binary data.
+
+    Raises:
+        MalformedRequest: the model does not have one of them.
+    """
+    available = [output.name for output in outputs(model)]
+    for name in asked.outputs:
+        if name not in available:
+            raise MalformedRequest(f"outputs: this model has no {name!r}, only {', '.join(available)}")
+    return asked.outputs or dict.fromkeys(available, asked.binary)
 
 
 def check_model(model: ModelBody, name: str, version: str | None = None) -> None:
@@ -72,7 +84,7 @@ def check_model(model: ModelBody, name: str, version: str | None = None) -> None
 
 
 async def output_rows(answers: Sequence[Answer], asked: InferOptions, model: ModelBody) -> dict[str, Sequence[Row]]:
-    """The requested outputs by name, in the requested order, with one row per image.
+    """The `requested_outputs` by name, in order, with one row per image.
 
     Raises:
         ServiceError: the first image without an answer; the protocol has no place for errors of single images.
@@ -86,10 +98,11 @@ async def output_rows(answers: Sequence[Answer], asked: InferOptions, model: Mod
         "logits": [each.logits for each in inferences],
         "probabilities": [probabilities(each.logits).astype(np.float32) async for each in in_turns(inferences)],
         "features": [each.features for each in inferences],
+        "familiarity": [np.array(each.familiarity, np.float32) for each in answers],
     }
-    rows: dict[str, Sequence[Row]] = {name: available[name] for name in asked.outputs}
+    rows: dict[str, Sequence[Row]] = {name: available[name] for name in requested_outputs(asked, model)}
     labels = [label.label for label in model.labels]
     for name, count in asked.classes.items():
-        known = () if name == "features" else labels
+        known = labels if name in ("logits", "probabilities") else ()
         rows[name] = [highest_values(row, known, count) async for row in in_turns(available[name])]
     return rows

@@ -4,19 +4,22 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rednet.model.inference.familiarity import Familiarity
 from rednet.service.decoding.decoder import Decoded, Decoder, Drawn
 from rednet.service.decoding.fair_queue import Flow
 from rednet.service.errors import DeadlineExceeded, ServiceError
+from rednet.service.event_loop import in_turns
 from rednet.service.model_description import ModelBody
 from rednet.service.observability import tracing
 from rednet.service.observability.metrics import Metrics
 from rednet.service.types import EngineClient, ExplainSpec, Inference, Permit, State, Upload
 
 STARTED_AT_ONCE = 16  # images of one request; the event loop serves others before it starts the next ones
+COMPARED_AT_ONCE = 64  # images whose familiarity is computed together, in less than a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,19 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The result for one image, with the time that decoding took, and the map drawn over the image if that was asked
-    for."""
+    """The result for one image.
+
+    Attributes:
+        outcome: the network's output, or why there is none.
+        decode_s: the time that decoding took.
+        drawn: the map drawn over the image, if that was asked for.
+        familiarity: how familiar the image looks, from 0 to 1, if the network comes with that.
+    """
 
     outcome: Inference | ServiceError
     decode_s: float
     drawn: Drawn | None = None
+    familiarity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +72,22 @@ class Pipeline:
         client: the engine.
         decoder: for the images.
         metrics: records stages and outcomes.
+        familiarity: of the network; None: not measured.
     """
 
-    def __init__(self, model: ModelBody, client: EngineClient, decoder: Decoder, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        model: ModelBody,
+        client: EngineClient,
+        decoder: Decoder,
+        metrics: Metrics,
+        familiarity: Familiarity | None = None,
+    ) -> None:
         self.model = model
         self.client = client
         self.metrics = metrics
         self._decoder = decoder
+        self._familiarity = familiarity
 
     async def start(self) -> None:
         """Start the decoders, then the engine, whose warm-up measures what batches cost here."""
@@ -124,6 +143,8 @@ class Pipeline:
         request.permit.hold(len(images))
         job = _Job(request, Flow(request.ends, request.permit.set_aside), explain, draw)
         answers = await self._answer_all(images, job)
+        if self._familiarity is not None:
+            answers = await self._compare(answers, self._familiarity)
         for answer in answers:
             outcome = answer.outcome.code if isinstance(answer.outcome, ServiceError) else "ok"
             self.metrics.image(endpoint, outcome)
@@ -146,6 +167,17 @@ class Pipeline:
                 if len(tasks) % STARTED_AT_ONCE == 0:
                     await asyncio.sleep(0)
         return [task.result() for task in tasks]
+
+    async def _compare(self, answers: Sequence[Answer], familiarity: Familiarity) -> Sequence[Answer]:
+        """Add to every image that has an answer how familiar it looks."""
+        logits = {i: each.outcome.logits for i, each in enumerate(answers) if isinstance(each.outcome, Inference)}
+        compared, answered = list(answers), list(logits)
+        async for start in in_turns(range(0, len(answered), COMPARED_AT_ONCE)):
+            some = answered[start : start + COMPARED_AT_ONCE]
+            for i, value in zip(some, familiarity([logits[i] for i in some]).tolist(), strict=True):
+                compared[i] = replace(answers[i], familiarity=value)
+                self.metrics.familiarity(value)
+        return compared
 
     async def _answer(self, image: Upload, job: _Job) -> Answer:
         decode_s = 0.0

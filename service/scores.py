@@ -1,7 +1,7 @@
 """Turns logits into labelled probabilities."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,11 @@ class Score(TypedDict):
     id: str
     label: str
     probability: float
+
+
+class Prediction(TypedDict):
+    classes: list[Score]
+    familiarity: NotRequired[float]
 
 
 def probabilities(logits: Floats) -> NDArray[np.float64]:
@@ -51,3 +56,9 @@ def top_classes(logits: Floats, labels: Sequence[LabelBody], top_k: int) -> list
         {"index": i, "id": labels[i].id, "label": labels[i].label, "probability": value}
         for i, value in most_probable(logits, top_k)
     ]
+
+
+def prediction(logits: Floats, familiarity: float | None, labels: Sequence[LabelBody], top_k: int) -> Prediction:
+    """The `top_classes` of an image, and how familiar it looks if that is known."""
+    classes = top_classes(logits, labels, top_k)
+    return {"classes": classes} if familiarity is None else {"classes": classes, "familiarity": familiarity}

@@ -34,7 +34,7 @@ SERVICE = {
     "engine": "cost_table errors types model.inference",
     "parsing": "errors types",
     "observability": "model_description model",
-    "pipeline": "decoding errors model_description observability types",
+    "pipeline": "decoding errors event_loop model_description observability types model.inference",
     "reloading": "api_keys observability pipeline system types",
     "server_timing": "observability pipeline types",
     "open_inference": "errors event_loop model_description parsing pipeline scores types",
@@ -50,7 +50,7 @@ SERVICE = {
     "system types",
     "ray": "api_keys autoscaling engine main settings types",
     "processes": "api_keys build decoding engine grpc http model_description network observability pipeline reloading "
-    "settings system types model.images",
+    "settings system types model.images model.inference",
     "cli": "api_keys build engine errors grpc main model_description network observability pipeline processes scores "
     "settings system types model model.inference model.io model.training",
 }

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rednet import CheckpointError, Familiarity, load_checkpoint, save_checkpoint
+from rednet import CheckpointError, Familiarity, load_checkpoint, prepare, save_checkpoint
 from rednet.model.io.checkpoint import METADATA_KEY
+from rednet.model.training.evaluation import auroc
 from rednet.service.cli.parser import main
 from tests.conftest import photo
 
@@ -100,3 +101,81 @@ def _description(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         description: dict[str, Any] = json.loads(file.metadata()[METADATA_KEY])
     return description
+
+
+def test_evaluate_measures_familiarity(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The share of unfamiliar photos, and with --foreign how well photos of other things are told apart."""
+    for index in range(6):
+        folder = tmp_path / "data" / "val" / f"n{index % 5}"
+        folder.mkdir(parents=True, exist_ok=True)
+        photo(index).save(folder / f"{index}.png")
+    (tmp_path / "foreign" / "deep").mkdir(parents=True)
+    for index in range(3):
+        photo(index).save(tmp_path / "foreign" / "deep" / f"{index}.png")
+    tiny = load_checkpoint(tiny_path)
+    run = prepare(tiny.net, tiny.preprocess, "cpu", "fp32")
+    pixels = torch.from_numpy(np.stack([tiny.preprocess.pixels(photo(index)) for index in range(6)]))
+    energies = np.sort(run(pixels).logits.logsumexp(dim=1).numpy()).tolist()
+    # The share 0.05 lies between the second and the third lowest photo, so that two of six are unfamiliar.
+    between = (energies[1] + energies[2]) / 2
+    familiarity = Familiarity((between - 5.0, between, *np.linspace(between + 1, 30, 19).tolist()))
+    measured = tmp_path / "measured.safetensors"
+    save_checkpoint(measured, replace(tiny, familiarity=familiarity))
+    command = [
+        "evaluate",
+        str(tmp_path / "data"),
+        "--checkpoint",
+        str(measured),
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["unfamiliar"] == pytest.approx(2 / 6)
+    assert "foreign" not in result
+    assert main([*command, "--foreign", str(tmp_path / "foreign"), "--json"]) == 0
+    foreign = json.loads(capsys.readouterr().out)["foreign"]
+    known, others = familiarity(run(pixels).logits), familiarity(run(pixels[:3]).logits)
+    pairs = [(a > b) + (a == b) / 2 for a in known for b in others]
+    assert foreign == {
+        "images": 3,
+        "unfamiliar": pytest.approx((others < 0.05).mean()),
+        "auroc": pytest.approx(np.mean(pairs)),
+    }
+    assert main([*command, "--foreign", str(tmp_path / "foreign")]) == 0
+    printed = capsys.readouterr().out
+    assert "33.3% have a familiarity below 0.05; 5% are expected" in printed
+    assert "3 foreign photos: " in printed
+    command[command.index(str(measured))] = str(tiny_path)
+    assert main([*command, "--foreign", str(tmp_path / "foreign")]) == 2
+    assert "tiny has no familiarity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("known", "foreign", "expected"),
+    [
+        ([3, 4], [1, 2], 1.0),
+        ([1, 2], [3], 0.0),
+        ([1, 1], [1], 0.5),
+        ([1, 2, 3, 4], [2, 9], 0.3125),
+    ],
+)
+def test_auroc(known: list[float], foreign: list[float], expected: float) -> None:
+    """The share of pairs in the right order; ties count half."""
+    assert auroc(known, foreign) == expected
+
+
+def test_info_says_whether_familiarity_was_measured(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As text and as JSON."""
+    save_checkpoint(
+        tmp_path / "x.safetensors", replace(load_checkpoint(tiny_path), familiarity=Familiarity(PERCENTILES))
+    )
+    for path, text, value in ((tiny_path, "not measured", False), (tmp_path / "x.safetensors", "measured", True)):
+        assert main(["info", "--checkpoint", str(path)]) == 0
+        assert f"familiarity   {text}" in capsys.readouterr().out
+        assert main(["info", "--checkpoint", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["familiarity"] is value

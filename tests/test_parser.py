@@ -142,11 +142,12 @@ def test_infer_options_cross_the_process_boundary() -> None:
     tail = struct.pack("<I", 3) + b"abc"
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(tail)}}
     outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
-    header = json.dumps({"inputs": [tensor], "id": "é7", "outputs": outputs}).encode()
+    parameters = {"binary_data_output": True}
+    header = json.dumps({"inputs": [tensor], "id": "é7", "outputs": outputs, "parameters": parameters}).encode()
 
     async def check(parser: Parser) -> None:
         found = await parsed_in_process(parser, BodyFormat("v2", "", str(len(header))), header + tail)
-        assert found == plain(ParsedBody([b"abc"], InferOptions("é7", {"logits": True})))
+        assert found == plain(ParsedBody([b"abc"], InferOptions("é7", {"logits": True}, binary=True)))
 
     with_parser(check)
 

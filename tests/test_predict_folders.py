@@ -5,15 +5,17 @@ import json
 import os
 import random
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rednet import Familiarity, load_checkpoint, save_checkpoint
 from rednet.model.native import unavailable
 from rednet.service.cli.parser import main
-from rednet.service.cli.result_formats import write_csv
+from rednet.service.cli.result_formats import Columns, write_csv
 from tests.conftest import encoded, photo
 from tests.servers import REDNET, wait_until
 
@@ -180,7 +182,7 @@ def compare_jsonl(output: Path, unbroken: Path) -> None:
 def compare_csv(output: Path, unbroken: Path) -> None:
     converted = output.with_name("converted.csv")
     with unbroken.open("rb") as rows:
-        write_csv(rows, converted, 3, 512)
+        write_csv(rows, converted, Columns(3, False, 512))
     if unavailable() is None:
         assert output.read_bytes() == converted.read_bytes()
     with output.open(newline="") as file:
@@ -283,3 +285,34 @@ def test_parquet_without_pyarrow_names_the_extra(
     monkeypatch.setattr("rednet.service.cli.results.find_spec", lambda _: None)
     assert main(["predict", str(folder / "1.jpg"), "--output", str(tmp_path / "x.parquet")]) == 2
     assert "pip install 'rednet-serve[parquet]'" in capsys.readouterr().err
+
+
+def test_familiarity_is_written_in_every_format(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the classes, if the checkpoint has it; rows of errors are without. It is printed, too."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    checkpoint = tmp_path / "measured.safetensors"
+    save_checkpoint(checkpoint, replace(load_checkpoint(tiny_path), familiarity=Familiarity((0.0, 0.5, 9.0))))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed in range(3):
+        photo(seed).save(photos / f"{seed}.png")
+    (photos / "3.png").write_bytes(b"not a photo")
+    for output in ("a.jsonl", "a.csv", "a.parquet"):
+        assert main(["predict", str(photos), "--checkpoint", str(checkpoint), "--output", str(tmp_path / output)]) == 1
+    *rows, error = read_rows(tmp_path / "a.jsonl")
+    assert error.keys() == {"file", "error"}
+    assert list(rows[0]) == ["file", "classes", "familiarity"]
+    values = [row["familiarity"] for row in rows]
+    assert len({*values}) == 3
+    with (tmp_path / "a.csv").open(newline="") as file:
+        *cells, broken = csv.DictReader(file)
+    assert [float(cell["familiarity"]) for cell in cells] == pytest.approx(values, abs=1e-5)
+    assert broken["familiarity"] == ""
+    stored = pq.read_table(tmp_path / "a.parquet")["familiarity"].to_pylist()
+    assert stored[:3] == pytest.approx(values, abs=1e-5)
+    assert stored[3] is None
+    capsys.readouterr()
+    assert main(["predict", str(photos / "0.png"), "--checkpoint", str(checkpoint)]) == 0
+    assert f"familiarity {values[0]:.2f}" in capsys.readouterr().out

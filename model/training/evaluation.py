@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from rednet.model.images.preprocess import Pixels, Preprocess
@@ -79,3 +81,16 @@ def evaluate(
         for batch in progress(load_batches(photos, read, BATCH_SIZE, workers), total=steps, describe=describe)
     ]
     return Predictions(*(torch.cat(column) for column in zip(*predictions, strict=True)))
+
+
+def auroc(known: ArrayLike, foreign: ArrayLike) -> float:
+    """Return the probability that a score tells two photos apart: that of a known one is higher than that of a foreign
+    one (the area under the receiver operating characteristic). Of two equal scores, either may be the higher one.
+
+    Args:
+        known: scores of photos of the network's classes, [N].
+        foreign: scores of photos of other things, [M].
+    """
+    ascending, others = np.sort(known), np.asarray(foreign)
+    below = (np.searchsorted(ascending, others, "left") + np.searchsorted(ascending, others, "right")) / 2
+    return float(1 - below.mean() / len(ascending))

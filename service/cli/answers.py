@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
-from rednet.service.errors import DeviceFailed, MalformedRequest, PayloadTooLarge, Refused, ServiceError
-from rednet.service.pipeline import Pipeline
-from rednet.service.types import Inference, State
+from rednet.service.errors import DeviceFailed, MalformedRequest, PayloadTooLarge, Refused
+from rednet.service.pipeline import Answer, Pipeline
+from rednet.service.types import State
 
 MAX_FILE_BYTES = 1 << 28  # of a photo; 50 million pixels of 32 bits, uncompressed, are less
 MAX_BYTES = 1 << 28  # of all files in memory together
@@ -36,13 +36,13 @@ class PhotoAnswers:
         wanted = BATCHES_AHEAD * pipeline.client.costs.max_batch_size
         self._ahead = min(MAX_AHEAD, max(MIN_AHEAD, wanted))
 
-    async def in_order(self, photos: Sequence[str]) -> AsyncGenerator[Inference | ServiceError]:
-        """Yield the result for each file. Close the iterator, to drop the work that is ahead.
+    async def in_order(self, photos: Sequence[str]) -> AsyncGenerator[Answer]:
+        """Yield the answer for each file. Close the iterator, to drop the work that is ahead.
 
         Raises:
             DeviceFailed: the device fails.
         """
-        pending: deque[asyncio.Task[Inference | ServiceError]] = deque()
+        pending: deque[asyncio.Task[Answer]] = deque()
         with ThreadPoolExecutor(READERS, thread_name_prefix="files") as readers:
             try:
                 for photo in photos:
@@ -56,7 +56,7 @@ class PhotoAnswers:
                     task.cancel()
                 await asyncio.gather(*pending, return_exceptions=True)
 
-    async def _answer(self, photo: str, readers: ThreadPoolExecutor) -> Inference | ServiceError:
+    async def _answer(self, photo: str, readers: ThreadPoolExecutor) -> Answer:
         loop = asyncio.get_running_loop()
         try:
             size = await loop.run_in_executor(readers, _size, photo)
@@ -64,24 +64,23 @@ class PhotoAnswers:
                 content = await loop.run_in_executor(readers, _read, photo)
                 return await self._infer(content)
         except (OSError, ValueError) as error:  # ValueError: the path contains a NUL character
-            return MalformedRequest(str(error.strerror if isinstance(error, OSError) else error))
+            return Answer(MalformedRequest(str(error.strerror if isinstance(error, OSError) else error)), 0.0)
         except PayloadTooLarge as error:
-            return error
+            return Answer(error, 0.0)
 
-    async def _infer(self, content: bytes) -> Inference | ServiceError:
+    async def _infer(self, content: bytes) -> Answer:
         """Answer one photo. What is not the photo's fault is tried again, unless the device has failed."""
         while True:
             try:
                 with self._pipeline.admit(TIMEOUT_S) as request:
                     [answer] = await self._pipeline.run(request, [content], "predict")
-                outcome = answer.outcome
             except Refused as error:
-                outcome = error
-            if not isinstance(outcome, Refused):
-                return outcome
+                answer = Answer(error, 0.0)
+            if not isinstance(answer.outcome, Refused):
+                return answer
             if self._pipeline.state is State.FAILED:
                 raise DeviceFailed
-            await asyncio.sleep(outcome.retry_after_s)
+            await asyncio.sleep(answer.outcome.retry_after_s)
 
 
 async def wait_until_ready(pipeline: Pipeline) -> None:

@@ -3,10 +3,7 @@ instant."""
 
 import argparse
 import atexit
-import io
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,33 +149,6 @@ def train(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from rednet import load_checkpoint, prepare
-    from rednet.model.io.output_files import check_output, write_atomically
-    from rednet.model.training.confusion import draw_confusion
-    from rednet.model.training.dataset import read_folder
-    from rednet.model.training.evaluation import evaluate as run_evaluation
-    from rednet.service.engine.runner import set_threads
+    from rednet.service.cli.evaluate import evaluate as run
 
-    set_threads(usable_cores())
-    if options.confusion is not None:
-        check_output(options.confusion, replace=options.force, inputs=[options.checkpoint])
-    checkpoint = load_checkpoint(options.checkpoint)
-    run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision, checkpoint.calibration)
-    _, photos, left_out = read_folder(options.data / "val", [label.id for label in checkpoint.labels])
-    for line in left_out.lines():
-        print(line, file=sys.stderr)
-    answers = run_evaluation(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos, workers=usable_cores())
-    result: dict[str, Any] = {"model": checkpoint.name, "precision": run.precision} | answers.summary()
-    names = [label.name for label in checkpoint.labels]
-    by_class = answers.by_class(names)
-    if options.confusion is not None:
-        picture = io.BytesIO()
-        draw_confusion(answers.confusion().numpy(), names).save(picture, "png")
-        write_atomically(options.confusion, picture.getvalue(), replace=options.force)
-    if options.json:
-        print(json.dumps(result | {"classes": by_class}))
-        return 0
-    for row in sorted(by_class, key=lambda row: row["top1"]):
-        print(f"{row['top1']:8.4f}  {row['label']} ({row['images']} photos)")
-    print("{images} photos: top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**result))
-    return 0
+    return run(options)

@@ -51,6 +51,7 @@ def _lines(
     yield "input", f"{preprocess.crop}x{preprocess.crop} {channels}, cropped from a shorter side of {preprocess.resize}"
     yield from _provenance(checkpoint.provenance)
     yield "int8", "activation ranges are stored" if checkpoint.calibration else "no activation ranges: rednet quantize"
+    yield "familiarity", "measured" if model.familiarity else "not measured: rednet train does it"
     yield "device", model.device
     yield "precision", model.precision
     yield "backend", model.backend

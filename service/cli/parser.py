@@ -128,6 +128,8 @@ def _add_training_commands(subparsers: Any) -> None:
     _add_checkpoint(evaluate)
     evaluate.add_argument("--confusion", type=Path, metavar="F.png", help="draw a confusion matrix")
     _add_force(evaluate)
+    foreign = "a folder of photos of other things, to measure how well familiarity tells them apart"
+    evaluate.add_argument("--foreign", type=Path, metavar="PHOTOS", help=foreign)
     precisions = "numeric precision of the network: auto, fp32, bf16, fp16 or int8 (default: auto)"
     evaluate.add_argument("--precision", default="auto", metavar="P", help=precisions)
     _add_device(evaluate)

@@ -15,14 +15,15 @@ from rednet.model.training.progress import progress
 from rednet.service.build import build, decode_limits
 from rednet.service.cli.answers import MAX_AHEAD, PhotoAnswers, wait_until_ready
 from rednet.service.cli.photo_paths import find_all
+from rednet.service.cli.result_formats import Columns
 from rednet.service.cli.results import Results, check_format, finish, open_results
 from rednet.service.engine.admission import OwnCounts
 from rednet.service.errors import DeviceFailed, ServiceError, error_body
 from rednet.service.model_description import LabelBody
 from rednet.service.network import Network, load_network
 from rednet.service.observability.metrics import Metrics
-from rednet.service.pipeline import Pipeline
-from rednet.service.scores import top_classes
+from rednet.service.pipeline import Answer, Pipeline
+from rednet.service.scores import prediction
 from rednet.service.settings import Settings, read_settings
 from rednet.service.system.cores import usable_cores
 from rednet.service.system.terminal import printable
@@ -80,12 +81,12 @@ async def _print(pipeline: Pipeline, photos: Sequence[str], options: argparse.Na
     failed = False
     async with _answers(pipeline, photos) as answers:
         for photo in photos:
-            prediction = _prediction(await anext(answers), labels, options.top_k)
-            failed = failed or "error" in prediction
+            row = _row(await anext(answers), labels, options.top_k)
+            failed = failed or "error" in row
             if options.json:
-                predictions.append(prediction)
+                predictions.append(row)
             else:
-                _print_prediction(photo, prediction)
+                _print_row(photo, row)
     if options.json:
         print(json.dumps({"model": pipeline.model.name, "predictions": predictions}))
     return 1 if failed else 0
@@ -109,7 +110,8 @@ def _write(settings: Settings, network: Network, photos: Sequence[str], options:
         if results.done < len(photos):
             asyncio.run(_add_rows(_pipeline(settings, network), photos, files, results, options))
         width = model.feature_channels if options.features else 0
-        finish(options.output, min(options.top_k, len(model.labels)), width, replace=options.force)
+        columns = Columns(min(options.top_k, len(model.labels)), model.familiarity, width)
+        finish(options.output, columns, replace=options.force)
     print(f"{printable(options.output)}: {len(photos)} photos, {results.failed} of them unreadable")
     return 1 if results.failed else 0
 
@@ -121,10 +123,10 @@ async def _add_rows(
     done = results.done
     async with _answers(pipeline, photos[done:]) as answers:
         for file in progress(files[done:], total=len(files), done=done, describe="photos"):
-            outcome = await anext(answers)
-            row = {"file": file} | _prediction(outcome, labels, options.top_k)
-            if options.features and isinstance(outcome, Inference):
-                row["features"] = outcome.features
+            answer = await anext(answers)
+            row = {"file": file} | _row(answer, labels, options.top_k)
+            if options.features and isinstance(answer.outcome, Inference):
+                row["features"] = answer.outcome.features
             results.add(row)
 
 
@@ -133,7 +135,7 @@ def _pipeline(settings: Settings, network: Network) -> Pipeline:
 
 
 @asynccontextmanager
-async def _answers(pipeline: Pipeline, photos: Sequence[str]) -> AsyncIterator[AsyncIterator[Inference | ServiceError]]:
+async def _answers(pipeline: Pipeline, photos: Sequence[str]) -> AsyncIterator[AsyncIterator[Answer]]:
     """Start the pipeline, and answer photos in order until the context ends."""
     await pipeline.start()
     try:
@@ -144,18 +146,20 @@ async def _answers(pipeline: Pipeline, photos: Sequence[str]) -> AsyncIterator[A
         await pipeline.close()
 
 
-def _prediction(outcome: Inference | ServiceError, labels: Sequence[LabelBody], top_k: int) -> dict[str, Any]:
-    if isinstance(outcome, ServiceError):
-        return error_body(outcome)
-    return {"classes": top_classes(outcome.logits, labels, top_k)}
+def _row(answer: Answer, labels: Sequence[LabelBody], top_k: int) -> dict[str, Any]:
+    if isinstance(answer.outcome, ServiceError):
+        return error_body(answer.outcome)
+    return {**prediction(answer.outcome.logits, answer.familiarity, labels, top_k)}
 
 
-def _print_prediction(photo: str, prediction: dict[str, Any]) -> None:
+def _print_row(photo: str, row: dict[str, Any]) -> None:
     print(printable(photo))
-    if "error" in prediction:
-        print(f"  {printable(prediction['error']['message'])}")
-    for score in prediction.get("classes", []):
+    if "error" in row:
+        print(f"  {printable(row['error']['message'])}")
+    for score in row.get("classes", []):
         print(f"  {score['probability']:6.1%}  {score['label']}")
+    if "familiarity" in row:
+        print(f"  familiarity {row['familiarity']:.2f}")
 
 
 def _shown(photo: str) -> str:

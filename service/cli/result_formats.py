@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import orjson
@@ -12,18 +12,32 @@ SCORE = ("index", "id", "label", "probability")
 GROUP_BYTES = 8_000_000  # of JSON that become a row group of Parquet: 400 rows with features, 27,000 without
 
 
-def write_csv(rows: BinaryIO, path: Path, top_k: int, features: int) -> None:
+class Columns(NamedTuple):
+    """What rows without an error hold.
+
+    Attributes:
+        top_k: number of classes.
+        familiarity: whether they say how familiar the photo looks.
+        features: length of the feature vector; 0: there is none.
+    """
+
+    top_k: int
+    familiarity: bool
+    features: int
+
+
+def write_csv(rows: BinaryIO, path: Path, columns: Columns) -> None:
     """Write a column for each value; cells of an error are empty in other rows, and the other way round.
 
     Args:
         rows: JSON lines.
         path: the file to write.
-        top_k: classes of each row.
-        features: length of the feature vectors; 0: there are none.
+        columns: of the rows.
     """
     header = ["file", "error_code", "error_message"]
-    header += [f"{name}_{rank}" for rank in range(1, top_k + 1) for name in SCORE]
-    header += [f"feature_{index}" for index in range(features)]
+    header += [f"{name}_{rank}" for rank in range(1, columns.top_k + 1) for name in SCORE]
+    header += ["familiarity"] * columns.familiarity
+    header += [f"feature_{index}" for index in range(columns.features)]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -33,18 +47,18 @@ def write_csv(rows: BinaryIO, path: Path, top_k: int, features: int) -> None:
                 cells = [row["file"], row["error"]["code"], row["error"]["message"]]
             else:
                 scores = [score[name] for score in row["classes"] for name in SCORE]
-                cells = [row["file"], "", "", *scores, *row.get("features", ())]
+                familiarity = [row["familiarity"]] if columns.familiarity else []
+                cells = [row["file"], "", "", *scores, *familiarity, *row.get("features", ())]
             writer.writerow(cells + [""] * (len(header) - len(cells)))
 
 
-def write_parquet(rows: BinaryIO, path: Path, top_k: int, features: int) -> None:
-    """Write the columns `file`, `error`, `classes` and `features`; what a row does not have is null.
+def write_parquet(rows: BinaryIO, path: Path, columns: Columns) -> None:
+    """Write the columns `file`, `error`, `classes`, `familiarity` and `features`; what a row does not have is null.
 
     Args:
         rows: JSON lines.
         path: the file to write.
-        top_k: classes of each row.
-        features: length of the feature vectors; 0: there are none.
+        columns: of the rows.
     """
     import pyarrow as pa  # noqa: PLC0415  (an extra)
     from pyarrow import parquet  # noqa: PLC0415
@@ -56,8 +70,10 @@ def write_parquet(rows: BinaryIO, path: Path, top_k: int, features: int) -> None
         pa.field("error", pa.struct([("code", pa.string()), ("message", pa.string())])),
         pa.field("classes", pa.list_(score)),
     ]
-    if features:
-        fields.append(pa.field("features", pa.list_(pa.float32(), features)))
+    if columns.familiarity:
+        fields.append(pa.field("familiarity", pa.float64()))
+    if columns.features:
+        fields.append(pa.field("features", pa.list_(pa.float32(), columns.features)))
     schema = pa.schema(fields)
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for group in _groups(rows):

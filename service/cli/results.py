@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from rednet.model.io.output_files import locked, publish
-from rednet.service.cli.result_formats import write_csv, write_parquet
+from rednet.service.cli.result_formats import Columns, write_csv, write_parquet
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
@@ -64,7 +64,7 @@ class Results:
                 break
             end, last = end + len(line), line
             self.done += 1
-            self.failed += line.endswith(b"}}\n")  # the end of an error; other rows end with a list
+            self.failed += line.endswith(b"}}\n")  # the end of an error; other rows end with a list or a number
         self._file.seek(end)
         self._file.truncate()
         if last and not (self.done <= len(files) and _file_of(last) == files[self.done - 1]):
@@ -95,13 +95,12 @@ def open_results(output: Path, run: Mapping[str, Any], files: Sequence[str]) -> 
         yield results
 
 
-def finish(output: Path, top_k: int, features: int, *, replace: bool) -> None:
+def finish(output: Path, columns: Columns, *, replace: bool) -> None:
     """Turn the rows into the output. After a kill, do it again.
 
     Args:
         output: the file to write.
-        top_k: classes of each row.
-        features: length of the feature vectors; 0: there are none.
+        columns: of formats with columns.
         replace: whether an existing file may be replaced.
 
     Raises:
@@ -112,7 +111,7 @@ def finish(output: Path, top_k: int, features: int, *, replace: bool) -> None:
         finished = output.resolve().with_name(output.resolve().name + ".unfinished")
         write = write_csv if output.suffix == ".csv" else write_parquet
         with open(rows, "rb") as file:
-            write(file, finished, top_k, features)
+            write(file, finished, columns)
     with open(finished, "rb") as file:
         os.fsync(file.fileno())
     publish(finished, output, replace=replace)

@@ -8,7 +8,7 @@ has submitted, cancelled or not. The reply gives the image's slot back.
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
@@ -33,17 +33,19 @@ class Hello:
         model: its description, as JSON.
         devices: how many there are.
         gpus: the driver's name of each CUDA device, by its name in the metrics.
+        familiarity: the energies that images are compared with; None: not measured.
     """
 
     model: Mapping[str, Any]
     devices: int
     gpus: Mapping[str, str]
+    familiarity: Sequence[float] | None = None
 
     def answers_like(self, other: Self) -> bool:
         """Whether answers mean the same, and slots have the same layout. What measurements decide may differ: a process
         that is started again may choose another precision."""
         same = all(self.model[name] == other.model[name] for name in MEANING)
-        return same and self.devices == other.devices
+        return same and (self.devices, self.familiarity) == (other.devices, other.familiarity)
 
 
 @dataclass(frozen=True, slots=True)

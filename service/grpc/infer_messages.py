@@ -11,7 +11,7 @@ from rednet.service.model_description import ModelBody
 from rednet.service.parsing.bodies import BodyLimits, ParsedBody
 from rednet.service.parsing.body_parser import with_checked_pixels
 from rednet.service.parsing.multipart import too_many
-from rednet.service.parsing.oip import Row, check_infer, infer_options, read_images, row_bytes
+from rednet.service.parsing.oip import Row, check_infer, infer_options, read_images, row_bytes, row_shape
 
 ModelInferRequest = message_class("ModelInferRequest")
 ModelInferResponse = message_class("ModelInferResponse")
@@ -73,12 +73,14 @@ def parse_request(message: memoryview, model: ModelBody, limits: BodyLimits) -> 
             "parameters": _parameters(request),
         }
     )
+    asked = infer_options(checked)
+    open_inference.requested_outputs(asked, model)
     raw, contents = values[RAW_CONTENTS], of_tensor[CONTENTS]
     if len(raw) == len(contents):
         raise MalformedRequest(f"input {tensor.name!r} must have either contents or raw_input_contents")
     binary = raw[0] if raw else _typed(tensor.name, contents[0], limits.max_images)
     images = read_images(checked.inputs[0], binary, limits.max_images)
-    return InferRequest(with_checked_pixels(ParsedBody(images, infer_options(checked)), limits), bool(raw))
+    return InferRequest(with_checked_pixels(ParsedBody(images, asked), limits), bool(raw))
 
 
 def encode_response(model: ModelBody, request_id: str | None, tensors: Mapping[str, Sequence[Row]], raw: bool) -> bytes:
@@ -93,7 +95,7 @@ def encode_response(model: ModelBody, request_id: str | None, tensors: Mapping[s
     response = ModelInferResponse(model_name=model.name, model_version=open_inference.MODEL_VERSION, id=request_id)
     for name, rows in tensors.items():
         is_text = isinstance(rows[0], list)
-        shape = [len(rows), len(rows[0])]
+        shape = [len(rows), *row_shape(rows[0])]
         output = response.outputs.add(name=name, datatype="BYTES" if is_text else "FP32", shape=shape)
         if raw:
             response.raw_output_contents.append(b"".join(map(row_bytes, rows)))

@@ -37,6 +37,13 @@ class ClassScore(BaseModel):
 
 class Prediction(BaseModel):
     classes: list[ClassScore] = Field(description="the most probable classes, best first")
+    familiarity: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of held-out training images that look less familiar; below 0.05, the image probably shows "
+        "something else than the classes. Absent if `familiarity` in `/v1/model` is false",
+    )
 
 
 class ResponseBody(BaseModel):

@@ -28,6 +28,7 @@ from rednet.service.observability.server_processes import ServerProcessCollector
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FAMILIARITY_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
 
 Stage = Literal["decode", "queue", "inference", "draw", "respond"]
 
@@ -65,6 +66,8 @@ class Metrics:
         self._stages = {stage: stages.labels(stage) for stage in get_args(Stage)}
         text = "Images per batch."
         self._batch_size = Histogram("rednet_batch_size", text, buckets=BATCH_BUCKETS, registry=counted)
+        text = "How familiar answered images look; 5% of familiar images are below 0.05. Empty if that is not measured."
+        self._familiarity = Histogram("rednet_familiarity", text, buckets=FAMILIARITY_BUCKETS, registry=counted)
         text = "Requests in progress."
         self._inflight = Gauge("rednet_inflight_requests", text, registry=counted, multiprocess_mode="livesum")
         self._images = counter("rednet_images", "Images answered, by outcome.", ("endpoint", "outcome"))
@@ -142,6 +145,10 @@ class Metrics:
 
     def image(self, endpoint: str, outcome: str) -> None:
         self._images.labels(endpoint, outcome).inc()
+
+    def familiarity(self, value: float) -> None:
+        """An image looks that familiar."""
+        self._familiarity.observe(value)
 
     def refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()

@@ -57,13 +57,16 @@ class InferOptions:
 
     Attributes:
         id: of the request, echoed in the response; None: the request has no id.
-        outputs: names of the requested output tensors, and whether each is sent as binary data.
+        outputs: names of the requested output tensors, and whether each is sent as binary data. If it is empty, all
+            outputs of the model are requested.
         classes: number of classes to return as text, for the outputs that request classification.
+        binary: whether outputs are sent as binary data if none is named.
     """
 
     id: str | None
     outputs: Mapping[str, bool]
     classes: Mapping[str, int] = field(default_factory=dict)
+    binary: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,7 @@ from rednet.service.parsing.oip_schemas import InferBody, InferInput, InputParam
 from rednet.service.types import Floats, Upload
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # names the header with the size of the JSON before the binary data
-OUTPUTS = ("logits", "probabilities", "features")
-Row = Floats | list[str]  # of an output: numbers or strings
+Row = Floats | list[str]  # of an output: an array of numbers, which may have no dimension, or strings
 LENGTH_BYTES = 4  # size of the length prefix of each element of a BYTES tensor
 
 
@@ -84,7 +83,7 @@ def infer_options(request: InferBody) -> InferOptions:
         as_binary[output.name] = binary if parameters.binary_data is None else parameters.binary_data
         if parameters.classification:  # in Triton, 0 means no classification
             classes[output.name] = parameters.classification
-    return InferOptions(request.id, as_binary or dict.fromkeys(OUTPUTS, binary), classes)
+    return InferOptions(request.id, as_binary, classes, binary)
 
 
 def _refuse_shared_memory(what: str, parameters: InputParameters | OutputParameters) -> None:
@@ -96,12 +95,13 @@ def highest_values(row: Floats, labels: Sequence[str], count: int) -> list[str]:
     """Format a row's highest values as `value:index:label`, highest first, as Triton's classification extension does.
 
     Args:
-        row: [values].
+        row: [values], or a single value.
         labels: one for each value, or an empty sequence.
         count: number of values, at least 1. If the row has fewer, all of them are returned.
     """
-    best = np.argsort(-row, kind="stable")[:count].tolist()
-    return [f"{row[index]:f}:{index}" + (f":{labels[index]}" if labels else "") for index in best]
+    values = row.reshape(-1)
+    best = np.argsort(-values, kind="stable")[:count].tolist()
+    return [f"{values[index]:f}:{index}" + (f":{labels[index]}" if labels else "") for index in best]
 
 
 def encode_infer(
@@ -124,7 +124,7 @@ def _json_pieces(
     yield orjson.dumps({**answer, "outputs": []})[:-2]
     for index, (name, rows) in enumerate(tensors.items()):
         datatype = "BYTES" if isinstance(rows[0], list) else "FP32"
-        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": [len(rows), len(rows[0])]}
+        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": [len(rows), *row_shape(rows[0])]}
         if binary[name]:
             output["parameters"] = {"binary_data_size": sum(_row_size(row) for row in rows)}
         else:
@@ -135,9 +135,15 @@ def _json_pieces(
             continue
         yield whole[:-2]
         for position, row in enumerate(rows):
-            yield b"," * (position > 0) + orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+            values = row.reshape(-1) if isinstance(row, np.ndarray) else row
+            yield b"," * (position > 0) + orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
         yield b"]}"
     yield b"]}"
+
+
+def row_shape(row: Row) -> tuple[int, ...]:
+    """The shape of an output without its first dimension, the number of images."""
+    return row.shape if isinstance(row, np.ndarray) else (len(row),)
 
 
 def _row_size(row: Row) -> int:

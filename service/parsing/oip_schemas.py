@@ -35,7 +35,7 @@ class OutputParameters(_SharedMemory):
 
 
 class InferOutput(_Strict):
-    name: Literal["logits", "probabilities", "features"]
+    name: Literal["logits", "probabilities", "features", "familiarity"]
     parameters: OutputParameters | None = None
 
 
@@ -56,5 +56,5 @@ class InferBody(_Strict):
     # The id is echoed and may end up in logs, so that control characters and line separators are not allowed.
     id: str | None = Field(None, max_length=1024, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")
     inputs: Annotated[list[InferInput], FailFast()] = Field(min_length=1, max_length=1)
-    outputs: list[InferOutput] | None = Field(None, max_length=3)
+    outputs: list[InferOutput] | None = Field(None, max_length=4)
     parameters: InferParameters | None = None

@@ -66,7 +66,8 @@ class EngineHost:
     def __init__(self, settings: Settings, network: Network, started: float, hung_s: float = HUNG_S) -> None:
         metrics = Metrics()
         self._started = started
-        self._hello = Hello(network.description.model_dump(), len(network.runners), network.gpus)
+        energies = list(network.familiarity.energies) if network.familiarity else None
+        self._hello = Hello(network.description.model_dump(), len(network.runners), network.gpus, energies)
         self._layout = SlotLayout.of(self._hello.model)
         self._devices: list[_Device] = []
         for name in network.runners:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import uvicorn
 
 from rednet.model.images.preprocess import Preprocess
+from rednet.model.inference.familiarity import Familiarity
 from rednet.service.api_keys import KeyFile
 from rednet.service.build import decode_limits, decoder_count
 from rednet.service.decoding.decoder import Decoder
@@ -93,7 +94,8 @@ class FrontEnd:
         client = RemoteClient(self.engine, hello, self._settings.max_queue, self._counts, self._end_for_other_model)
         self._clients = (*self._clients[-1:], client)
         decoder = Decoder(Preprocess(**model.preprocess), self._limits, self._decoders)
-        return Pipeline(model, client, decoder, self._metrics)
+        familiarity = Familiarity(hello.familiarity) if hello.familiarity is not None else None
+        return Pipeline(model, client, decoder, self._metrics, familiarity)
 
 
 class FrontEndServer(Server):

@@ -14,7 +14,7 @@ from rednet.service.http.routes.v1 import ERRORS, body_format, ignored_parts, js
 from rednet.service.http.schemas import ExplainBody, described_images
 from rednet.service.model_description import ModelBody
 from rednet.service.pipeline import Answer
-from rednet.service.scores import probabilities, top_classes
+from rednet.service.scores import prediction, probabilities
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums
 
 JSON, PNG = "application/json", "image/png"
@@ -130,9 +130,9 @@ def _explanation(answer: Answer, explain: ExplainSpec, model: ModelBody) -> dict
     if isinstance(answer.outcome, ServiceError):
         return error_body(answer.outcome)
     inference = answer.outcome
-    classes = top_classes(inference.logits, model.labels, TOP_K)
+    predicted = prediction(inference.logits, answer.familiarity, model.labels, TOP_K)
     if isinstance(explain, KernelSums):
-        return {"classes": classes, "grid": inference.grid}
+        return {**predicted, "grid": inference.grid}
     index = int(inference.logits.argmax()) if explain.class_index is None else explain.class_index
     explained = {
         "index": index,
@@ -141,4 +141,4 @@ def _explanation(answer: Answer, explain: ExplainSpec, model: ModelBody) -> dict
         "probability": float(probabilities(inference.logits)[index]),
         "logit": float(inference.logits[index]),
     }
-    return {"classes": classes, "class": explained, "grid": inference.grid}
+    return {**predicted, "class": explained, "grid": inference.grid}

@@ -27,7 +27,7 @@ from rednet.service.http.schemas import (
 from rednet.service.model_description import ModelBody
 from rednet.service.parsing.bodies import BodyFormat
 from rednet.service.pipeline import Answer
-from rednet.service.scores import top_classes
+from rednet.service.scores import prediction
 from rednet.service.types import Floats, Inference
 
 ERRORS = described_errors(ErrorBody) | {
@@ -60,7 +60,7 @@ async def predict(
     started = time.monotonic()
     labels = server.pipeline.model.labels
     predictions = (
-        {"classes": top_classes(answer.outcome.logits, labels, top_k)}
+        prediction(answer.outcome.logits, answer.familiarity, labels, top_k)
         if isinstance(answer.outcome, Inference)
         else error_body(answer.outcome)
         for answer in answers

@@ -32,7 +32,7 @@ from rednet.service.http.schemas import (
     described_infer,
     described_json,
 )
-from rednet.service.parsing.bodies import BodyFormat
+from rednet.service.parsing.bodies import BodyFormat, ParsedBody
 from rednet.service.parsing.json_text import first_error, load_json
 from rednet.service.parsing.oip import HEADER_LENGTH, encode_infer
 from rednet.service.types import State
@@ -142,28 +142,34 @@ async def ready(request: Request, response: Response) -> ModelReadyBody:
 
 
 async def infer(request: Request) -> Response:
-    """Compute logits, probabilities and features of N images.
+    """Compute logits, probabilities and features of N images, and their familiarity if the model has it.
 
     The input is either `image`, BYTES `[N]`: encoded photos, in JSON as base64; or `pixels`, FP32 `[N, 3, H, W]`:
     cropped and normalised as described by `/v1/model`. The protocol has no place for errors of single images: the first
     image that cannot be read fails the request.
 
     With the parameter `classification`: k, an output is BYTES `[N, k]` instead: its k highest values, highest first,
-    each as "value:index:label" (`features` have no labels).
+    each as "value:index:label" (without a label for `features` and `familiarity`).
     """
     server = context(request)
-    header_length = request.headers.get(HEADER_LENGTH)
-    found = await server.image_requests.answer(request, BodyFormat("v2", header_length=header_length))
-    answers, asked = found.images, found.infer
-    assert asked, "this is a bug: an infer request was parsed as something else"
-    started = time.monotonic()
     model = server.pipeline.model
+
+    def check(body: ParsedBody) -> None:
+        assert body.infer, "this is a bug: an infer request was parsed as something else"
+        open_inference.requested_outputs(body.infer, model)
+
+    header_length = request.headers.get(HEADER_LENGTH)
+    found = await server.image_requests.answer(request, BodyFormat("v2", header_length=header_length), check=check)
+    answers, asked = found.images, found.infer
+    assert asked
+    started = time.monotonic()
     tensors = await open_inference.output_rows(answers, asked, model)
     fields = {"model_name": model.name, "model_version": open_inference.MODEL_VERSION}
     if asked.id is not None:
         fields["id"] = asked.id
-    as_json, tail = encode_infer(fields, tensors, asked.outputs)
-    if not any(asked.outputs.values()):
+    binary = open_inference.requested_outputs(asked, model)
+    as_json, tail = encode_infer(fields, tensors, binary)
+    if not any(binary.values()):
         return await respond(as_json, "application/json", answers, server, started)
     head = [piece async for piece in in_turns(as_json)]
     headers = {HEADER_LENGTH: str(sum(map(len, head)))}
