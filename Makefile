@@ -11,7 +11,7 @@ serve: .venv/serve
 	$(BIN)/rednet serve
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"  # half of the time is waiting for servers to start
 
 # What `make test` leaves out: servers that are killed, reloaded and stopped under load, whole training runs, compilers.
 test-slow: .venv/test
