@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Locator, Page, expect, sync_playwright
 
-from rednet import Checkpoint, Preprocess, create_rednet, save_checkpoint
+from rednet import Checkpoint, Familiarity, Preprocess, create_rednet, load_checkpoint, save_checkpoint
 from rednet.model.io.labels import Label
 from tests.conftest import encoded, lively, photo
 from tests.http_helpers import CUT, TEXT, assert_error
@@ -161,6 +162,14 @@ def pixels(canvas: Locator) -> NDArray[np.uint8]:
     """The colours of a canvas, [height, width, 4]."""
     url: str = canvas.evaluate("canvas => canvas.toDataURL('image/png')")
     return np.array(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
+
+
+def saved_table(page: Page) -> list[dict[str, str]]:
+    """The rows of the CSV file."""
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Download CSV").click()
+    assert saved.value.suggested_filename == "rednet.csv"
+    return list(csv.DictReader(io.StringIO(Path(saved.value.path()).read_text("utf-8-sig"))))
 
 
 @needs_chromium
@@ -353,10 +362,8 @@ def test_page_lists_several_photos_and_saves_them_as_csv(browser: Browser, serve
     rows.filter(has_text="3, =1.png").locator("button").first.click()
     expect(page.locator("#file-name")).to_have_text("3, =1.png")
     assert paths == ["explain.json"] * 8
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Download CSV").click()
-    assert saved.value.suggested_filename == "rednet.csv"
-    table = list(csv.DictReader(io.StringIO(Path(saved.value.path()).read_text("utf-8-sig"))))
+    table = saved_table(page)
+    assert "familiarity" not in table[0]
     assert [row["file"] for row in table] == [
         "first.png",
         "cut.png",
@@ -394,9 +401,7 @@ def test_names_and_labels_are_text_whatever_they_hold(browser: Browser, many: Se
     assert page.locator("#photos img, #file-name img").count() == 0
     expect(page.locator("#file-name")).to_have_text(HOSTILE)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Download CSV").click()
-    table = list(csv.DictReader(io.StringIO(Path(saved.value.path()).read_text("utf-8-sig"))))
+    table = saved_table(page)
     assert table[1]["file"] == "'=cmd()"
     for text in (HOSTILE, ARABIC, LONG):
         page.get_by_label("Search the classes").fill(text[:30])
@@ -504,25 +509,33 @@ def test_page_shows_the_map_of_a_photo_that_only_the_server_can_read(page: Page)
     assert box["width"] > 100
 
 
+UNLIKE = "This photo does not look like those the model was trained on."
+
+
 @needs_chromium
-@pytest.mark.parametrize(("familiarity", "hidden"), [(0.04, False), (0.06, True), (None, True)])
+@pytest.mark.parametrize(("energies", "unlike"), [((100.0, 200.0), True), ((-200.0, -100.0), False)])
 def test_page_says_when_a_photo_is_unlike_the_training_photos(
-    browser: Browser, server: ServerProcess, familiarity: float | None, hidden: bool
+    browser: Browser, tiny_path: Path, tmp_path: Path, energies: Sequence[float], unlike: bool
 ) -> None:
-    """If the network can tell."""
-    page = opened(browser, server.url, [])
+    """Those look either far more or far less familiar than any photo."""
+    path = tmp_path / "measured.safetensors"
+    save_checkpoint(path, replace(load_checkpoint(tiny_path), familiarity=Familiarity(energies)))
+    with ServerProcess("--checkpoint", path) as running:
+        page = opened(browser, running.url, [])
+        page.set_input_files("#file", file_of(encoded(photo())))
+        assert_answered(page)
+        expect(page.get_by_text(UNLIKE)).to_be_visible(visible=unlike)
+        (row,) = saved_table(page)
+        assert float(row["familiarity"]) == (0 if unlike else 1)
+        page.context.close()
 
-    def add(route: Route) -> None:
-        response = route.fetch()
-        body = response.json()
-        body["explanations"][0] |= {} if familiarity is None else {"familiarity": familiarity}
-        route.fulfill(response=response, json=body)
 
-    page.route("**/v1/explain.json", add)
+@needs_chromium
+def test_page_says_nothing_of_familiarity_where_it_is_unknown(page: Page) -> None:
+    """The checkpoint has not measured it."""
     page.set_input_files("#file", file_of(encoded(photo())))
     assert_answered(page)
-    assert page.get_by_text("This photo does not look like those the model was trained on.").is_hidden() == hidden
-    page.context.close()
+    expect(page.get_by_text(UNLIKE)).to_be_hidden()
 
 
 @needs_chromium

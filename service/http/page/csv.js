@@ -12,14 +12,18 @@ const cell = (value) => {
 };
 
 export function toCsv(photos) {
-  const finished = photos.filter(({ state }) => state === "done" || state === "failed");
-  const ranks = Math.max(0, ...finished.map(({ answer }) => answer?.classes.length ?? 0));
-  const header = ["file", "error_code", "error_message"];
-  for (let rank = 1; rank <= ranks; rank += 1) header.push(...SCORE.map((name) => `${name}_${rank}`));
-  const rows = finished.map(({ name, error, answer }) => {
-    if (error) return [name, error.code ?? "", error.message];
-    return [name, "", "", ...answer.classes.flatMap((score) => SCORE.map((field) => score[field]))];
-  });
-  const lines = [header, ...rows].map((row) => [...row, ...Array(header.length - row.length).fill("")].map(cell).join(","));
+  const finished = photos
+    .filter(({ state }) => state === "done" || state === "failed")
+    .map(({ name, error, answer }) => ({ name, error, answer: error ? null : answer }));
+  const ranks = Array(Math.max(0, ...finished.map(({ answer }) => answer?.classes.length ?? 0))).keys();
+  const columns = [
+    ["file", ({ name }) => name],
+    ["error_code", ({ error }) => error?.code],
+    ["error_message", ({ error }) => error?.message],
+    ...[...ranks].flatMap((rank) => SCORE.map((field) => [`${field}_${rank + 1}`, ({ answer }) => answer?.classes[rank]?.[field]])),
+  ];
+  if (finished.some(({ answer }) => answer?.familiarity !== undefined)) columns.push(["familiarity", ({ answer }) => answer?.familiarity]);
+  const rows = finished.map((photo) => columns.map(([, value]) => value(photo) ?? ""));
+  const lines = [columns.map(([name]) => name), ...rows].map((row) => row.map(cell).join(","));
   return `${MARK}${lines.join("\n")}\n`;
 }
