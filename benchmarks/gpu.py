@@ -1,28 +1,31 @@
 """All measurements on a machine with a GPU: correctness, then speed, then serving, then slow compilers.
 
-    python -m benchmarks.gpu [--photos DIR] [--official involution_cuda.py] [--budget-s 540]
+    python -m benchmarks.gpu [--photos DIR] [--official involution_cuda.py] [--only network-bf16 ...] [--budget-s 560]
 
-Everything is timed with CUDA events on random data, after warm-up, as medians. Each table names the card, and is
-printed and written as soon as it is complete, so that an interrupted run loses nothing.
+Everything is timed with CUDA events on random data, after warm-up, as medians. Each section is a process of its own;
+`build/benchmarks/gpu.tar.gz` has all logs and tables. Run `benchmarks.gpu_first` first.
 """
 
 import argparse
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from benchmarks import sections
 from benchmarks.baselines.networks import Unfolded, with_involution
 from benchmarks.gpu_kernels import LAYERS, ORDERS, check_kernels, choice_rows, device_ms, layer_row
-from benchmarks.gpu_serving import measure_serving
 from benchmarks.measure import report
 from benchmarks.network import network
 from benchmarks.official import official_layer
+from benchmarks.sections import Section
 from rednet import Preprocess, RedNet, prepare
 from rednet.model.inference.cuda.conv_fallback import ConvFallback
 from rednet.model.inference.cuda.network import TritonRedNet
@@ -31,10 +34,11 @@ from rednet.model.inference.preparation import DTYPES, TOLERANCE, Prepared
 from rednet.model.inference.tf32 import ieee_float32
 from rednet.model.ops import triton_ops as cuda
 
+NAME = "gpu"
 SIDE = 224
 BATCHES = (1, 8, 64, 256)
 PRECISIONS = ("bf16", "fp16", "fp32")
-COMPILED = (("definition", 64), ("ResNet-50", 64), ("definition", 1))  # for each precision, within the time budget
+COMPILED = (("definition", 64), ("ResNet-50", 64), ("definition", 1))  # for each precision
 Run = Callable[[Tensor], object]
 
 
@@ -133,47 +137,77 @@ def compilations() -> int:
     return sum(len(cache[0]) for cache in cuda._forward.device_caches.values())
 
 
+def measure_involution(_: argparse.Namespace) -> None:
+    most = peak_rates()
+    rows = [layer_row(*layer, most["copy GB/s"], order) for layer in LAYERS for order in ORDERS]
+    report(f"{NAME}/involution", f"fused involution, bfloat16, {card()}, {most}", rows)
+
+
+def measure_strips(_: argparse.Namespace) -> None:
+    rows = choice_rows(peak_rates()["copy GB/s"])
+    report(f"{NAME}/strips", f"fused involution by strips and programs, bfloat16, {card()}", rows)
+
+
+def measure_convolutions(_: argparse.Namespace) -> None:
+    rows = convolution_rows(network("rednet50"))
+    report(f"{NAME}/convolutions", f"convolutions, batch 64, bfloat16, {card()}", rows)
+
+
+def measure_network(precision: str, options: argparse.Namespace) -> None:
+    net = network("rednet50")
+    run = prepare(net, Preprocess(crop=SIDE), "cuda", precision)
+    error, tolerance = run.max_relative_error, TOLERANCE["cuda"][precision]
+    found = f"{run.backend}, relative error {error:.1e} of {tolerance}; {run.rejected_backends}"
+    more = {"worst_first_use": unseen_sizes(run)} if precision == "bf16" else {}
+    backends: dict[str, Run] = {"ours": run, **baselines(net, precision, options.official)}
+    rows: list[dict[str, object]] = []
+    with ieee_float32():
+        for name, each in backends.items():
+            for batch in BATCHES:
+                rows.append(rate_row(name, precision, each, batch))
+                heading = f"rednet50, {SIDE}x{SIDE}, {card()}; {found}; {more}"
+                report(f"{NAME}/network-{precision}", heading, rows, **more)
+
+
+def measure_compiled(name: str, batch: int, precision: str, options: argparse.Namespace) -> None:
+    each = baselines(network("rednet50"), precision, options.official)[name]
+    mode = "reduce-overhead" if batch == 1 else "default"  # CUDA graphs, as in our backend
+    with ieee_float32():
+        compiled: Run = torch.compile(each, dynamic=False, mode=mode)
+        row = rate_row(f"{name}, torch.compile, {mode}", precision, compiled, batch)
+    report(f"{NAME}/compiled-{name}-{batch}-{precision}", f"{SIDE}x{SIDE}, {card()}", [row])
+
+
+def measure_server(options: argparse.Namespace) -> None:
+    from benchmarks.gpu_serving import measure_serving  # it needs the server's packages
+
+    measure_serving(network("rednet50"), options.photos, f"{NAME}/serving")
+
+
+def card() -> str:
+    return torch.cuda.get_device_name()
+
+
+SECTIONS = {
+    "kernels": Section(lambda _: check_kernels(), 120),
+    "involution": Section(measure_involution, 60),
+    "convolutions": Section(measure_convolutions, 40),
+    **{f"network-{each}": Section(partial(measure_network, each), 150) for each in PRECISIONS},
+    "serving": Section(measure_server, 200),
+    **{
+        f"compiled-{name}-{batch}-{precision}": Section(partial(measure_compiled, name, batch, precision), 180)
+        for precision in PRECISIONS
+        for name, batch in COMPILED
+    },
+    "strips": Section(measure_strips, 130),
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="JPEG files for the requests; default: random smooth ones")
     parser.add_argument("--official", type=Path, help="the authors' file, see benchmarks/official.py; it is run")
-    parser.add_argument("--budget-s", type=float, default=540, help="after which no compiler is started any more")
-    options = parser.parse_args()
-    ends = time.monotonic() + options.budget_s
-    card = torch.cuda.get_device_name()
-    check_kernels()
-    most = peak_rates()
-    copy = most["copy GB/s"]
-    layers = [layer_row(*layer, copy, order) for layer in LAYERS for order in ORDERS]
-    report("gpu-involution", f"fused involution, bfloat16, {card}, {most}", layers)
-    report("gpu-strips", f"fused involution by strips and programs, bfloat16, {card}", choice_rows(copy))
-    net = network("rednet50")
-    report("gpu-convolutions", f"convolutions, batch 64, bfloat16, {card}", convolution_rows(net))
-    compilable: list[tuple[str, str, Run, int]] = []
-    for precision in PRECISIONS:
-        run = prepare(net, Preprocess(crop=SIDE), "cuda", precision)
-        error, tolerance = run.max_relative_error, TOLERANCE["cuda"][precision]
-        found = f"{run.backend}, relative error {error:.1e} of {tolerance}; {run.rejected_backends}"
-        others = baselines(net, precision, options.official)
-        backends: dict[str, Run] = {"ours": run, **others}
-        with ieee_float32():
-            rows = [rate_row(name, precision, each, batch) for name, each in backends.items() for batch in BATCHES]
-        more = {"worst_first_use": unseen_sizes(run)} if precision == "bf16" else {}
-        report(f"gpu-network-{precision}", f"rednet50, {SIDE}x{SIDE}, {card}; {found}; {more}", rows, **more)
-        compilable += [(name, precision, others[name], batch) for name, batch in COMPILED if name in others]
-        del run, backends
-        torch.cuda.empty_cache()
-    measure_serving(net, options.photos)
-    rows = []
-    for name, precision, each, batch in compilable:
-        if time.monotonic() > ends:
-            print(f"no time left to compile: {name}, {precision}, batch {batch}")
-            continue
-        mode = "reduce-overhead" if batch == 1 else "default"  # CUDA graphs, as in our backend
-        with ieee_float32():
-            compiled: Run = torch.compile(each, dynamic=False, mode=mode)
-            rows.append(rate_row(f"{name}, torch.compile, {mode}", precision, compiled, batch))
-        report("gpu-compiled", f"{SIDE}x{SIDE}, {card}", rows)
+    sys.exit(sections.main(NAME, "benchmarks.gpu", SECTIONS, parser))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -102,10 +101,7 @@ def counters(url: str) -> dict[str, float]:
     }
 
 
-def measure_serving(net: RedNet, folder: Path | None) -> None:
-    if not find_spec("fastapi"):
-        print("no FastAPI here: serving is left out")
-        return
+def measure_serving(net: RedNet, folder: Path | None, name: str) -> None:
     photos = [path.read_bytes() for path in sorted(folder.glob("*.JP*G"))] if folder else random_photos()
     decoding = decode_rate(photos)
     with tempfile.TemporaryDirectory() as place:
@@ -114,7 +110,7 @@ def measure_serving(net: RedNet, folder: Path | None) -> None:
         with serving("--checkpoint", path, "--max-queue", 1024) as url:
             post_when_ready(f"{url}/v1/predict", photos[0])
             rows = [measured(url, photos, connections) | {"host decodes/s": decoding} for connections in CONNECTIONS]
-    report("gpu-serving", f"rednet50 over HTTP, {len(photos)} JPEG photos", rows)
+    report(name, f"rednet50 over HTTP, {len(photos)} JPEG photos", rows)
 
 
 def measured(url: str, photos: list[bytes], connections: int) -> dict[str, object]:

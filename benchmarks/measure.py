@@ -68,7 +68,7 @@ def report(name: str, heading: str, rows: Sequence[Mapping[str, Any]], **more: A
                 for i, (text, width) in enumerate(zip(line, widths, strict=True))
             )
         )
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
     content = {"heading": heading, "machine": machine(), "rows": list(rows), **more}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"{RESULTS / name}.json", file=sys.stderr)

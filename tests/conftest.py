@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from rednet.model.images.iso_media import enabled_formats, load_decoder
 from rednet.model.images.opening import FORMATS
 from rednet.model.io.labels import Label
 from rednet.model.native import int8_unavailable
-from tests.servers import ServerProcess
+
+if TYPE_CHECKING:
+    from tests.servers import ServerProcess  # needs the server's packages, which tests of the network do without
 
 # What this installation reads and can write: everything, with pillow-heif.
 EVERY_FORMAT = (*FORMATS, *map(load_decoder, enabled_formats()))
@@ -67,10 +71,22 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_path: Path) -> Iterator[ServerProcess]:
+def server(tiny_path: Path) -> Iterator["ServerProcess"]:
     """A real `rednet serve` with the tiny checkpoint, shared by all tests that leave it as it was."""
+    from tests.servers import ServerProcess
+
     with ServerProcess("--checkpoint", tiny_path) as running:
         yield running
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if not find_spec("pytest_timeout"):  # on a machine for GPU tests; strict configuration rejects unknown names
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not find_spec("pytest_timeout"):
+        config.addinivalue_line("markers", "timeout: of pytest-timeout, which is not installed")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

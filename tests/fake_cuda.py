@@ -14,6 +14,7 @@ It cannot show what a GPU computes: Triton kernels run in the interpreter, or ar
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -51,9 +52,14 @@ class Event:
 
     def __init__(self, **_: object) -> None:
         self._stream: Stream | None = None
+        self._recorded_s = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         self._stream = stream or current_stream()
+        self._recorded_s = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000 * (end._recorded_s - self._recorded_s)
 
     def query(self) -> bool:
         assert self._stream is not None, "the event was never recorded"
@@ -269,6 +275,7 @@ def fake_cuda(interpret: bool = False) -> Iterator[None]:
         "device_count": lambda: DEVICES,
         "current_device": current_device,
         "get_device_name": lambda *_: "made-up device",
+        "get_device_capability": lambda *_: (9, 0),
         "get_device_properties": lambda *_: SimpleNamespace(uuid="made-up", name="made-up device"),
         "synchronize": lambda *_: current_stream().synchronize(),
         "graph_pool_handle": object,

@@ -30,6 +30,11 @@ def by_hand(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     return out
 
 
+def moved(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors where that implementation runs: Triton's leaves tensors on the CPU to PyTorch's."""
+    return tuple(tensor.to("cuda" if name == "triton" else "cpu") for tensor in tensors)
+
+
 @st.composite
 def inputs(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
     batch, groups, width_of_group = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 16]))
@@ -51,8 +56,9 @@ def test_involution_matches_the_papers_equation(name: str, k: int, stride: int) 
     """Every implementation gives the same values as sums of single products."""
     torch.manual_seed(0)
     x, kernel = torch.randn(2, 4, 5, 4).double(), torch.randn(2, 2, k * k, -(-5 // stride), -(-4 // stride)).double()
+    given_x, given_kernel = moved(name, x, kernel)
     with use(name):
-        torch.testing.assert_close(involution(x, kernel, stride), by_hand(x, kernel, stride))
+        torch.testing.assert_close(involution(given_x, given_kernel, stride).cpu(), by_hand(x, kernel, stride))
 
 
 @settings(max_examples=80, deadline=None)
@@ -63,10 +69,10 @@ def test_involution_implementations_agree_on_values_and_gradients(case: tuple[Te
     results = {}
     for name in IMPLEMENTATIONS:
         with use(name):
-            leaves = x.detach().requires_grad_(), kernel.detach().requires_grad_()
-            out = involution(*leaves, stride)
+            leaves = [leaf.detach().requires_grad_() for leaf in moved(name, x, kernel)]
+            out = involution(leaves[0], leaves[1], stride)
             gradients = torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
-            results[name] = (out.detach(), *gradients)
+            results[name] = tuple(result.cpu() for result in (out.detach(), *gradients))
     for result in results.values():
         torch.testing.assert_close(result, results["reference"])
 
@@ -80,7 +86,7 @@ def test_involution_gradients_match_finite_differences(name: str) -> None:
         shape = (2, 2, 9, -(-5 // stride), -(-3 // stride))
         kernel = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         with use(name):
-            assert torch.autograd.gradcheck(lambda a, b, s=stride: involution(a, b, s), (x, kernel))
+            assert torch.autograd.gradcheck(lambda a, b, s=stride: involution(a, b, s), moved(name, x, kernel))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own checking code
@@ -90,7 +96,7 @@ def test_involution_operator_passes_opcheck(name: str) -> None:
     x = torch.randn(2, 32, 6, 6, requires_grad=True)
     kernel = torch.randn(2, 2, 9, 3, 3, requires_grad=True)
     with use(name):
-        torch.library.opcheck(operator, (x, kernel, 2))
+        torch.library.opcheck(operator, (*moved(name, x, kernel), 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
