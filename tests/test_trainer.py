@@ -240,12 +240,10 @@ def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeyp
 
 
 def test_held_out_photos_set_familiarity(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation photos, which are of the same kind, look like them on average; grey noise looks like none of them.
-    Without held-out photos it is unknown."""
-    train(data, tmp_path / "none", RECIPE, device=CPU)
-    assert load_checkpoint(tmp_path / "none").familiarity is None
+    """Validation photos, which are of the same kind, look like them on average."""
     monkeypatch.setattr("rednet.model.training.trainer.HELD_OUT_EVERY", 3)
     monkeypatch.setattr("rednet.model.training.trainer.MIN_HELD_OUT", 10)
+    monkeypatch.setattr("rednet.model.training.trainer.MIN_COMPARED", 10)
     recipe = Recipe(base_channels=16, epochs=8, size=64, batch_size=8, learning_rate=0.003)
     train(data, tmp_path / "x", recipe, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "x")

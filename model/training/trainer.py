@@ -2,13 +2,13 @@
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as replace_fields
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rednet.model.inference.familiarity import Familiarity
 from rednet.model.inference.preparation import prepare
@@ -17,8 +17,9 @@ from rednet.model.io.labels import labels_of
 from rednet.model.io.output_files import check_output, locked
 from rednet.model.io.text import clean_text
 from rednet.model.nn.rednet import RedNet, RedNetConfig
+from rednet.model.training.cross_validation import split_folds
 from rednet.model.training.dataset import MAX_LISTED, read_folder
-from rednet.model.training.evaluation import evaluate
+from rednet.model.training.evaluation import Predictions, evaluate
 from rednet.model.training.loader import Photo, PhotoError, check_photos
 from rednet.model.training.recipe import Recipe
 from rednet.model.training.resume import ResumeFile, State, photos_digest
@@ -27,6 +28,7 @@ from rednet.model.training.temperature import fit_temperature
 
 HELD_OUT_EVERY = 20  # one photo in 20 is held out from training, to monitor it and to fit the temperature
 MIN_HELD_OUT = 100  # fewer photos would be too noisy; then none are held out
+MIN_COMPARED = 50  # photos for familiarity: with 20, up to 18% of the validation photos were below 0.05
 
 
 def train(
@@ -41,8 +43,11 @@ def train(
 ) -> Checkpoint:
     """Train on `data/train/<class>/*`, evaluate on `data/val/<class>/*`, and write `output`.
 
-    During the run, `output` + ".training" holds its state: after an interruption, the same call resumes. After the end,
-    the same call returns the finished checkpoint.
+    The temperature and familiarity are fitted on photos that the network has not seen: on held-out ones or, with fewer
+    than 2,000 photos, in cross-validation.
+
+    During the run, `output` + ".training" holds its state, and files beside it that of cross-validation: after an
+    interruption, the same call resumes. After the end, the same call returns the finished checkpoint.
 
     Args:
         data: a folder with the folders `train` and `val`.
@@ -80,13 +85,26 @@ def train(
             if start:
                 preprocess = replace_fields(preprocess, mean=start.preprocess.mean, std=start.preprocess.std)
             keep_freed_memory()
-            state = _initial_state(recipe, start, classes, device)
-            resume.load(state)
-            run = Run(state, recipe, preprocess, photos, device, workers)
-            _run_epochs(run, resume, held_out, validation)
-            calibrated = _calibrate(run, held_out, validation)
+
+            def begin(resume: ResumeFile, photos: Sequence[Photo]) -> Run:
+                state = _initial_state(recipe, start, classes, device)
+                resume.load(state)
+                return Run(state, recipe, preprocess, photos, device, workers)
+
+            run = begin(resume, photos)
+            _run_epochs(run, resume, held_out or validation, "held-out" if held_out else "validation")
+            folds: list[_Fold] = []
+            unseen: Predictions | None = None
+            if held_out:
+                unseen = _predict(run, held_out, "held-out")
+            elif found := split_folds(photos):
+                for number, (others, predicted) in enumerate(found, 1):
+                    path = resume.path.with_name(f"{resume.path.name}-{number}")
+                    folds.append(_Fold(ResumeFile(path, recipe, others, start), others, predicted))
+                unseen = _cross_validate(folds, begin)
+            calibrated = _calibrate(run, unseen, len(held_out), validation)
             checkpoint = Checkpoint(
-                net=state.averaged,
+                net=run.state.averaged,
                 labels=labels_of(classes),
                 preprocess=preprocess,
                 name=clean_text(output.name.removesuffix(".safetensors")),
@@ -97,28 +115,67 @@ def train(
                     "precision": run.precision,
                     "torch": torch.__version__,
                     **calibrated.report,
-                    "history": state.history,
+                    "history": run.state.history,
                 },
                 familiarity=calibrated.familiarity,
             )
             save_checkpoint(output, checkpoint, half=True, replace=replace)
-            resume.path.unlink(missing_ok=True)
+            for each in (resume, *(fold.resume for fold in folds)):
+                each.path.unlink(missing_ok=True)
         finally:
             lock.unlink(missing_ok=True)
     return checkpoint
 
 
-def _run_epochs(run: Run, resume: ResumeFile, held_out: Sequence[Photo], validation: Sequence[Photo]) -> None:
-    """Run the remaining epochs, and print the accuracy after each one: on held-out photos, else on validation photos.
+def _run_epochs(run: Run, resume: ResumeFile, monitored: Sequence[Photo] = (), kind: str = "") -> None:
+    """Run the remaining epochs, and print the accuracy on the monitored photos after each one.
 
     It selects nothing: the run ends with its last epoch, whatever was printed.
     """
-    monitored, kind = (held_out, "held-out") if held_out else (validation, "validation")
-    while run.state.epoch < run.recipe.epochs:
+    state = run.state
+    while state.epoch < run.recipe.epochs:
         run.epoch(resume)
-        predictions = evaluate(run.logits, run.preprocess, monitored, workers=run.workers, describe=f"  {kind}")
-        _finish_epoch(run.state, predictions.summary()["top1"], kind)
-        resume.save(run.state)
+        finished = {"loss": state.loss_sum / state.step}
+        text = f"epoch {state.epoch + 1}: loss {finished['loss']:.4f}"
+        if monitored:
+            predictions = evaluate(run.logits, run.preprocess, monitored, workers=run.workers, describe=f"  {kind}")
+            finished["top1"] = predictions.summary()["top1"]
+            text += f", {kind} top-1 {finished['top1']:.4f}"
+        state.history.append(finished)
+        state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+        print(text, file=sys.stderr)
+        resume.save(state)
+
+
+class _Fold(NamedTuple):
+    """A network of the cross-validation."""
+
+    resume: ResumeFile
+    training: Sequence[Photo]
+    predicted: Sequence[Photo]
+
+
+def _cross_validate(folds: Sequence[_Fold], begin: Callable[[ResumeFile, Sequence[Photo]], Run]) -> Predictions:
+    """Train the network of each fold, and return the predictions for the photos that it has not seen."""
+    found = []
+    for number, fold in enumerate(folds, 1):
+        _log(f"cross-validation: network {number} of {len(folds)}, without {len(fold.predicted)} of the photos")
+        run = begin(fold.resume, fold.training)
+        _run_epochs(run, fold.resume)
+        found.append(_predict(run, fold.predicted, "cross-validation"))
+    predictions = Predictions(*(torch.cat(column) for column in zip(*found, strict=True)))
+    _log("cross-validation: top-1 {top1:.4f} of {images} photos".format(**predictions.summary()))
+    return predictions
+
+
+def _predict(run: Run, photos: Sequence[Photo], describe: str) -> Predictions:
+    """Run the averaged network on photos, as it will be served."""
+    prepared = prepare(run.state.averaged.cpu(), run.preprocess, run.device)
+
+    def logits(pixels: Tensor) -> Tensor:
+        return prepared(pixels).logits
+
+    return evaluate(logits, run.preprocess, photos, workers=run.workers, describe=describe)
 
 
 def _finished_checkpoint(output: Path, inputs: Mapping[str, object]) -> Checkpoint | None:
@@ -145,9 +202,15 @@ def _read_folders(data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
     for line in (*skipped.lines(), *validation.skipped.lines()):
         _log(line)
     if not hold_out(photos)[1]:
+        folds = len(split_folds(photos))
+        instead = (
+            f"for the temperature, the training is repeated without a quarter of the photos, {folds} times"
+            if folds
+            else "neither a temperature nor familiarity is fitted"
+        )
         _log(
             f"with fewer than {HELD_OUT_EVERY * MIN_HELD_OUT} photos none are held out: the accuracy after each "
-            "epoch is on the validation photos, and neither a temperature nor familiarity is fitted"
+            f"epoch is on the validation photos, and {instead}"
         )
     covered = {photo.target for photo in validation.photos}
     if missing := [name for target, name in enumerate(classes) if target not in covered]:
@@ -208,26 +271,29 @@ class _Calibrated(NamedTuple):
     report: dict[str, object]  # for the provenance
 
 
-def _calibrate(run: Run, held_out: Sequence[Photo], validation: Sequence[Photo]) -> _Calibrated:
-    """Fit the averaged network's temperature and familiarity on held-out photos, apply the temperature to the weights,
-    and evaluate the result."""
-    net = run.state.averaged.cpu()
-    prepared = prepare(net, run.preprocess, run.device)
-    predict = partial(evaluate, lambda pixels: prepared(pixels).logits, run.preprocess, workers=run.workers)
+def _calibrate(run: Run, unseen: Predictions | None, held_out: int, validation: Sequence[Photo]) -> _Calibrated:
+    """Fit the temperature and familiarity, apply the temperature to the averaged network, and evaluate the result.
+
+    Args:
+        run: the finished run.
+        unseen: predictions for photos that the predicting network had not seen; None: nothing is fitted.
+        held_out: how many of them are held-out photos; 0: they are from cross-validation.
+        validation: photos for the evaluation.
+    """
     temperature, familiarity = 1.0, None
-    if held_out:
-        logits, targets = predict(held_out, describe="held-out")
-        temperature = fit_temperature(logits, targets)
-        familiarity = Familiarity.fit(logits / temperature)
-    accuracy = predict(validation, describe="validation").with_temperature(temperature).summary()
-    scale_logits(net, temperature)
-    if held_out:
-        meaning = f"validation photos, not used before; the temperature is fitted on {len(held_out)} held-out photos"
-    else:
-        meaning = "validation photos, which selected nothing; no temperature is fitted"
+    basis = "no temperature is fitted"
+    if unseen:
+        temperature = fit_temperature(unseen.logits, unseen.targets)
+        if len(unseen.targets) >= MIN_COMPARED:
+            familiarity = Familiarity.fit(unseen.logits / temperature)
+        kind = f"{held_out} held-out photos" if held_out else f"{len(unseen.targets)} photos in cross-validation"
+        basis = f"the temperature is fitted on {kind}"
+    accuracy = _predict(run, validation, "validation").with_temperature(temperature).summary()
+    scale_logits(run.state.averaged, temperature)
+    meaning = f"validation photos, {'not used before' if held_out else 'which selected nothing'}; {basis}"
     _log("top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**accuracy))
     _log(f"of {len(validation)} {meaning}")
-    report = {"temperature": temperature, "held out": len(held_out), "accuracy": accuracy, "accuracy of": meaning}
+    report = {"temperature": temperature, "held out": held_out, "accuracy": accuracy, "accuracy of": meaning}
     return _Calibrated(familiarity, report)
 
 
@@ -236,9 +302,3 @@ def scale_logits(net: RedNet, temperature: float) -> None:
     """Divide the logits by a temperature, in the weights, so that every backend returns calibrated probabilities."""
     net.head.fc.weight.div_(temperature)
     net.head.fc.bias.div_(temperature)
-
-
-def _finish_epoch(state: State, top1: float, kind: str) -> None:
-    state.history.append({"loss": state.loss_sum / state.step, "top1": top1})
-    state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
-    print(f"epoch {state.epoch}: loss {state.history[-1]['loss']:.4f}, {kind} top-1 {top1:.4f}", file=sys.stderr)
