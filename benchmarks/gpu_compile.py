@@ -21,7 +21,7 @@ from rednet.model.ops import triton_fused, triton_ops
 
 TARGETS = (75, 80, 86, 89, 90, 100, 120)  # T4, A100, A10, L4, H100, B200, RTX 50
 DTYPES = ("bf16", "fp16", "fp32")
-INVOLUTIONS = ((3, 1), (7, 1), (7, 2))  # kernel size, stride
+INVOLUTIONS = ((3, 1), (3, 2), (7, 1), (7, 2))  # kernel size, stride
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 Variant = tuple[str, Any, dict[str, str], dict[str, object], int]  # name, kernel, signature, constants, warps
 
