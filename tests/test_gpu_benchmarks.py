@@ -94,6 +94,23 @@ def test_first_visit_reports_programs_that_cannot_be_made(
     assert [row["result"] for row in rows(results, "programs-fp32")] == ["right", "not supported", "right"]
 
 
+@pytest.mark.usefixtures("made_up_gpu")
+def test_first_visit_reports_wrong_programs(
+    subject: gpu_first.Subject, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the size of the error."""
+    from rednet.model.ops import triton_ops
+
+    fused = triton_ops.fused
+    monkeypatch.setattr(triton_ops, "fused", lambda *operands: fused(*operands) * 1.1)
+    with pytest.raises(RuntimeError, match=r"\[1, 2, 3\]"):
+        gpu_first.check_programs(subject, "fp32")
+    for row in rows(results, "programs-fp32"):
+        assert row["result"] == "WRONG"
+        assert isinstance(row["relative error"], float)
+        assert row["relative error"] > 1e-3
+
+
 @pytest.mark.usefixtures("made_up_gpu", "results")
 def test_first_visit_notices_results_that_depend_on_old_memory(
     subject: gpu_first.Subject, monkeypatch: pytest.MonkeyPatch
