@@ -51,6 +51,7 @@ def serve(
         CheckpointError, ValueError: the checkpoint, the device or --max-pixels cannot be used.
     """
     app, pipeline = load_app(settings, keys, OwnCounts(), load_model)
+    hangups.log_if_ignored()
 
     async def reload() -> None:
         logger.info("SIGHUP: loading the API keys and the checkpoint again")

@@ -112,7 +112,7 @@ class ReloadablePipeline:
             await asyncio.sleep(POLL_S)
         await old.close()
         self._replaced = None
-        logger.info("the network before has answered its last request")
+        logger.info("the previous network has answered its last request")
 
 
 class Reloader:
@@ -153,7 +153,7 @@ async def reload_keys(keys: KeyFile, metrics: Metrics) -> None:
         logger.error("the API keys were not loaded, the old ones stay: %s", error)
         metrics.reloaded("api_keys", "failed")
     else:
-        logger.info("%d API keys", len(keys))
+        logger.info("%d API key%s", len(keys), "" if len(keys) == 1 else "s")
         metrics.reloaded("api_keys", "ok")
 
 

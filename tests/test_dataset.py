@@ -237,7 +237,7 @@ def test_evaluate_and_quantize_read_the_same_photos_as_train(
     capsys.readouterr()
     assert main(["evaluate", str(data), "--checkpoint", str(data / "x.safetensors")]) == 0
     said = capsys.readouterr()
-    assert "3 photos: top-1" in said.out
+    assert "3 photos, fp32: top-1" in said.out
     assert "1 .jxl files" in said.err
     assert "folders without photos: @eaDir" in said.err
     assert main(["quantize", str(tiny_path), str(data / "val"), "--output", str(data / "q.safetensors")]) == 0

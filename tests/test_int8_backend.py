@@ -90,7 +90,7 @@ def test_prepare_int8_with_activation_ranges_or_photos() -> None:
     assert from_scales.precision == "int8"
     assert "int8" in from_scales.backend
     assert torch.equal(from_scales(pixels).logits, from_photos(pixels).logits)
-    with pytest.raises(ValueError, match="int8 needs a calibration"):
+    with pytest.raises(ValueError, match="int8 needs activation ranges"):
         prepare(net, Preprocess(), "cpu", "int8")
     with pytest.raises(ValueError, match=r"backbone.stem.0 is missing"):
         prepare(net, Preprocess(), "cpu", "int8", {key: scales[key] for key in required_activations(net)[1:]})

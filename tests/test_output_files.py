@@ -265,7 +265,7 @@ def test_reported_accuracy_names_its_photos(capsys: pytest.CaptureFixture[str], 
     provenance = load_checkpoint(trained).provenance
     assert provenance["held out"] == 0
     assert provenance["temperature"] == 1.0
-    assert provenance["accuracy of"] == "validation photos, which selected nothing; no temperature is fitted"
+    assert provenance["accuracy of"] == "validation photos, not used to choose anything; no temperature is fitted"
     said = capsys.readouterr().err
     assert "with fewer than 2000 photos none are held out" in said
     assert f"of 2 {provenance['accuracy of']}" in said

@@ -152,12 +152,13 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def test_nohup_keeps_a_server_running(tiny_path: Path) -> None:
-    """A SIGHUP that was ignored when the process began stays ignored."""
+    """A SIGHUP that was ignored when the process began stays ignored, and the log says so."""
     with ServerProcess("--checkpoint", tiny_path, before=["nohup"]) as running:
         running.process.send_signal(signal.SIGHUP)
         time.sleep(0.5)
         assert predict(running.client, encoded(photo())).status_code == 200
-        assert "SIGHUP" not in running.log
+        assert "SIGHUP is ignored" in running.log
+        assert "SIGHUP: loading" not in running.log
         assert running.terminate() == 0
 
 

@@ -172,7 +172,7 @@ def test_evaluate_reports_confused_classes(data: Path, tmp_path: Path, capsys: p
     lines = capsys.readouterr().out.splitlines()
     shares = [float(line.split()[0]) for line in lines[:3]]
     assert shares == sorted(shares)
-    assert lines[3].startswith("24 photos: top-1")
+    assert lines[3].startswith("24 photos, fp32: top-1")
 
 
 def test_confusion_matrix_image() -> None:
@@ -311,6 +311,14 @@ def test_training_drops_a_last_batch_of_one_photo(data: Path, tmp_path: Path) ->
     recipe = Recipe(base_channels=16, epochs=1, size=32, batch_size=71)
     train(data, tmp_path / "x", recipe, device=CPU)
     assert len(load_checkpoint(tmp_path / "x").provenance["history"]) == 1
+
+
+def test_training_with_a_single_class_is_rejected(data: Path, tmp_path: Path) -> None:
+    """It would be right about every photo, and know nothing."""
+    for split in ("train", "val"):
+        shutil.copytree(data / split / "red", tmp_path / split / "red")
+    with pytest.raises(PhotoError, match="a single class, 'red'"):
+        train(tmp_path, tmp_path / "x", RECIPE, device=CPU)
 
 
 def test_training_with_a_single_photo_is_rejected(tmp_path: Path) -> None:

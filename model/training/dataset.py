@@ -90,7 +90,7 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Folder:
     targets = {name: target for target, name in enumerate(classes)}
     for name in sorted(found):
         if name not in targets:
-            raise PhotoError(f"{folder} has a folder {name!r}, which is not a class of the network")
+            raise PhotoError(f"{folder} has a folder {name!r}, which is not the id of a class of this network")
         if classes.count(name) > 1:
             raise PhotoError(f"{folder} has a folder {name!r}, and the network has several classes with this id")
     photos = [Photo(path, targets[name]) for name in sorted(found, key=targets.__getitem__) for path in found[name]]

@@ -197,6 +197,8 @@ def _read_folders(data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
     classes, photos, skipped = read_folder(data / "train")
     if len(photos) < 2:
         raise PhotoError(f"{data / 'train'} has a single photo; training needs at least two")
+    if len(classes) < 2:
+        raise PhotoError(f"{data / 'train'} has a single class, {classes[0]!r}; training needs two or more folders")
     validation = read_folder(data / "val", classes)
     _log(f"{len(classes)} classes, {len(photos)} photos for training, {len(validation.photos)} for validation")
     for line in (*skipped.lines(), *validation.skipped.lines()):
@@ -290,7 +292,7 @@ def _calibrate(run: Run, unseen: Predictions | None, held_out: int, validation: 
         basis = f"the temperature is fitted on {kind}"
     accuracy = _predict(run, validation, "validation").with_temperature(temperature).summary()
     scale_logits(run.state.averaged, temperature)
-    meaning = f"validation photos, {'not used before' if held_out else 'which selected nothing'}; {basis}"
+    meaning = f"validation photos, {'not used before' if held_out else 'not used to choose anything'}; {basis}"
     _log("top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**accuracy))
     _log(f"of {len(validation)} {meaning}")
     report = {"temperature": temperature, "held out": held_out, "accuracy": accuracy, "accuracy of": meaning}

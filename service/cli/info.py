@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,5 +73,6 @@ def _provenance(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         case {"images": int(images), "top1": float(top1), "ece": float(ece)}:
             yield "accuracy", f"top-1 {top1:.4f} on {images:,} photos, expected calibration error {ece:.4f}"
     facts = [f"{name} {value}" for name, value in provenance.items() if isinstance(value, str | int | float)]
+    facts = [fact for fact in facts if not re.search("[0-9a-f]{64}", fact)]  # digests
     if facts:
         yield "provenance", ", ".join(facts)

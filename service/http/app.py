@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
+from rednet.service import open_inference
 from rednet.service.api_keys import KeyFile
 from rednet.service.http import openapi
 from rednet.service.http.error_responses import add_error_handlers
@@ -59,6 +60,7 @@ def create_app(
     app = FastAPI(
         title=docs.TITLE,
         description="A RedNet involution classifier.",
+        version=open_inference.server_version(),
         lifespan=lifespan,
         servers=[{"url": "."}],  # relative to the document: a proxy may add a path prefix
         docs_url=None,  # `routes.docs` has them, with relative links

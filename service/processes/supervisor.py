@@ -77,6 +77,7 @@ class Supervisor:
 
     async def run(self) -> int:
         """Run until a signal ends the server, or until it cannot go on; returns the exit status."""
+        self._hangups.log_if_ignored()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -177,7 +178,7 @@ class Supervisor:
         needed, available = resident_bytes(self._engine.pid), available_bytes()
         if available is not None and needed > available:
             logger.error(
-                "the checkpoint was not loaded, the network before stays: a second one beside it needs about %.0f MB, "
+                "the checkpoint was not loaded, the previous network stays: one more needs about %.0f MB, "
                 "and %.0f are available; a restart would load it alone",
                 needed / 1e6,
                 available / 1e6,
@@ -190,11 +191,11 @@ class Supervisor:
             await asyncio.wait([readiness, keeping], return_when=asyncio.FIRST_COMPLETED)
             if not new.is_ready.is_set():
                 readiness.cancel()
-                logger.error("the checkpoint was not loaded, the network before stays")
+                logger.error("the checkpoint was not loaded, the previous network stays")
                 return
             self._engine, self._keeping = new, keeping
             await asyncio.gather(*(self._switch(row, new.path) for row in list(self._front_ends)))
-            logger.info("the network before has answered its last request")
+            logger.info("the previous network has answered its last request")
         finally:
             unused = (new, keeping) if self._engine is not new else old
             await _stop_engine(*unused)

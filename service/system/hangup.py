@@ -1,11 +1,14 @@
 """Tells what SIGHUP means: that the terminal was closed, or that a reload is requested."""
 
 import errno
+import logging
 import os
 import signal
 import time
 from types import FrameType
 from typing import Literal
+
+logger = logging.getLogger(__name__)
 
 # A shell that exits may send SIGHUP to its jobs before it lets go of the terminal.
 GRACE_S = 0.3
@@ -28,6 +31,11 @@ class Hangups:
         """Handle the signal from now on, unless it is ignored, as under `nohup`."""
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             signal.signal(signal.SIGHUP, self.receive)
+
+    def log_if_ignored(self) -> None:
+        """Say why reloads will not work, if so."""
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            logger.info("SIGHUP is ignored, as under nohup: API keys and checkpoint cannot be loaded again")
 
     def receive(self, sig: int = signal.SIGHUP, frame: FrameType | None = None) -> None:
         """The signal has come."""
