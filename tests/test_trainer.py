@@ -1,5 +1,6 @@
 """Training and evaluation, on generated photos: each class is one colour."""
 
+import itertools
 import json
 import random
 import shutil
@@ -279,7 +280,7 @@ def test_evaluation_matches_classes_by_folder_name(data: Path, tmp_path: Path) -
     """A class without photos keeps its index. A folder that is not a class is an error."""
     photos = read_folder(data / "val", ["alpha", "blue", "green", "red"]).photos
     assert {photo.target for photo in photos} == {1, 2, 3}
-    with pytest.raises(PhotoError, match="'red', which is not a class"):
+    with pytest.raises(PhotoError, match="'red', which is not the id of a class"):
         read_folder(data / "val", ["blue", "green"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(PhotoError, match="has no photos"):
@@ -332,10 +333,9 @@ def test_training_with_a_single_photo_is_rejected(tmp_path: Path) -> None:
 
 def test_damaged_photo_stops_training_with_its_path(data: Path, tmp_path: Path) -> None:
     """Nothing is learned from a replacement."""
-    for split in ("train", "val"):
-        (tmp_path / split / "red").mkdir(parents=True)
-        for name in ("a-broken.jpg", "b-broken.jpg"):
-            (tmp_path / split / "red" / name).write_bytes(b"\xff\xd8\xff and then nothing")
+    for split, name in itertools.product(("train", "val"), ("red", "blue")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "broken.jpg").write_bytes(b"\xff\xd8\xff and then nothing")
     with pytest.raises(PhotoError, match=r"broken\.jpg is not a readable photo"):
         train(tmp_path, tmp_path / "x", RECIPE, device=CPU)
 
