@@ -14,6 +14,7 @@ import torch
 from rednet import Preprocess, RedNet, load_checkpoint
 from rednet.model.inference.cuda.network import TritonRedNet
 from tests.fake_cuda import CUDAGraph, fake_cuda
+from tests.servers import wait_until
 
 pytest.importorskip("triton", reason="no Triton here")
 
@@ -172,13 +173,20 @@ def test_failed_sections_do_not_end_the_others(tmp_path: Path) -> None:
         assert {Path(name).name for name in archive.getnames()} >= {"machine.log", "kernels.log", "outcomes.json"}
 
 
+def is_running(pid: int) -> bool:
+    """Nothing may reap it here, so that it stays as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_section_is_killed_with_its_children_at_its_limit(tmp_path: Path) -> None:
     """What it printed so far is kept."""
     log = tmp_path / "log"
     outcome = sections.run_section(["sh", "-c", "sleep 60 & echo $!; wait"], log, 4)  # Python may start too slowly
     assert outcome["result"] == "killed after 4 s"
-    child = Path(f"/proc/{int(log.read_text())}/stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    wait_until(lambda: not is_running(int(log.read_text())), "the end of the child, which has been killed")
     assert sections.run_section(["true"], log, 0)["result"] == "not run: no time left"
 
 
