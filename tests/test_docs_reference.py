@@ -196,7 +196,7 @@ def test_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_path:
         (request_head.MAX_PARAMETERS, "| query parameters | {:,} |"),
         (connections.HEAD_TIMEOUT_S, "first byte of a connection | {:g} s |"),
         (Settings().max_body_mb, "`--max-body-mb` ({:g} MB)"),
-        (image_requests.MAX_ARRIVAL_S, "the deadline, and {:g} s, or"),
+        (image_requests.MAX_ARRIVAL_S, "the deadline, and at most {:g} s, or"),
         (image_requests.MAX_TIMEOUT_MS, "| `X-Request-Timeout-Ms` | 1 to {:,} |"),
         (Settings().max_queue, "`--max-queue` ({:g})"),
         (multipart.MAX_FIELDS, "| parts of a form that are not images | {} |"),
