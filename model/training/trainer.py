@@ -1,6 +1,7 @@
 """Trains a RedNet on a folder of class folders, and writes a checkpoint that can be served."""
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as replace_fields
@@ -93,15 +94,8 @@ def train(
 
             run = begin(resume, photos)
             _run_epochs(run, resume, held_out or validation, "held-out" if held_out else "validation")
-            folds: list[_Fold] = []
-            unseen: Predictions | None = None
-            if held_out:
-                unseen = _predict(run, held_out, "held-out")
-            elif found := split_folds(photos):
-                for number, (others, predicted) in enumerate(found, 1):
-                    path = resume.path.with_name(f"{resume.path.name}-{number}")
-                    folds.append(_Fold(ResumeFile(path, recipe, others, start), others, predicted))
-                unseen = _cross_validate(folds, begin)
+            folds = [] if held_out else _folds(resume, recipe, photos, start)
+            unseen = _predict(run, held_out, "held-out") if held_out else _cross_validate(folds, begin)
             calibrated = _calibrate(run, unseen, len(held_out), validation)
             checkpoint = Checkpoint(
                 net=run.state.averaged,
@@ -155,8 +149,19 @@ class _Fold(NamedTuple):
     predicted: Sequence[Photo]
 
 
-def _cross_validate(folds: Sequence[_Fold], begin: Callable[[ResumeFile, Sequence[Photo]], Run]) -> Predictions:
+def _folds(resume: ResumeFile, recipe: Recipe, photos: Sequence[Photo], start: Checkpoint | None) -> list[_Fold]:
+    """Return the networks of the cross-validation, with their own resume files; none for too few photos."""
+    paths = (resume.path.with_name(f"{resume.path.name}-{number}") for number in itertools.count(1))
+    return [
+        _Fold(ResumeFile(path, recipe, training, start), training, predicted)
+        for path, (training, predicted) in zip(paths, split_folds(photos), strict=False)
+    ]
+
+
+def _cross_validate(folds: Sequence[_Fold], begin: Callable[[ResumeFile, Sequence[Photo]], Run]) -> Predictions | None:
     """Train the network of each fold, and return the predictions for the photos that it has not seen."""
+    if not folds:
+        return None
     found = []
     for number, fold in enumerate(folds, 1):
         _log(f"cross-validation: network {number} of {len(folds)}, without {len(fold.predicted)} of the photos")
