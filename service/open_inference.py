@@ -4,7 +4,7 @@ https://github.com/kserve/open-inference-protocol. There is one model in one ver
 """
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -53,8 +53,8 @@ def outputs(model: ModelBody) -> Sequence[Tensor]:
     return [Tensor(name, "FP32", shape) for name, shape in shapes.items()]
 
 
-def requested_outputs(asked: InferOptions, model: ModelBody) -> Mapping[str, bool]:
-    """The names of the outputs that a request gets, in order, and whether each is sent as binary data.
+def requested_outputs(asked: InferOptions, model: ModelBody) -> Sequence[str]:
+    """The names of the outputs that a request gets, in order.
 
     Raises:
         MalformedRequest: the model does not have one of them.
@@ -63,7 +63,7 @@ def requested_outputs(asked: InferOptions, model: ModelBody) -> Mapping[str, boo
     for name in asked.outputs:
         if name not in available:
             raise MalformedRequest(f"outputs: this model has no {name!r}, only {', '.join(available)}")
-    return asked.outputs or dict.fromkeys(available, asked.binary)
+    return list(asked.outputs) or available
 
 
 def check_model(model: ModelBody, name: str, version: str | None = None) -> None:

@@ -16,7 +16,7 @@ from rednet.service.event_loop import in_turns
 from rednet.service.model_description import ModelBody
 from rednet.service.observability import tracing
 from rednet.service.observability.metrics import Metrics
-from rednet.service.types import EngineClient, ExplainSpec, Inference, Permit, State, Upload
+from rednet.service.types import EngineClient, ExplainSpec, Inference, Permit, Pixels, State, Upload
 
 STARTED_AT_ONCE = 16  # images of one request; the event loop serves others before it starts the next ones
 COMPARED_AT_ONCE = 64  # images whose familiarity is computed together, in less than a millisecond
@@ -187,12 +187,9 @@ class Pipeline:
                 raise image
             async with asyncio.timeout_at(request.ends):
                 if isinstance(image, np.ndarray):  # normalised and checked: there is nothing to decode or to draw on
-                    inference = await self.client.infer(image, request.deadline, job.explain)
-                    tracing.inference(inference.queue_s, inference.inference_s, inference.batch_size)
-                    return Answer(inference, decode_s)
+                    return Answer(await self._infer(image, job), decode_s)
                 pixels, decode_s = await self._decode(image, job.flow)
-                inference = await self.client.infer(pixels, request.deadline, job.explain)
-                tracing.inference(inference.queue_s, inference.inference_s, inference.batch_size)
+                inference = await self._infer(pixels, job)
                 if job.draw and inference.grid is not None:
                     drawn = await self._decoder.draw(image, inference.grid, job.flow)
                     self.metrics.stage("draw", drawn.draw_s)
@@ -204,6 +201,11 @@ class Pipeline:
             # Its traceback refers to frames that hold the image, in a cycle with the future that raised it: the image's
             # memory would be kept until the garbage collector runs.
             return Answer(error.with_traceback(None), decode_s)
+
+    async def _infer(self, pixels: Pixels, job: _Job) -> Inference:
+        inference = await self.client.infer(pixels, job.request.deadline, job.explain)
+        tracing.inference(inference.queue_s, inference.inference_s, inference.batch_size)
+        return inference
 
     async def _decode(self, data: bytes | memoryview, flow: Flow) -> Decoded:
         try:

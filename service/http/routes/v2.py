@@ -167,7 +167,7 @@ async def infer(request: Request) -> Response:
     fields = {"model_name": model.name, "model_version": open_inference.MODEL_VERSION}
     if asked.id is not None:
         fields["id"] = asked.id
-    binary = open_inference.requested_outputs(asked, model)
+    binary = asked.outputs or dict.fromkeys(tensors, asked.binary)
     as_json, tail = encode_infer(fields, tensors, binary)
     if not any(binary.values()):
         return await respond(as_json, "application/json", answers, server, started)
