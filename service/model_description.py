@@ -29,6 +29,7 @@ class ModelBody(BaseModel):
     labels: list[LabelBody]
     preprocess: dict[str, Any]
     provenance: dict[str, Any] = Field(description="where the weights come from")
+    checkpoint_sha256: str | None = Field(None, description="of the checkpoint file, as `sha256sum` prints it")
     familiarity: bool = Field(False, description="whether answers say how familiar an image looks")
     device: str
     precision: str
@@ -59,6 +60,7 @@ def describe(checkpoint: "Checkpoint", prepared: "Sequence[Prepared]") -> ModelB
         labels=[LabelBody(index=i, id=label.id, label=label.name) for i, label in enumerate(checkpoint.labels)],
         preprocess=asdict(checkpoint.preprocess),
         provenance=dict(checkpoint.provenance),
+        checkpoint_sha256=checkpoint.sha256,
         familiarity=checkpoint.familiarity is not None,
         device=",".join(str(each.device) for each in prepared),
         precision=first.precision,

@@ -1,5 +1,6 @@
 """The command line."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -115,7 +116,8 @@ def test_info_reports_file_model_and_backend(tiny_path: Path, capsys: pytest.Cap
     assert main(["info", "--checkpoint", str(tiny_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"file          {tiny_path} ({tiny_path.stat().st_size / 1e6:.1f} MB)"
-    assert lines[2].startswith("network       rednet26, ")
+    assert lines[1] == f"sha256        {hashlib.sha256(tiny_path.read_bytes()).hexdigest()}"
+    assert lines[3].startswith("network       rednet26, ")
     assert info["file"] == str(tiny_path)
 
 

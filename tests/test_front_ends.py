@@ -1,5 +1,6 @@
 """A server of several processes, as users run it: front ends, and one engine."""
 
+import hashlib
 import os
 import re
 import signal
@@ -229,6 +230,8 @@ def test_sighup_switches_all_front_ends_to_the_checkpoint_as_it_is_now(tmp_path:
         assert not set(before) & set(processes(server, ENGINE))
         assert len(processes(server, ENGINE)) == 1
         assert 'name="another"' in server.client.get("/metrics").text
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert {server.client.get("/v1/model").json()["checkpoint_sha256"] for _ in range(4)} == {digest}
         assert metric(server, "rednet_queue_depth") == 0
         os.kill(processes(server, FRONT_END)[0], signal.SIGKILL)
         wait_until(lambda: len(processes(server, FRONT_END)) == 2, "another front end")

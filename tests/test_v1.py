@@ -1,6 +1,7 @@
 """The `/v1` endpoints on a real server."""
 
 import base64
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -98,8 +99,8 @@ def test_features_as_json_and_as_npy(server: ServerProcess) -> None:
     assert_error(response, 415, "unsupported_media_type")
 
 
-def test_model_endpoint_describes_the_model(server: ServerProcess) -> None:
-    """Name, architecture, labels, preprocessing, precision and device."""
+def test_model_endpoint_describes_the_model(server: ServerProcess, tiny_path: Path) -> None:
+    """Name, architecture, labels, preprocessing, precision, device, and the digest of the checkpoint."""
     model = server.client.get("/v1/model").json()
     assert (model["name"], model["architecture"], model["precision"], model["device"]) == (
         "tiny",
@@ -109,6 +110,7 @@ def test_model_endpoint_describes_the_model(server: ServerProcess) -> None:
     )
     assert model["labels"][3] == {"index": 3, "id": "n3", "label": "thing 3"}
     assert model["preprocess"]["crop"] == 64
+    assert model["checkpoint_sha256"] == hashlib.sha256(tiny_path.read_bytes()).hexdigest()
     assert 0 < model["deviation"] < 1e-4
     assert sample(server.client, "rednet_selfcheck_deviation_ratio") == pytest.approx(model["deviation"])
     assert 1 <= model["max_batch_size"] <= 64

@@ -5,10 +5,11 @@ text with architecture, labels, preprocessing, provenance and, where they were m
 and what familiarity compares with.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Checkpoint:
         provenance: data, command, seed, versions, accuracy.
         calibration: activation ranges for int8, from `collect_activation_ranges`; None: not quantised.
         familiarity: tells from logits how familiar a photo looks; None: not measured.
+        sha256: digest of the file that it was loaded from, in hexadecimal; None: it was not loaded from a file.
 
     Example:
         >>> from rednet import create_rednet
@@ -74,6 +76,7 @@ class Checkpoint:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, float] | None = None
     familiarity: Familiarity | None = None
+    sha256: str | None = None
 
 
 def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
@@ -100,7 +103,7 @@ def load_checkpoint(path: str | Path | None = None) -> Checkpoint:
             if file.exists() and not file.is_file():
                 raise CheckpointError(f"{file} is not a regular file")  # opening a pipe would block
             before = _version(file)
-            checkpoint = _load(file)
+            checkpoint = replace(_load(file), sha256=_sha256(file))
             if _version(file) != before:
                 raise CheckpointError(f"{file} changed while it was being read")
             return checkpoint
@@ -141,6 +144,11 @@ def _load(path: Path) -> Checkpoint:
     if start[:1] == b"\x80":  # any other pickle
         return _load_paddle(path)
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version(path: Path) -> tuple[int, int, int]:

@@ -45,6 +45,7 @@ def _lines(
 ) -> Iterator[tuple[str, str]]:
     config, preprocess = checkpoint.net.config, checkpoint.preprocess
     yield "file", f"{file} ({size / 1e6:.1f} MB)"
+    yield "sha256", model.checkpoint_sha256 or ""
     yield "model", model.name
     yield "network", f"{config.name}, {model.parameters:,} parameters, {config.feature_channels} features"
     yield "classes", f"{config.num_classes}: {_names(model)}"
