@@ -252,6 +252,8 @@ def test_sighup_keeps_the_network_if_the_checkpoint_is_broken(tmp_path: Path) ->
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: "the checkpoint was not loaded" in server.log, "the end of the reload")
         assert processes(server, ENGINE) == engine
+        failures = 'rednet_reloads_total{outcome="failed",what="checkpoint"}'
+        wait_until(lambda: metric(server, failures) == 2, "the failure, counted by each front end")
         for _ in range(4):
             assert predict(server, Authorization="Bearer fedcba9876543210").status_code == 200
             assert predict(server, Authorization="Bearer 0123456789abcdef").status_code == 401

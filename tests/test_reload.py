@@ -50,11 +50,11 @@ def other_network(runner: FakeRunner | None = None) -> Network:
 
 
 def is_replaced(server: ServerThread) -> bool:
-    return bool(sample(server.client, "rednet_reloads_total", outcome="ok"))
+    return bool(sample(server.client, "rednet_reloads_total", what="checkpoint", outcome="ok"))
 
 
 def is_rejected(server: ServerThread) -> bool:
-    return bool(sample(server.client, "rednet_reloads_total", outcome="failed"))
+    return bool(sample(server.client, "rednet_reloads_total", what="checkpoint", outcome="failed"))
 
 
 def test_reloads_under_load() -> None:
@@ -172,7 +172,9 @@ def test_reloads_that_are_requested_during_one_lead_to_one_more() -> None:
             time.sleep(0.15 * (turn > 0))  # the server looks for signals ten times a second
         assert labels(predict(server.client, PHOTO)) == {"red", "green", "blue"}
         first.warm.set()
-        wait_until(lambda: sample(server.client, "rednet_reloads_total", outcome="ok") == 2, "both reloads")
+        wait_until(
+            lambda: sample(server.client, "rednet_reloads_total", what="checkpoint", outcome="ok") == 2, "both reloads"
+        )
         time.sleep(0.3)
         assert loaded == [2, 2]
 

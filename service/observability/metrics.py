@@ -31,6 +31,8 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FAMILIARITY_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
 
 Stage = Literal["decode", "queue", "inference", "draw", "respond"]
+Reloadable = Literal["api_keys", "checkpoint"]
+Outcome = Literal["ok", "failed"]
 
 
 class Metrics:
@@ -75,7 +77,12 @@ class Metrics:
         text = "Requests with a valid API key, by the name of the key."
         self._requests_by_key = counter("rednet_requests_by_key", text, ("key",))
         text = "Reloads after SIGHUP, by what was loaded again."
-        self._reloads = counter("rednet_reloads", text, ("what", "outcome"))
+        reloads = counter("rednet_reloads", text, ("what", "outcome"))
+        self._reloads = {  # all of them at 0: Prometheus cannot see the increase to 1 of a series that begins with 1
+            (what, outcome): reloads.labels(what, outcome)
+            for what in get_args(Reloadable)
+            for outcome in get_args(Outcome)
+        }
         text = "Requests whose own deadline passed, which was shorter than the server's timeout."
         self._short_deadlines = counter("rednet_short_deadline_exceeded", text)
         text = "Images dropped before a stage because the client had disconnected or the deadline had passed."
@@ -115,8 +122,8 @@ class Metrics:
         """Describe the current model, instead of the one before."""
         self._described = model
 
-    def reloaded(self, what: Literal["api_keys", "checkpoint"], outcome: Literal["ok", "failed"]) -> None:
-        self._reloads.labels(what, outcome).inc()
+    def reloaded(self, what: Reloadable, outcome: Outcome) -> None:
+        self._reloads[what, outcome].inc()
 
     def authenticated(self, key: str) -> None:
         """A request has an API key of that name."""

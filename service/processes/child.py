@@ -2,7 +2,8 @@
 
 Both sides send lines. The supervisor sends `stop`; `ping` now and then, which a child answers with `pong`; and to front
 ends `reload PATH`, which they answer with `reloaded PATH`, or with `stayed PATH` if they could not switch to that
-engine. A child reports `up` when it has started, and an engine `ready` when it takes images.
+engine, or `reload_failed`, which they count. A child reports `up` when it has started, and an engine `ready` when it
+takes images.
 
 Children block signals that end a server: service managers and terminals send them to all processes at once, but front
 ends drain before the engine ends.
@@ -96,6 +97,11 @@ class Child(asyncio.Protocol):
         """Have a front end load its keys again, and switch to the engine at a path, unless it uses that already."""
         if self._transport:
             self._transport.write(f"reload {path}\n".encode())
+
+    def reload_failed(self) -> None:
+        """Have a front end count a checkpoint that could not be loaded: the supervisor has no metrics."""
+        if self._transport:
+            self._transport.write(b"reload_failed\n")
 
     async def wait(self) -> int:
         """Wait until the process has ended; returns its exit status, as `subprocess` has it."""

@@ -160,6 +160,8 @@ class FrontEndServer(Server):
             case "reload":
                 self._front_end.engine = argument
                 self.request_reload()
+            case "reload_failed":
+                self._front_end.pipeline.metrics.reloaded("checkpoint", "failed")
             case "gone":
                 logger.error("the supervisor is gone")
                 self.handle_exit(signal.SIGTERM, None)

@@ -177,11 +177,9 @@ class Supervisor:
             child.reload(self._engine.path)  # the keys only
         needed, available = resident_bytes(self._engine.pid), available_bytes()
         if available is not None and needed > available:
-            logger.error(
-                "the checkpoint was not loaded, the previous network stays: one more needs about %.0f MB, "
-                "and %.0f are available; a restart would load it alone",
-                needed / 1e6,
-                available / 1e6,
+            self._reload_failed(
+                f": one more needs about {needed / 1e6:.0f} MB, and {available / 1e6:.0f} are available; "
+                "a restart would load it alone"
             )
             return
         old, new = (self._engine, self._keeping), self._new_engine()
@@ -191,7 +189,7 @@ class Supervisor:
             await asyncio.wait([readiness, keeping], return_when=asyncio.FIRST_COMPLETED)
             if not new.is_ready.is_set():
                 readiness.cancel()
-                logger.error("the checkpoint was not loaded, the previous network stays")
+                self._reload_failed()
                 return
             self._engine, self._keeping = new, keeping
             await asyncio.gather(*(self._switch(row, new.path) for row in list(self._front_ends)))
@@ -199,6 +197,11 @@ class Supervisor:
         finally:
             unused = (new, keeping) if self._engine is not new else old
             await _stop_engine(*unused)
+
+    def _reload_failed(self, reason: str = "") -> None:
+        logger.error("the checkpoint was not loaded, the previous network stays%s", reason)
+        for child in self._front_ends.values():
+            child.reload_failed()
 
     async def _switch(self, row: int, path: str) -> None:
         """Have a front end switch to an engine; returns when it has answered all requests to the one before."""
