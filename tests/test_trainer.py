@@ -23,7 +23,7 @@ from rednet.model.training.dataset import read_folder
 from rednet.model.training.evaluation import Predictions, evaluate
 from rednet.model.training.loader import Photo, PhotoError, load_batches
 from rednet.model.training.recipe import FINE_TUNING_RATE, Recipe
-from rednet.model.training.steps import random_resized_crop, update_average
+from rednet.model.training.steps import update_average
 from rednet.model.training.trainer import adapt_to_classes, hold_out, train
 from rednet.service.cli.parser import main
 from tests.conftest import photo
@@ -255,13 +255,19 @@ def test_held_out_photos_set_familiarity(data: Path, tmp_path: Path, monkeypatch
 
 
 def test_crop_size_grows_to_full_size() -> None:
-    """It starts above half and never shrinks. The last fifth of the epochs has full size, and small crops stay
+    """Crops grow from half to three quarters of the size, and the last epochs have full size. Small crops stay
     constant."""
-    sizes = [Recipe(epochs=20, size=160).size_at(epoch) for epoch in range(20)]
-    assert sizes == sorted(sizes)
-    assert (sizes[0], sizes[15], sizes[-1]) == (80, 160, 160)
+    sizes = [Recipe(epochs=20, size=176).size_at(epoch) for epoch in range(20)]
+    assert sizes == [80] * 2 + [96] * 6 + [112] * 6 + [128] * 2 + [176] * 4
     assert Recipe(epochs=1, size=100).size_at(0) == 100
     assert Recipe(epochs=20, size=24).size_at(0) == 24
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 1), (0.25, 5), (1.0, 20)])
+def test_share_of_full_size_epochs(share: float, count: int) -> None:
+    """The last epoch has full size whatever the share."""
+    recipe = Recipe(epochs=20, size=176, full_size_epochs=share)
+    assert sum(recipe.size_at(epoch) == 176 for epoch in range(20)) == count
 
 
 def test_weight_average_covers_about_the_last_tenth_of_the_steps() -> None:
@@ -353,15 +359,6 @@ def test_loader_prefetches_a_bounded_number_of_batches() -> None:
     time.sleep(0.1)
     assert len(begun) <= 12
     assert [target for batch in stream for target in batch.targets.tolist()] == list(range(4, 40))
-
-
-def test_random_crop_has_the_requested_size() -> None:
-    """It depends on the generator only, and half of the crops are mirrored. Thin photos work, too."""
-    image = photo(width=90, height=20)
-    crops = [random_resized_crop(image, 16, np.random.default_rng(seed)) for seed in range(20)]
-    assert {crop.shape for crop in crops} == {(3, 16, 16)}
-    assert np.array_equal(crops[3], random_resized_crop(image, 16, np.random.default_rng(3)))
-    assert not np.array_equal(crops[3], crops[4])
 
 
 def test_learning_rate_schedule() -> None:

@@ -13,18 +13,18 @@ from contextlib import suppress
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from rednet.model.images.preprocess import Pixels, Preprocess, scaled_box
+from rednet.model.images.preprocess import Pixels, Preprocess
 from rednet.model.images.rgb import upright_rgb
 from rednet.model.nn.rednet import RedNet
+from rednet.model.training.augmentation import random_resized_crop, trivial_augment
 from rednet.model.training.loader import Batch, Photo, load_batches, read_photo
+from rednet.model.training.mixing import mix
 from rednet.model.training.progress import progress
 from rednet.model.training.recipe import Recipe
 from rednet.model.training.resume import ResumeFile, State
 
-MIN_CROP_AREA = 0.35  # relative to the photo's area
 SAVE_EVERY_S = 60.0
 
 
@@ -83,9 +83,10 @@ class Run:
         state, recipe = self.state, self.recipe
         x = self.preprocess.normalise(batch.pixels.to(self.device))
         targets = batch.targets.to(self.device)
-        weight = self._mixup_weight()
+        rng = np.random.default_rng((recipe.seed, state.epoch, state.step, 1))
+        x, weight = mix(x, recipe.mixup, recipe.cutmix, rng)
         with self._autocast():
-            logits = state.net(x.lerp(x.flip(0), 1 - weight)).float()
+            logits = state.net(x).float()
         loss, other = (
             F.cross_entropy(logits, each, label_smoothing=recipe.label_smoothing) for each in (targets, targets.flip(0))
         )
@@ -97,14 +98,6 @@ class Run:
         if not math.isfinite(value):
             raise ValueError("the loss is no longer finite; a lower learning rate may help")
         return value
-
-    def _mixup_weight(self) -> float:
-        """Return the larger weight in a blend of two photos."""
-        if self.recipe.mixup == 0:
-            return 1.0
-        rng = np.random.default_rng((self.recipe.seed, self.state.epoch, self.state.step, 1))
-        weight = float(rng.beta(self.recipe.mixup, self.recipe.mixup))
-        return max(weight, 1 - weight)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -119,6 +112,8 @@ class Run:
             rng = np.random.default_rng((recipe.seed, epoch, index))
             photo = self.photos[index]
             pixels = read_photo(photo.path, lambda image: random_resized_crop(upright_rgb(image), size, rng))
+            if recipe.trivial_augment and rng.random() < recipe.trivial_augment:
+                pixels = trivial_augment(pixels, rng)
             return pixels, photo.target
 
         end = self.steps * recipe.batch_size
@@ -167,14 +162,3 @@ def has_fast_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-    """Return a crop of an upright RGB photo, of random area and aspect ratio, mirrored with probability 1/2."""
-    width, height = image.size
-    area = width * height * rng.uniform(MIN_CROP_AREA, 1)
-    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w, h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
-    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    pixels = scaled_box(image, (left, top, left + w, top + h), size)
-    return pixels[:, :, ::-1].copy() if rng.random() < 0.5 else pixels

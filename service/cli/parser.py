@@ -180,6 +180,9 @@ RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     ("--weight-decay", 0.05, "weight decay of weight matrices"),
     ("--label-smoothing", 0.1, "share of the target spread over all classes"),
     ("--mixup", 0.1, "alpha of mixup; 0: no mixup"),
+    ("--cutmix", 0.0, "alpha of CutMix, for half of the batches if there is mixup as well; 0: no CutMix"),
+    ("--trivial-augment", 0.0, "share of the photos that TrivialAugment changes"),
+    ("--full-size-epochs", 0.2, "share of the epochs, the last ones, that use the largest crops"),
     ("--precision", "auto", "precision of the activations: auto, fp32 or bf16"),
     ("--seed", 0, "seed of data order, crops and initial weights"),
 )
