@@ -5,7 +5,7 @@ BIN := .venv/bin
 NATIVE := setup.py $(wildcard model/native/*.[ch])
 C_FILES := $(filter %.c %.h,$(NATIVE)) tests/native/check.c
 
-.PHONY: serve test test-slow lint format proto sanitize benchmarks docs reference chaos soak reloads faults fuzz lock licences sbom clean
+.PHONY: serve test test-slow lint format alerts proto sanitize benchmarks docs reference chaos soak reloads faults fuzz lock licences sbom clean
 
 serve: .venv/serve
 	$(BIN)/rednet serve
@@ -54,6 +54,12 @@ benchmarks: .venv/benchmarks
 # The parts of docs/reference that are made from the code, after a change to options, endpoints, errors, metrics or docstrings.
 reference: .venv/test
 	$(BIN)/python -m docs_tools
+
+# The alerts for the Prometheus Operator, after a change to those for Compose: kustomize cannot put one file into another.
+RULE = deploy/kubernetes/monitoring/prometheusrule.yaml
+alerts:
+	{ sed '/^spec:/q' $(RULE); sed 's/^./  &/' docker/prometheus/alerts.yml; } > $(RULE).new
+	mv $(RULE).new $(RULE)
 
 # The documentation as a site, in build/site. A warning is an error: a link to nowhere, a page that is not in the menu.
 docs: .venv/docs

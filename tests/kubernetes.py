@@ -22,6 +22,7 @@ SCHEMAS = {
     "ClusterServingRuntime": ("kserve", "V1alpha1ClusterServingRuntime"),
     "ScaledObject": ("keda", "ScaledObject"),
     "PodMonitor": ("podmonitor", "PodMonitor"),
+    "PrometheusRule": ("prometheusrule", "PrometheusRule"),
 }
 PROBES = {
     "startupProbe": ("/livez", "/v2/health/live"),

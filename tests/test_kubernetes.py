@@ -1,6 +1,7 @@
 """The Kubernetes manifests and the systemd units, checked without a cluster against schemas and the real server."""
 
 import copy
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ PLANTED = [
     ("kserve", "InferenceService", "spec/predictor/model/storageURI", "x"),
     ("kserve", "ClusterServingRuntime", f"{RUNTIME}/port", 1),
     ("monitoring", "PodMonitor", "spec/endpoints", []),
+    ("monitoring", "PrometheusRule", "spec/groups/0/rules/0/severity", "page"),
     # a wrong type
     ("base", "Deployment", f"{POD}/ports/0/containerPort", "8000"),
     ("hpa", "HorizontalPodAutoscaler", "spec/maxReplicas", "8"),
@@ -119,6 +121,15 @@ def test_autoscalers_follow_offered_seconds() -> None:
     (rule,) = yaml.safe_load((FOLDER / "hpa" / "adapter-rule.yaml").read_text())["rules"]
     assert (pods["metric"]["name"], pods["target"]["averageValue"]) == (rule["name"]["as"], "700m")
     assert rule["seriesQuery"].startswith("rednet_offered_seconds_total{")
+
+
+def test_prometheus_rule_has_the_alerts_of_compose() -> None:
+    """Otherwise run `make alerts`."""
+    (rule,) = [each for each in build(FOLDER / "monitoring") if each["kind"] == "PrometheusRule"]
+    alerts = ROOT / "docker" / "prometheus" / "alerts.yml"
+    assert rule["spec"] == yaml.safe_load(alerts.read_text())
+    text = (FOLDER / "monitoring" / "prometheusrule.yaml").read_text()
+    assert text.endswith("\n" + re.sub("^(?=.)", "  ", alerts.read_text(), flags=re.MULTILINE))  # with the comments
 
 
 @pytest.mark.parametrize("name", ["base", "gpu", "kserve"])
