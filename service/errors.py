@@ -21,7 +21,7 @@ class ServiceError(Exception):
 
 
 class MalformedRequest(ServiceError):
-    """The body, a parameter or a header is invalid, or there is no such parameter."""
+    """The body, a parameter or a header is invalid, an image has no bytes, or there is no such parameter."""
 
     code = "malformed_request"
 

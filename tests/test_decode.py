@@ -11,7 +11,7 @@ from PIL import Image
 from rednet import Preprocess
 from rednet.model.images.opening import MAX_READS
 from rednet.service.decoding.decode import decode_image
-from rednet.service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
+from rednet.service.errors import MalformedRequest, PayloadTooLarge, UnreadableImage, UnsupportedMediaType
 from tests.conftest import EVERY_FORMAT, encoded, photo
 
 PREPROCESS = Preprocess(resize=40, crop=32)
@@ -55,6 +55,12 @@ def test_formats_that_are_not_served_are_unsupported() -> None:
     ):
         with pytest.raises(UnsupportedMediaType):
             decode_image(data, PREPROCESS, MAX_PIXELS)
+
+
+def test_empty_file_is_a_malformed_request() -> None:
+    """In a form, in JSON, in a tensor and on the command line, as an empty body is."""
+    with pytest.raises(MalformedRequest, match="the image is empty"):
+        decode_image(b"", PREPROCESS, MAX_PIXELS)
 
 
 def test_too_many_pixels_are_rejected_from_the_header() -> None:

@@ -23,6 +23,13 @@ from tests.servers import FakeRunner, ServerProcess, ServerThread, wait_until
         (b"", "image/png", 400, "malformed_request"),
         (b"{", "application/json", 400, "malformed_request"),
         (b'{"images": []}', "application/json", 400, "malformed_request"),
+        (b'{"images": [""]}', "application/json", 400, "malformed_request"),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n\r\n--x--\r\n',
+            "multipart/form-data; boundary=x",
+            400,
+            "malformed_request",
+        ),
         (b'{"images": "text"}', "application/json", 400, "malformed_request"),
         (b'{"pictures": [""]}', "application/json", 400, "malformed_request"),
         (b'{"images": ["%%%"]}', "application/json", 400, "malformed_request"),

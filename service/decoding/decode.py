@@ -15,7 +15,7 @@ from rednet.model.images.opening import Header, open_photo
 from rednet.model.images.preprocess import Preprocess
 from rednet.service.decoding.limits import Cost, max_scanned_pixels
 from rednet.service.decoding.overlay import draw_overlay
-from rednet.service.errors import PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
+from rednet.service.errors import MalformedRequest, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
 from rednet.service.types import Floats, Pixels
 
 # Start of a scan (ITU-T T.81, B.2.3): the marker, the length of the scan header, and the number of components, which
@@ -56,20 +56,18 @@ def open_checked(data: bytes, max_pixels: int, check: Check | None = None) -> It
     Errors inside the block are translated as well: Pillow's decoders raise nearly anything for damaged data.
 
     Raises:
+        MalformedRequest: there is no data.
         UnsupportedMediaType: the data is not an image, or its format or variant is not supported.
         PayloadTooLarge: the header claims more than max_pixels.
         UnreadableImage: the format is supported, but the data is damaged.
         TooCostly: raised by `check`.
     """
 
+    if not data:  # the same code as for an empty body: a client that sends no bytes has a defect, not a strange format
+        raise MalformedRequest("the image is empty: it has no bytes")
+
     def check_header(header: Header) -> None:
-        count = header.width * header.height
-        if count > max_pixels:
-            raise PayloadTooLarge(
-                f"the image has {header.width}x{header.height} pixels; at most {max_pixels} are allowed"
-            )
-        if data.startswith(b"\xff\xd8") and _has_scans(data, max_scanned_pixels(max_pixels) // count + 1):
-            raise UnreadableImage("the JPEG has too many scans for its size")
+        _check_size(data, header, max_pixels)
         if check:
             check(header)
 
@@ -86,6 +84,14 @@ def open_checked(data: bytes, max_pixels: int, check: Check | None = None) -> It
         raise PayloadTooLarge("the image needs more memory than the server has") from None
     except Exception as error:
         raise UnreadableImage(f"the image is damaged: {str(error)[:100]}") from error
+
+
+def _check_size(data: bytes, header: Header, max_pixels: int) -> None:
+    count = header.width * header.height
+    if count > max_pixels:
+        raise PayloadTooLarge(f"the image has {header.width}x{header.height} pixels; at most {max_pixels} are allowed")
+    if data.startswith(b"\xff\xd8") and _has_scans(data, max_scanned_pixels(max_pixels) // count + 1):
+        raise UnreadableImage("the JPEG has too many scans for its size")
 
 
 def _has_scans(jpeg: bytes, count: int) -> bool:

@@ -21,12 +21,12 @@ from rednet.service.decoding.jobs import DecodeJob
 from rednet.service.decoding.limits import Cost
 from rednet.service.decoding.stall_detector import StallDetector
 from rednet.service.decoding.worker import ANSWER, COST, FAILED, REQUEST, SLOTS, TOO_COSTLY
-from rednet.service.errors import PayloadTooLarge, UnreadableImage, UnsupportedMediaType
+from rednet.service.errors import MalformedRequest, PayloadTooLarge, UnreadableImage, UnsupportedMediaType
 from rednet.service.system.child_process import Child
 
 MAX_WRITE_BYTES = 262_144  # per iteration of the event loop; a fast process would accept any size at once
 EXIT_TIMEOUT_S = 5.0  # of a killed process
-ERRORS = {error.code: error for error in (PayloadTooLarge, UnreadableImage, UnsupportedMediaType)}
+ERRORS = {error.code: error for error in (MalformedRequest, PayloadTooLarge, UnreadableImage, UnsupportedMediaType)}
 
 
 class WorkerCallbacks(Protocol):

@@ -93,7 +93,9 @@ def _parse_image(body: bytes) -> ParsedBody:
     found = content_of(body)
     if found in ADVICE:
         raise UnsupportedMediaType(f"the body is not an image file but {found}: {ADVICE[found]}")
-    return ParsedBody([body] if body else [])
+    if not body:
+        raise MalformedRequest("the body is empty: send an image file, a form or JSON")
+    return ParsedBody([body])
 
 
 def _parse_json(body: bytes, max_images: int) -> ParsedBody:
