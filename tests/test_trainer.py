@@ -177,12 +177,14 @@ def test_evaluate_reports_confused_classes(data: Path, tmp_path: Path, capsys: p
 
 
 def test_confusion_matrix_image() -> None:
-    """Rows are true classes. With a thousand classes there are no names."""
+    """Rows are true classes. Both axes have a label and names, unless there are a thousand classes."""
     answers = Predictions(torch.eye(3)[[0, 0, 2, 2]], torch.tensor([0, 0, 0, 2]))
     counts = answers.confusion()
     assert counts.tolist() == [[2, 0, 1], [0, 0, 0], [0, 0, 1]]
     named_picture = draw_confusion(counts.numpy(), ["a", "bb", "a long name"])
     assert named_picture.width == named_picture.height > 3 * 40
+    for edge in (12, 12, 200, 27), (12, 12, 27, 200):  # the labels of the axes, beyond the longest name
+        assert min(named_picture.convert("L").crop(edge).get_flattened_data()) < 128
     assert draw_confusion(np.zeros((1000, 1000), np.int64), [""] * 1000).size == (1000, 1000)
 
 

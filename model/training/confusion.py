@@ -23,11 +23,12 @@ def draw_confusion(counts: NDArray[np.int64], names: list[str]) -> Image.Image:
     if len(names) > MAX_LABELLED:
         return squares
     font = ImageFont.load_default(TEXT)
-    left = MARGIN + max(round(font.getlength(name)) for name in names) + MARGIN
+    left = MARGIN + TEXT + MARGIN + max(round(font.getlength(name)) for name in names) + MARGIN
     side = CELL * len(names)
     picture = Image.new("RGB", (left + side + MARGIN, left + side + MARGIN), "white")
     picture.paste(squares.resize((side, side), Image.Resampling.NEAREST), (left, left))
     draw = ImageDraw.Draw(picture)
+    draw.text((left + side // 2, MARGIN), "predicted", "black", font, anchor="ma")
     for row, name in enumerate(names):
         middle = left + CELL * row + CELL // 2
         draw.text((left - MARGIN, middle), name, "black", font, anchor="rm")
@@ -36,7 +37,8 @@ def draw_confusion(counts: NDArray[np.int64], names: list[str]) -> Image.Image:
                 ink = "white" if shares[row, column] > 0.3 else "black"
                 draw.text((left + CELL * column + CELL // 2, middle), str(count), ink, font, anchor="mm")
     upright = picture.transpose(Image.Transpose.ROTATE_270)
-    draw = ImageDraw.Draw(upright)
-    for column, name in enumerate(names):  # the picture is turned back below, so these names read upwards
+    draw = ImageDraw.Draw(upright)  # it is turned back below, so that what is drawn here reads upwards
+    draw.text((upright.width - left - side // 2, MARGIN), "true", "black", font, anchor="ma")
+    for column, name in enumerate(names):
         draw.text((upright.width - left + MARGIN, left + CELL * column + CELL // 2), name, "black", font, anchor="lm")
     return upright.transpose(Image.Transpose.ROTATE_90)
