@@ -290,6 +290,8 @@ def test_sigterm_answers_what_was_accepted_and_leaves_nothing_behind() -> None:
             os.kill(engine, signal.SIGCONT)
             assert [each.result().status_code for each in waiting] == [200] * 8
         assert server.process.wait(PATIENCE_S) == 0
+        assert server.log.count("SIGTERM: new requests are refused; images still to be answered: 8") == 1
+        assert server.log.count("new requests are refused") == 1
         assert not [pid for pid in (engine, *front_ends) if Path(f"/proc/{pid}").exists()]
         assert not folder.exists()
 

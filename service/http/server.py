@@ -79,6 +79,7 @@ class Server(uvicorn.Server):
         self._hangups = hangups
         self._reloader = Reloader(reload)
         self._drain_since: float | None = None
+        self._signal: int | None = None  # that began the drain, until it is logged
         self._min_drain_s = MIN_DRAIN_S
         self._failed = False
         self._last: list[Listener] = []  # kept while the connections that they accepted are opening
@@ -97,6 +98,12 @@ class Server(uvicorn.Server):
             logger.info("running on %s (press Ctrl-C to quit)", url(each))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain_since is None:
+            self._signal = sig
+        self.stop(sig)
+
+    def stop(self, sig: int) -> None:
+        """Drain; a second time, stop at once. Before startup has ended, `sig` does what it does by default."""
         if not self.started:  # nothing has been admitted, and startup may take long
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
@@ -128,6 +135,10 @@ class Server(uvicorn.Server):
                 case "reload":
                     self.request_reload()
         else:
+            if self._signal is not None:  # not logged by the handler, which may have interrupted the log
+                message = "%s: new requests are refused; requests still to be answered: %d"
+                logger.info(message, signal.Signals(self._signal).name, self._pipeline.requests)
+                self._signal = None
             await self._reloader.stop()
             drained_s = time.monotonic() - self._drain_since
             left_s = self._drain_timeout_s - drained_s

@@ -123,7 +123,7 @@ class FrontEndServer(Server):
     ) -> None:
         super().__init__(config, front_end.pipeline, settings.drain_timeout_s, Hangups(), self._reload, other)
         self._options, self._front_end, self._board, self._publish = options, front_end, board, publish
-        front_end.end = lambda: self.handle_exit(signal.SIGTERM, None)
+        front_end.end = lambda: self.stop(signal.SIGTERM)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
@@ -156,7 +156,7 @@ class FrontEndServer(Server):
             case "ping":
                 self._supervisor.send("pong")
             case "stop":
-                self.handle_exit(signal.SIGTERM, None)
+                self.stop(signal.SIGTERM)
             case "reload":
                 self._front_end.engine = argument
                 self.request_reload()
@@ -164,7 +164,7 @@ class FrontEndServer(Server):
                 self._front_end.pipeline.metrics.reloaded("checkpoint", "failed")
             case "gone":
                 logger.error("the supervisor is gone")
-                self.handle_exit(signal.SIGTERM, None)
+                self.stop(signal.SIGTERM)
 
     async def _reload(self) -> None:
         engine = self._front_end.engine

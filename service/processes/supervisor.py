@@ -80,7 +80,7 @@ class Supervisor:
         self._hangups.log_if_ignored()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
+            loop.add_signal_handler(number, self._on_signal, number)
         self._engine = self._new_engine()
         self._keeping = asyncio.ensure_future(self._keep_engine(self._engine))
         reloader = Reloader(self._reload)
@@ -91,6 +91,12 @@ class Supervisor:
         await _stop_engine(self._engine, self._keeping)
         shutil.rmtree(self._folder, ignore_errors=True)
         return self._status
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if not self._stopping.is_set():
+            message = "%s: new requests are refused; images still to be answered: %d"
+            logger.info(message, number.name, self._board.total(ACCEPTED))
+        self._stop()
 
     def _stop(self) -> None:
         """Have all front ends drain; a second time, have them end at once."""
