@@ -10,8 +10,10 @@ from PIL import Image
 
 from rednet import Preprocess
 from rednet.model.images.opening import MAX_READS
+from rednet.service.decoding import decode
 from rednet.service.decoding.decode import decode_image
-from rednet.service.errors import MalformedRequest, PayloadTooLarge, UnreadableImage, UnsupportedMediaType
+from rednet.service.decoding.worker_handle import ERRORS
+from rednet.service.errors import MalformedRequest, PayloadTooLarge, ServiceError, UnreadableImage, UnsupportedMediaType
 from tests.conftest import EVERY_FORMAT, encoded, photo
 
 PREPROCESS = Preprocess(resize=40, crop=32)
@@ -61,6 +63,13 @@ def test_empty_file_is_a_malformed_request() -> None:
     """In a form, in JSON, in a tensor and on the command line, as an empty body is."""
     with pytest.raises(MalformedRequest, match="the image is empty"):
         decode_image(b"", PREPROCESS, MAX_PIXELS)
+
+
+def test_every_error_of_an_image_can_be_sent_by_a_worker() -> None:
+    """A code that the server does not know would leave the request waiting until its deadline."""
+    names = vars(decode).values()
+    errors = {each for each in names if isinstance(each, type) and issubclass(each, ServiceError)} - {ServiceError}
+    assert set(ERRORS.values()) == errors
 
 
 def test_too_many_pixels_are_rejected_from_the_header() -> None:

@@ -150,7 +150,7 @@ def test_evaluate_measures_familiarity(tiny_path: Path, tmp_path: Path, capsys: 
     assert "3 foreign photos: " in printed
     command[command.index(str(measured))] = str(tiny_path)
     assert main([*command, "--foreign", str(tmp_path / "foreign")]) == 2
-    assert "tiny has no familiarity" in capsys.readouterr().err
+    assert "tiny has no familiarity; rednet train measures it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

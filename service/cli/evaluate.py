@@ -28,7 +28,7 @@ def evaluate(options: argparse.Namespace) -> int:
         check_output(options.confusion, replace=options.force, inputs=[options.checkpoint])
     checkpoint = load_checkpoint(options.checkpoint)
     if options.foreign is not None and checkpoint.familiarity is None:
-        raise ValueError(f"--foreign {options.foreign}: {checkpoint.name} has no familiarity")
+        raise ValueError(f"--foreign {options.foreign}: {checkpoint.name} has no familiarity; rednet train measures it")
     run = prepare(checkpoint.net, checkpoint.preprocess, options.device, options.precision, checkpoint.calibration)
     _, photos, left_out = read_folder(options.data / "val", [label.id for label in checkpoint.labels])
     _report(left_out)

@@ -40,7 +40,7 @@ def predict(options: argparse.Namespace) -> int:
     for line in skipped.lines():
         print(printable(line), file=sys.stderr)
     if not photos:
-        raise ValueError("there are no photos")
+        raise ValueError(f"there are no photos in {', '.join(map(str, options.paths))}")
     settings = _settings(options, len(photos))
     network = load_network(settings)
     try:
