@@ -17,17 +17,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rednet.model.ops import triton_fused, triton_ops
+from rednet.model.inference.cuda.candidates import TENSOR_CORES
+from rednet.model.inference.preparation import DTYPES
+from rednet.model.ops import triton_fused, triton_generated, triton_ops
 
 TARGETS = (75, 80, 86, 89, 90, 100, 120)  # T4, A100, A10, L4, H100, B200, RTX 50
-DTYPES = ("bf16", "fp16", "fp32")
 INVOLUTIONS = ((3, 1), (3, 2), (7, 1), (7, 2))  # kernel size, stride
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 Variant = tuple[str, Any, dict[str, str], dict[str, object], int]  # name, kernel, signature, constants, warps
 
 
-def variants(dtype: str) -> Iterator[Variant]:
-    """Every kernel of a network in this dtype, as the network launches it."""
+def variants(dtype: str, target: int) -> Iterator[Variant]:
+    """Every kernel of a network in this dtype, as the network launches it on this target."""
     value, single, sizes = f"*{dtype}", "*fp32", dict.fromkeys(triton_ops.UNSPECIALIZED, "i32")
     tensors = {"x": value, "kernel": value, "out": value, "bias": value, "scale": single, "shift": single}
     warps = 4 if dtype == "fp32" else 2
@@ -35,6 +36,13 @@ def variants(dtype: str) -> Iterator[Variant]:
         constants = {"K": k, "STRIDE": stride, "GROUP_CHANNELS": 16, "BLOCK_C": 16, "ACC_DTYPE": tl.float32}
         constants |= {"STRIP": triton_ops.STRIP, "BLOCK": triton_ops.BLOCK_STRIPS}
         yield f"involution {k}x{k} s{stride}", triton_ops._forward, tensors | sizes, constants, warps
+    if target >= 10 * TENSOR_CORES[0] + TENSOR_CORES[1]:  # others do not use it, and on sm_75 it spills
+        sizes = dict.fromkeys(triton_generated.UNSPECIALIZED, "i32")
+        tensors |= {"reduced": value, "span": value}
+        warps = triton_generated.warps(DTYPES[dtype])
+        for k, stride in INVOLUTIONS:
+            constants = dict(triton_generated.constants(k, stride, 16))
+            yield f"generated {k}x{k} s{stride}", triton_generated._forward, tensors | sizes, constants, warps
     sizes, block = dict.fromkeys(triton_fused.UNSPECIALIZED, "i32"), triton_fused.BLOCK
     normalised = {"pixels": "*u8", "scale": single, "shift": single, "out": value}
     constants = {"CHANNELS": 3, "BLOCK_C": 4, "BLOCK": block // 4}
@@ -76,12 +84,12 @@ def compiled(variant: Variant, target: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, without the dot")
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", default=(*DTYPES,), choices=DTYPES)
     options = parser.parse_args()
     spilled = False
     for target in options.targets:
         for dtype in options.dtypes:
-            for variant in variants(dtype):
+            for variant in variants(dtype, target):
                 row = compiled(variant, target)
                 spilled |= bool(row["spilled bytes"])
                 print(f"sm_{target} {dtype} " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)

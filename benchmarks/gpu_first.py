@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -27,13 +27,17 @@ from benchmarks.sections import Section
 from rednet import Preprocess, RedNet, load_checkpoint, prepare
 from rednet.model.inference.cuda.backend import CudaBackend
 from rednet.model.inference.cuda.batch_buckets import bucket_size
-from rednet.model.inference.cuda.network import TritonRedNet, _fused_relu_keeps_nan
+from rednet.model.inference.cuda.network import TritonRedNet, _fused_relu_keeps_nan, _Involution
 from rednet.model.inference.preparation import DTYPES, TOLERANCE, SelfCheckError, _noise
 from rednet.model.inference.self_check import SelfCheck, reference_output
+from rednet.model.ops import reference
 
 NAME = "gpu-first"
 KERNEL_CASES = 18  # one for each kind of kernel and dtype
-TESTS = ("test_triton_ops", "test_triton_fused", "test_cuda_network", "test_cuda_backend", "test_cuda_self_check")
+TESTS = (
+    *("test_triton_ops", "test_triton_fused", "test_triton_generated"),
+    *("test_cuda_network", "test_cuda_backend", "test_cuda_self_check"),
+)
 SIZES = tuple(sorted({bucket_size(images) for images in range(1, 65)} | {128, 256}))
 
 
@@ -48,8 +52,9 @@ class Subject(NamedTuple):
     def preprocess(self) -> Preprocess:
         return Preprocess(resize=self.side, crop=self.side)
 
-    def backend(self, precision: str, check: SelfCheck) -> CudaBackend:
-        return CudaBackend(self.net, self.preprocess, torch.device("cuda"), DTYPES[precision], check)
+    def backend(self, precision: str, check: SelfCheck, fuse_generation: bool = False) -> CudaBackend:
+        device, dtype = torch.device("cuda"), DTYPES[precision]
+        return CudaBackend(self.net, self.preprocess, device, dtype, check, fuse_generation=fuse_generation)
 
     def check(self) -> SelfCheck:
         """That accepts every error, except NaN, and returns it."""
@@ -65,14 +70,14 @@ def show_machine() -> None:
     print(f"torch {torch.__version__}, Triton {triton.__version__}, cuDNN {torch.backends.cudnn.version()}")
 
 
-def check_programs(subject: Subject, precision: str) -> None:
+def check_programs(subject: Subject, precision: str, fuse_generation: bool = False) -> None:
     """Make the program of every batch size, and compare all rows with the plain network.
 
     Raises:
         RuntimeError: a size has no program, or a result is wrong.
     """
     check, limit = subject.check(), TOLERANCE["cuda"][precision]
-    backend = subject.backend(precision, check)
+    backend = subject.backend(precision, check, fuse_generation)
     rows: list[dict[str, object]] = []
     for size in subject.sizes:
         started = time.perf_counter()
@@ -86,7 +91,8 @@ def check_programs(subject: Subject, precision: str) -> None:
         ms = device_ms(partial(backend, subject.pixels(size)), 0.3)
         row = {"batch": size, "relative error": error_ratio, "made in s": made_s, "ms": ms}
         rows.append(row | {"images/s": 1000 * size / ms, "result": "right" if error_ratio <= limit else "WRONG"})
-    report(f"{NAME}/programs-{precision}", f"every CUDA graph, {precision}, limit {limit}", rows)
+    name = f"{precision}-generated" if fuse_generation else precision
+    report(f"{NAME}/programs-{name}", f"every CUDA graph, {name}, limit {limit}", rows)
     failed = [row["batch"] for row in rows if row["result"] != "right"]
     if failed:
         raise RuntimeError(f"batch sizes without a right program: {failed}")
@@ -115,6 +121,57 @@ def check_memory(backend: CudaBackend, subject: Subject) -> None:
     if not eager.isfinite().all():
         raise RuntimeError("without a graph, results contain NaN after a batch of NaN")
     print("results do not depend on what memory held before")
+
+
+@torch.inference_mode()
+def compare_generation(subject: Subject) -> None:
+    """The involution of the stem and of each stage's first and last block, with kernels from memory and generated.
+
+    Raises:
+        RuntimeError: generated kernels give another result than the definition.
+    """
+    rows: list[dict[str, object]] = []
+    for precision, dtype in DTYPES.items():
+        ways = [
+            list(
+                _involutions(
+                    TritonRedNet(subject.net, subject.preprocess, torch.device("cuda"), dtype, fuse), subject.side
+                )
+            )
+            for fuse in (False, True)
+        ]
+        for (name, side, memory), (_, _, generated) in zip(*ways, strict=True):
+            x = torch.randn(2, len(memory.scale), side, side).to("cuda", dtype, memory_format=torch.channels_last)
+            exact = _definition(memory, x)
+            error_ratio = float((generated(x) - exact).norm() / exact.norm())
+            right = error_ratio <= TOLERANCE["cuda"][precision]
+            x = x[:1].repeat(min(64, max(subject.sizes)), 1, 1, 1).contiguous(memory_format=torch.channels_last)
+            times = {
+                "memory ms": device_ms(partial(memory, x), 0.1),
+                "generated ms": device_ms(partial(generated, x), 0.1),
+            }
+            row = {"precision": precision, "involution": name, "relative error": error_ratio, **times}
+            rows.append(row | {"result": "right" if right else "WRONG"})
+    report(f"{NAME}/generation", "kernels from memory, and generated in the involution", rows)
+    wrong = [(row["precision"], row["involution"]) for row in rows if row["result"] != "right"]
+    if wrong:
+        raise RuntimeError(f"generated kernels are wrong: {wrong}")
+
+
+def _involutions(network: TritonRedNet, side: int) -> Iterator[tuple[str, int, _Involution]]:
+    """The name, the side of the input, and the layer."""
+    yield "stem", side // 2, network._stem[1]
+    for stage, blocks in enumerate(network._stages, 1):
+        yield f"stage {stage}, first", side // 2 ** max(2, stage), blocks[0].involution
+        yield f"stage {stage}, last", side // 2 ** (stage + 1), blocks[-1].involution
+
+
+def _definition(layer: _Involution, x: Tensor) -> Tensor:
+    """The layer's result in float64, from its convolutions' weights."""
+    kernel = torch.einsum("gtc,bcyx->bgtyx", layer.span.double(), layer._reduced(x).double())
+    kernel += layer.bias.double().reshape(1, *kernel.shape[1:3], 1, 1)
+    out = reference.forward(x.double(), kernel, layer.stride)
+    return (out * layer.scale[:, None, None] + layer.shift[:, None, None]).relu()
 
 
 @torch.inference_mode()
@@ -203,6 +260,8 @@ SECTIONS = {
     "fp16": examine(check_programs, 120, "fp16"),
     "bf16": examine(check_programs, 120, "bf16"),
     "fp32": examine(check_programs, 150, "fp32"),
+    "generation": examine(compare_generation, 90),
+    "fp16-generated": examine(check_programs, 120, "fp16", True),
     "fusion": examine(show_fusion, 60),
     "profile": examine(show_profile, 60),
     "embedded": section(check_embedded, 120),

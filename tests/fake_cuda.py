@@ -246,6 +246,16 @@ def defined_fused(
     return out.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
+def defined_generated(
+    x: Tensor, reduced: Tensor, span: Tensor, stride: int, bias: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    """The definition of `triton_generated.fused`, with the faults that a test puts into `triton_ops.fused`."""
+    from rednet.model.ops import triton_ops
+
+    kernel = torch.einsum("gtc,bcyx->bgtyx", span.float(), reduced.float()).to(x.dtype)
+    return triton_ops.fused(x, kernel, stride, bias, scale, shift)
+
+
 def defined_normalise(pixels: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     out = pixels.float() * scale[:, None, None] + shift[:, None, None]
     return out.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -310,7 +320,7 @@ def _triton(interpret: bool) -> Iterator[None]:
     if ops.TRITON_UNAVAILABLE not in (None, "there is no CUDA device"):
         yield
         return
-    from rednet.model.ops import triton_fused, triton_ops
+    from rednet.model.ops import triton_fused, triton_generated, triton_ops
 
     def recorded(launch: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         with _disable_current_modes():  # the interpreter's own operations belong to no graph
@@ -320,10 +330,11 @@ def _triton(interpret: bool) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(candidates, "TRITON_UNAVAILABLE", None))
-        for module in (triton_ops, triton_fused):
+        for module in (triton_ops, triton_fused, triton_generated):
             stack.enter_context(patch.object(module, "_launch", partial(recorded, module._launch)))
         if not interpret:
             stack.enter_context(patch.object(triton_ops, "fused", defined_fused))
+            stack.enter_context(patch.object(triton_generated, "fused", defined_generated))
             stack.enter_context(patch.object(triton_fused, "normalise", defined_normalise))
             stack.enter_context(patch.object(triton_fused, "bias_relu", defined_bias_relu))
             stack.enter_context(patch.object(triton_fused, "pool_bias_relu", defined_pool_bias_relu))

@@ -1,6 +1,7 @@
 """The self-check of the CUDA backend: faults that are put in on purpose, on a made-up GPU if there is none."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -111,13 +112,14 @@ def fault(name: Callable[..., Tensor], only_for: int | None = None) -> Iterator[
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("precision", DTYPES)
 def test_fault_in_the_involution_is_noticed_in_every_precision(net: RedNet, precision: str, name: Fused) -> None:
-    """Both backends with Triton are rejected, and the one without it answers right."""
+    """All backends with Triton are rejected, and the one without it answers right."""
     with fault(name):
         run = prepare(net, TINY, "cuda", precision)
     assert run.backend == "torch, involution: torch"
     assert [reason.partition(": deviates")[0] for reason in run.rejected_backends] == [
         "CUDA graphs",
         "Triton without CUDA graphs",
+        *(["kernel generation in the involution"] if precision != "fp32" else []),
     ]
 
 
@@ -172,7 +174,7 @@ def test_graph_that_replays_something_else_is_noticed(net: RedNet, monkeypatch: 
     replay = CUDAGraph.replay
 
     def incomplete(graph: CUDAGraph) -> None:
-        graph.operations = [each for index, each in enumerate(graph.operations) if index != 200]
+        del graph.operations[200:210]  # some only make views
         replay(graph)
 
     monkeypatch.setattr(CUDAGraph, "replay", incomplete)
@@ -205,7 +207,8 @@ def test_backend_runs_without_graphs_where_they_cannot_be_captured(net: RedNet) 
         patch.setattr(torch.cuda, "graph", refused)
         run = prepare(net, SMALL, "cuda", "fp16")
         assert run.backend == "Triton involution, without CUDA graphs"
-        assert run.rejected_backends == ("CUDA graphs: operation not permitted when stream is capturing",)
+        reason = "operation not permitted when stream is capturing"
+        assert run.rejected_backends == (f"CUDA graphs: {reason}", f"kernel generation in the involution: {reason}")
         pixels = photos(3, 96, 96)
         with torch.inference_mode():
             assert_close(run(pixels).logits, net(SMALL.normalise(pixels)), TOLERANCE["cuda"]["fp16"])
@@ -219,3 +222,73 @@ def test_network_that_no_backend_computes_right_is_rejected(net: RedNet) -> None
         )
         with pytest.raises(SelfCheckError, match=r"CUDA graphs: deviates .*; torch: deviates"):
             prepare(net, SMALL, "cuda", "fp32")
+
+
+@contextmanager
+def timed_by_name(monkeypatch: pytest.MonkeyPatch, generated: float) -> Iterator[None]:
+    """On a clock that says how long each backend takes, relative to the one that reads kernels from memory."""
+    from rednet.model.inference import preparation
+    from rednet.model.inference.cuda.backend import CudaBackend
+
+    now_s = 0.0
+    run = CudaBackend.__call__
+
+    def timed(backend: CudaBackend, *operands: Any, **more: Any) -> object:
+        nonlocal now_s
+        now_s += generated if "generates" in backend.name else 1.0
+        return run(backend, *operands, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CudaBackend, "__call__", timed)
+        patch.setattr(time, "perf_counter", lambda: now_s)
+        patch.setitem(preparation.TIMED_IMAGES, "cuda", 2)  # fewer graphs to capture
+        yield
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU has a speed of its own")
+@pytest.mark.parametrize(("generated", "is_chosen"), [(0.85, True), (0.95, False), (1.5, False)])
+def test_kernels_are_generated_in_the_involution_where_that_is_clearly_faster(
+    net: RedNet, monkeypatch: pytest.MonkeyPatch, generated: float, is_chosen: bool
+) -> None:
+    """In half precision; results are right in either case."""
+    with timed_by_name(monkeypatch, generated):
+        run = prepare(net, TINY, "cuda", "fp16")
+        expected = "Triton involution that generates its kernels" if is_chosen else "Triton involution"
+        assert run.backend == f"CUDA graphs, {expected}"
+        assert run.rejected_backends == ()
+        pixels = photos(3, 64, 64)
+        with torch.inference_mode():
+            assert_close(run(pixels).logits, net(TINY.normalise(pixels)), TOLERANCE["cuda"]["fp16"])
+        assert run(pixels, kernel_sums=[3]).kernel_sums is not None
+        assert prepare(net, TINY, "cuda", "fp32").backend == "CUDA graphs, Triton involution"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU has a speed of its own")
+@pytest.mark.parametrize("wrong_in", ["fp32", "fp16"])
+def test_kernels_that_are_generated_wrong_are_not_used(
+    net: RedNet, monkeypatch: pytest.MonkeyPatch, wrong_in: str
+) -> None:
+    """However fast, also if they are wrong only in float32, which is not served, or only in the served precision."""
+    from rednet.model.ops import triton_generated
+
+    healthy = triton_generated.fused
+
+    def faulty(x: Tensor, *more: Any) -> Tensor:
+        return last_pixel_zero(healthy, x, *more) if x.dtype == DTYPES[wrong_in] else healthy(x, *more)
+
+    monkeypatch.setattr(triton_generated, "fused", faulty)
+    with timed_by_name(monkeypatch, 0.1):
+        run = prepare(net, TINY, "cuda", "fp16")
+    assert run.backend == "CUDA graphs, Triton involution"
+    (reason,) = run.rejected_backends
+    assert reason.startswith("kernel generation in the involution: deviates")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU has a capability of its own")
+def test_kernels_are_not_generated_in_the_involution_without_tensor_cores(
+    net: RedNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those GPUs whose tensor cores Triton uses."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with timed_by_name(monkeypatch, 0.1):
+        assert prepare(net, TINY, "cuda", "fp16").backend == "CUDA graphs, Triton involution"

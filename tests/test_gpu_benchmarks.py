@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rednet import Preprocess, RedNet, load_checkpoint
+from rednet.model.inference import preparation
 from rednet.model.inference.cuda.network import TritonRedNet
 from tests.fake_cuda import CUDAGraph, fake_cuda
 from tests.servers import wait_until
@@ -132,8 +133,11 @@ def test_first_visit_notices_results_that_depend_on_old_memory(
 
 
 @pytest.mark.usefixtures("made_up_gpu")
-def test_first_visit_shows_fusion_profile_and_choice(subject: gpu_first.Subject, results: Path) -> None:
+def test_first_visit_shows_fusion_profile_and_choice(
+    subject: gpu_first.Subject, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The profile is empty here: no kernel runs."""
+    monkeypatch.setitem(preparation.TIMED_IMAGES, "cuda", 2)  # fewer graphs to capture
     gpu_first.show_fusion(subject)
     assert all(row["ReLU keeps NaN"] for row in rows(results, "fusion"))
     gpu_first.show_profile(subject, "fp32")
@@ -141,6 +145,28 @@ def test_first_visit_shows_fusion_profile_and_choice(subject: gpu_first.Subject,
     net: RedNet = load_checkpoint().net
     gpu_first.check_prepare(net, Preprocess(resize=72, crop=64))
     assert [row["precision"] for row in rows(results, "prepare")] == ["fp32", "bf16", "fp16", "auto"]
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_first_visit_compares_kernels_from_memory_with_generated_ones(
+    subject: gpu_first.Subject, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every precision and every kind of layer, and each CUDA graph of the network; wrong results are errors."""
+    from rednet.model.ops import triton_generated
+
+    monkeypatch.setattr(gpu_first, "device_ms", lambda run, _: gpu_kernels.device_ms(run, 0.01))
+    gpu_first.compare_generation(subject)
+    table = rows(results, "generation")
+    assert len(table) == 3 * 9
+    assert all(row["result"] == "right" and row["generated ms"] for row in table)
+    gpu_first.check_programs(subject, "fp32", fuse_generation=True)
+    assert all(row["result"] == "right" for row in rows(results, "programs-fp32-generated"))
+    fused = triton_generated.fused
+    monkeypatch.setattr(triton_generated, "fused", lambda *operands: fused(*operands) * 1.1)
+    with pytest.raises(RuntimeError, match=r"generated kernels are wrong: .*stem"):
+        gpu_first.compare_generation(subject)
+    with pytest.raises(RuntimeError, match=r"\[1, 2, 3\]"):
+        gpu_first.check_programs(subject, "fp32", fuse_generation=True)
 
 
 @pytest.mark.usefixtures("made_up_gpu")

@@ -133,7 +133,7 @@ def prepare(
     """Make a network ready for fast inference. The network itself is not changed.
 
     The backends that support the network are tried, best first, on one fixed input. A backend whose output differs from
-    the network's own is rejected. If several precisions remain, the fastest on this machine is used.
+    the network's own is rejected. If several precisions or ways to compute remain, the fastest on this machine is used.
 
     Args:
         net: a RedNet for RGB.
@@ -201,15 +201,16 @@ def _prepare_on(
     valid: list[Prepared] = []
     automatic = ("int8", *AUTO[device.type]) if ranges is not None and not cuda else AUTO[device.type]
     for each in automatic if precision == "auto" else (precision,):
-        started = time.perf_counter()
-        candidates = (
-            cuda_candidates(DTYPES[each], checks[each]) if cuda else _cpu_candidates(net, preprocess, each, ranges)
+        compared = (
+            cuda_candidates(DTYPES[each], checks[each]) if cuda else [_cpu_candidates(net, preprocess, each, ranges)]
         )
-        backend, error = first_valid_backend(candidates, checks[each], copies, rejected)
-        if backend:
-            head = net.head.fc.weight.detach().to(device, torch.float32, copy=True)
-            check_s = time.perf_counter() - started
-            valid.append(Prepared(backend, preprocess, head, device, each, error, (), check_s))
+        for candidates in compared:
+            started = time.perf_counter()
+            backend, error = first_valid_backend(candidates, checks[each], copies, rejected)
+            if backend:
+                head = net.head.fc.weight.detach().to(device, torch.float32, copy=True)
+                check_s = time.perf_counter() - started
+                valid.append(Prepared(backend, preprocess, head, device, each, error, (), check_s))
     rejected = list(dict.fromkeys(rejected))  # several precisions may have the same reason
     if not valid:
         raise SelfCheckError("the self-check failed; " + "; ".join(rejected))

@@ -33,6 +33,7 @@ class CudaBackend:
         dtype: dtype of weights and activations.
         check: compares the program for each batch size with the network when it is made.
         graphs: False: launch every kernel separately, where graphs cannot be captured.
+        fuse_generation: generate involution kernels inside the involution.
     """
 
     def __init__(
@@ -43,14 +44,16 @@ class CudaBackend:
         dtype: torch.dtype,
         check: SelfCheck,
         graphs: bool = True,
+        fuse_generation: bool = False,
     ) -> None:
         self._device, self._side, self._check, self._graphs = device, preprocess.crop, check, graphs
         self._precision = ieee_float32 if dtype == torch.float32 else nullcontext
-        self._network = TritonRedNet(net, preprocess, device, dtype)
+        self._network = TritonRedNet(net, preprocess, device, dtype, fuse_generation)
         self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs, which never run at the same time
         self._stream = torch.cuda.Stream(device)  # for capturing; torch's default is on the first device
         self._buckets = BatchBuckets(self._capture)
-        self.name = "CUDA graphs, Triton involution" if graphs else "Triton involution, without CUDA graphs"
+        involution = "Triton involution that generates its kernels" if fuse_generation else "Triton involution"
+        self.name = f"CUDA graphs, {involution}" if graphs else f"{involution}, without CUDA graphs"
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, stages: Stages = (), kernel_sums: Stages = ()) -> Output:

@@ -2,7 +2,7 @@
 
 Everything is channels-last. Batch norms are folded into the convolutions before them. A 1x1 convolution is a matrix
 product that also adds its bias and applies the ReLU; the last one of a block adds the residual, too. An involution's
-Triton kernel applies the batch norm and ReLU that follow it.
+Triton kernel applies the batch norm and ReLU that follow it, and optionally generates the involution kernels itself.
 
 torch's `cudnn_convolution_relu` is not used: it passes its uninitialised output to cuDNN as a residual, to be
 multiplied by zero. If cuDNN computes that product, a NaN in the memory stays.
@@ -21,7 +21,7 @@ from rednet.model.inference.cuda.conv_fallback import ConvFallback
 from rednet.model.inference.fold_batchnorm import fold_batchnorm, scale_and_shift
 from rednet.model.nn.involution import Involution
 from rednet.model.nn.rednet import Bottleneck, RedNet
-from rednet.model.ops import triton_fused, triton_ops
+from rednet.model.ops import triton_fused, triton_generated, triton_ops
 
 ALIGNMENT = 8  # pixels; 16 bytes in half precision
 
@@ -34,13 +34,22 @@ class TritonRedNet:
         preprocess: the normalisation of pixels.
         device: a CUDA device, or the CPU under Triton's interpreter.
         dtype: dtype of weights and activations; sums are accumulated in float32.
+        fuse_generation: generate involution kernels inside the involution where `triton_generated` supports it, instead
+            of writing them to memory.
     """
 
-    def __init__(self, net: RedNet, preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        net: RedNet,
+        preprocess: Preprocess,
+        device: torch.device,
+        dtype: torch.dtype,
+        fuse_generation: bool = False,
+    ) -> None:
         net = fold_batchnorm(net).to(device)
         stem = net.backbone.stem
         self._dtype = dtype
-        make = _Maker(dtype, ConvFallback(), _fused_relu_keeps_nan(device, dtype))
+        make = _Maker(dtype, ConvFallback(), _fused_relu_keeps_nan(device, dtype), fuse_generation)
         # The network's input is value * scale + shift. Uploaded here, because a captured graph must not upload.
         self._scale, self._shift = (tensor.to(device) for tensor in _normalisation(preprocess))
         self._stem = (
@@ -140,29 +149,34 @@ class _Involution(NamedTuple):
     """An involution layer with the batch norm and ReLU that follow it. `reduce` and `span` are the paper's names."""
 
     reduce: _Pointwise
-    span: Tensor  # [G * K * K, C / r], weights of the 1x1 convolution that generates the kernels
+    span: Tensor  # [G, K * K, C / r], weights of the 1x1 convolution that generates the kernels
     bias: Tensor  # [G * K * K], its bias, which the Triton kernel adds where it reads the kernels
     scale: Tensor  # [C], batch norm
     shift: Tensor  # [C], batch norm
-    groups: int
     stride: int
+    fuse_generation: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        return triton_ops.fused(x, self._kernel(x), self.stride, self.bias, self.scale, self.shift)
+        reduced, others = self._reduced(x), (self.stride, self.bias, self.scale, self.shift)
+        if self.fuse_generation:
+            return triton_generated.fused(x, reduced, self.span, *others)
+        return triton_ops.fused(x, self._kernel(reduced), *others)
 
     def kernel_sums(self, x: Tensor) -> Tensor:
-        return self._kernel(x).sum(dim=2) + self.bias.reshape(self.groups, -1).sum(dim=1)[:, None, None]
+        bias = self.bias.reshape(len(self.span), -1).sum(dim=1)
+        return self._kernel(self._reduced(x)).sum(dim=2) + bias[:, None, None]
 
-    def _kernel(self, x: Tensor) -> Tensor:  # [B, G, K*K, h, w], without the bias
-        if self.stride > 1:
-            x = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)
-        reduced = self.reduce(x).permute(0, 2, 3, 1)  # [B, h, w, C / r]
-        rows = reduced.flatten(0, 2)
+    def _reduced(self, x: Tensor) -> Tensor:  # [B, C / r, h, w]
+        return self.reduce(F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True) if self.stride > 1 else x)
+
+    def _kernel(self, reduced: Tensor) -> Tensor:  # [B, G, K*K, h, w], without the bias
+        pixels = reduced.permute(0, 2, 3, 1)
+        rows, span = pixels.flatten(0, 2), self.span.flatten(0, 1)
         # A matrix product instead of a convolution, for its layout: one tap's values for all pixels are adjacent. Each
         # tap begins at a multiple of 16 bytes, without which cuBLAS takes slow algorithms (7x7 maps in small batches).
-        padded = rows.new_empty(len(self.span), -(-len(rows) // ALIGNMENT) * ALIGNMENT)
-        taps = torch.mm(self.span, rows.T, out=padded[:, : len(rows)])
-        return taps.reshape(self.groups, len(taps) // self.groups, *reduced.shape[:3]).permute(2, 0, 1, 3, 4)
+        padded = rows.new_empty(len(span), -(-len(rows) // ALIGNMENT) * ALIGNMENT)
+        taps = torch.mm(span, rows.T, out=padded[:, : len(rows)])
+        return taps.reshape(*self.span.shape[:2], *pixels.shape[:3]).permute(2, 0, 1, 3, 4)
 
 
 class _Block(NamedTuple):
@@ -186,6 +200,7 @@ class _Maker(NamedTuple):
     dtype: torch.dtype
     fallback: ConvFallback
     keeps_nan: bool
+    fuse_generation: bool
 
     def convolution(self, conv: nn.Module) -> _Convolution:
         assert isinstance(conv, nn.Conv2d)
@@ -200,10 +215,16 @@ class _Maker(NamedTuple):
 
     def involution(self, layer: nn.Module, bn: nn.Module) -> _Involution:
         assert isinstance(layer, Involution)
-        reduce, span = (layer.get_submodule(f"conv{n}.conv") for n in (1, 2))
-        weight, bias, *_ = self.convolution(span)
+        reduce = self.pointwise(layer.get_submodule("conv1.conv"))
+        weight, bias, *_ = self.convolution(layer.get_submodule("conv2.conv"))
+        span = weight.reshape(layer.groups, layer.kernel_size**2, -1)
         scale, shift = scale_and_shift(bn)
-        return _Involution(self.pointwise(reduce), weight.flatten(1), bias, scale, shift, layer.groups, layer.stride)
+        fuse = self.fuse_generation and triton_generated.is_supported(layer.kernel_size, len(scale) // layer.groups)
+        if fuse:  # channels of zeros, up to what tensor cores multiply at a time
+            missing = -span.shape[2] % triton_generated.REDUCED_BLOCK
+            reduce = reduce._replace(weight=F.pad(reduce.weight, (0, missing)), bias=F.pad(reduce.bias, (0, missing)))
+            span = F.pad(span, (0, missing))
+        return _Involution(reduce, span, bias, scale, shift, layer.stride, fuse)
 
     def block(self, block: nn.Module) -> _Block:
         assert isinstance(block, Bottleneck)
