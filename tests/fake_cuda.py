@@ -50,7 +50,8 @@ class Stream:
 class Event:
     """Reports completion at the second query, or when waited for."""
 
-    def __init__(self, **_: object) -> None:
+    def __init__(self, blocking: bool = False, **_: object) -> None:
+        self.blocking = blocking
         self._stream: Stream | None = None
         self._recorded_s = 0.0
 

@@ -77,6 +77,12 @@ def test_upload_is_held_until_its_batch_has_run(prepared: Prepared) -> None:
     assert uploads[0]() is None
 
 
+def test_waiting_for_a_batch_does_not_spin(prepared: Prepared) -> None:
+    """Front ends and decoders need the core."""
+    running = PreparedRunner(prepared, max_batch_size=4).launch(list(photos(2, 64, 64).numpy()))
+    assert running.arrived.blocking  # type: ignore[attr-defined]
+
+
 def test_lost_device_is_reported_where_a_batch_is_awaited(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine ends the process on it."""
     running = PreparedRunner(prepared, max_batch_size=4).launch(list(photos(2, 64, 64).numpy()))

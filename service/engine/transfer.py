@@ -93,7 +93,7 @@ class CudaTransfer:
     def download(self, pixels: Tensor, output: Output, grids: Mapping[int, Tensor]) -> Running:
         logits, features = (each.to("cpu", non_blocking=True) for each in (output.logits, output.features))
         grids = {index: grid.to("cpu", non_blocking=True) for index, grid in grids.items()}
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event(blocking=True)  # who waits sleeps, where it would otherwise keep a core busy
         arrived.record(torch.cuda.current_stream(self._device))
         return PendingDownload(pixels, logits, features, grids, arrived)
 
