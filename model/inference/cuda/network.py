@@ -163,8 +163,9 @@ class _Involution(NamedTuple):
         return triton_ops.fused(x, self._kernel(reduced), *others)
 
     def kernel_sums(self, x: Tensor) -> Tensor:
-        bias = self.bias.reshape(len(self.span), -1).sum(dim=1)
-        return self._kernel(self._reduced(x)).sum(dim=2) + bias[:, None, None]
+        # What the summed weights generate is the sum of what they generate one by one, without the tensor of all taps.
+        span, bias = self.span.sum(dim=1), self.bias.reshape(len(self.span), -1).sum(dim=1)
+        return torch.einsum("gc,bcyx->bgyx", span, self._reduced(x)) + bias[:, None, None]
 
     def _reduced(self, x: Tensor) -> Tensor:  # [B, C / r, h, w]
         return self.reduce(F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True) if self.stride > 1 else x)
