@@ -140,18 +140,3 @@ def test_generated_involution_keeps_nan_of_the_generator() -> None:
 @pytest.mark.parametrize(("k", "group_channels", "expected"), [(7, 16, True), (9, 16, False), (3, 64, False)])
 def test_generated_involution_supports_what_fits_into_registers(k: int, group_channels: int, expected: bool) -> None:
     assert triton_generated.is_supported(k, group_channels) == expected
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device here")
-@pytest.mark.gpu
-def test_generated_involution_is_not_specialised_for_shapes() -> None:
-    """Values that Triton would specialise for (1, multiples of 16) reuse the compiled kernel."""
-
-    def run(height: int, width: int, groups: int, reduced: int) -> None:
-        case(torch.float16, 3, 1, height, width, groups, 16, reduced).result()
-
-    run(5, 7, 3, 32)
-    compiled = sum(len(cache[0]) for cache in triton_generated._forward.device_caches.values())
-    for shape in ((1, 5, 2, 48), (16, 32, 1, 16), (64, 64, 16, 256)):
-        run(*shape)
-    assert sum(len(cache[0]) for cache in triton_generated._forward.device_caches.values()) == compiled

@@ -209,3 +209,39 @@ def test_triton_kernels_are_not_specialised_for_shapes() -> None:
     for batch, side in ((1, 5), (16, 5), (3, 1), (3, 16), (32, 64), (7, 33)):
         forward(batch, side)
     assert sum(len(cache[0]) for cache in triton_ops._forward.device_caches.values()) == compiled
+
+
+SPECIALISE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from rednet.model.ops import triton_generated, triton_ops
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+
+class CompiledOnly:
+    def __init__(self, kernel): self.kernel = kernel
+    def __getitem__(self, grid): return lambda *values, **meta: self.kernel.warmup(*values, grid=grid, **meta)
+    def __len__(self): return sum(len(cache[0]) for cache in self.kernel.device_caches.values())
+
+triton.runtime.driver.set_active(Driver())
+for module in (triton_ops, triton_generated):
+    module._forward = CompiledOnly(module._forward)
+for batch, groups, side, reduced in ((3, 3, 11, 48), (1, 1, 1, 16), (16, 16, 16, 16), (64, 32, 7, 128)):
+    x, norm = torch.empty(batch, 16 * groups, side, side, dtype=torch.float16), torch.empty(2, 16 * groups)
+    kernel, bias = x.new_empty(batch, groups, 9, side, side), x.new_empty(groups * 9)
+    triton_ops.fused(x, kernel, 1, bias, *norm)
+    triton_generated.fused(x, x.new_empty(batch, reduced, side, side), x.new_empty(groups, 9, reduced), 1, bias, *norm)
+    assert len(triton_ops._forward) == len(triton_generated._forward) == 1, (batch, groups, side, reduced)
+"""
+
+
+@pytest.mark.slow
+def test_triton_kernels_are_compiled_once_for_all_shapes_without_a_gpu() -> None:
+    """Sizes that Triton would specialise for (1, multiples of 16) reuse compiled kernels, on a made-up driver."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SPECIALISE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
