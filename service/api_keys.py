@@ -36,6 +36,10 @@ class KeyFile:
     def __len__(self) -> int:
         return len(self._names)
 
+    def __str__(self) -> str:
+        """For the log: how many keys there are, and where."""
+        return f"{len(self)} API key{'' if len(self) == 1 else 's'} in {self.path}"
+
     def reload(self) -> None:
         """Read the file again. If that raises `KeyFileError`, the keys stay as they are."""
         self._names = _read(self.path)

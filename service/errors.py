@@ -55,8 +55,9 @@ class Unauthorized(ServiceError):
 
     code = "unauthorized"
 
-    def __init__(self) -> None:
-        super().__init__("this server requires an API key: Authorization: Bearer <key>")
+    def __init__(self, key_given: bool) -> None:
+        missing = "this server requires an API key: Authorization: Bearer <key>"
+        super().__init__("the API key is not valid" if key_given else missing)
 
 
 class NotFound(ServiceError):
@@ -137,7 +138,7 @@ class Refused(ServiceError):
 
 
 class Overloaded(Refused):
-    """The queue, slow decoding or memory is full, or the response would come after the deadline."""
+    """The queue is full, too many large images or bodies are waiting, or the response would come after the deadline."""
 
     code = "overloaded"
 

@@ -153,7 +153,7 @@ async def reload_keys(keys: KeyFile, metrics: Metrics) -> None:
         logger.error("the API keys were not loaded, the old ones stay: %s", error)
         metrics.reloaded("api_keys", "failed")
     else:
-        logger.info("%d API key%s", len(keys), "" if len(keys) == 1 else "s")
+        logger.info("%s", keys)
         metrics.reloaded("api_keys", "ok")
 
 

@@ -157,6 +157,11 @@ def test_requests_are_counted_by_the_name_of_their_key(tmp_path: Path) -> None:
     ]
 
 
+def test_message_tells_a_wrong_key_from_a_missing_one(running: ServerThread) -> None:
+    for headers, message in ({}, "requires an API key"), (bearer(f"shop:{ONE}"), "the API key is not valid"):
+        assert message in running.client.get("/v1/model", headers=headers).json()["error"]["message"]
+
+
 def test_unauthorized_body_is_not_read(running: ServerThread) -> None:
     """The response comes before the announced body, and the request takes no slot in the queue."""
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"

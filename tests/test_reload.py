@@ -255,6 +255,7 @@ def test_sighup_reads_keys_and_checkpoint_again(tiny_path: Path, tmp_path: Path,
             return answer.status_code, answer.json().get("name", "")
 
         assert ask(KEY) == (200, "tiny")
+        assert f"requests need an API key: 1 API key in {key_file}" in server.log
         key_file.write_text("")
         (folder / "a.safetensors").unlink()
         save_checkpoint(folder / "b.safetensors", small_checkpoint("small"))

@@ -180,7 +180,7 @@ class Calls:
             shown = BEARER.fullmatch(header) if isinstance(header, str) else None
             name = self._keys.name_of(shown[1]) if shown else None
             if name is None:
-                raise Unauthorized
+                raise Unauthorized(key_given=shown is not None)
             log.note(key=name)
             self._metrics.authenticated(name)
 

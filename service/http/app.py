@@ -1,6 +1,7 @@
 """The web application: routes around the pipeline."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
@@ -24,6 +25,8 @@ from rednet.service.parsing.parser import Parser
 from rednet.service.pipeline import Pipeline
 from rednet.service.reloading import ReloadablePipeline
 from rednet.service.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 MAX_LARGE_BODIES = 16  # bodies of the largest size that fit into memory at a time; of everyday photos, thousands
 
@@ -76,6 +79,8 @@ def create_app(
     budget = MemoryBudget(max(1, MAX_LARGE_BODIES // processes) * settings.max_body_bytes)
     app.state.current_context = lambda: context_of(pipeline.current)
     guard = [Depends(require_key)] if keys else []
+    if keys:
+        logger.info("requests need an API key: %s", keys)
     app.include_router(v1.direct, dependencies=guard)
     app.include_router(v1.router, dependencies=guard)
     app.include_router(explain.router, dependencies=guard)

@@ -49,7 +49,7 @@ async def require_key(request: Request, shown: Annotated[HTTPAuthorizationCreden
         return
     name = server.keys.name_of(shown.credentials) if shown else None
     if name is None:
-        raise Unauthorized
+        raise Unauthorized(key_given=shown is not None)
     log.note(key=name)
     server.pipeline.metrics.authenticated(name)
 
