@@ -51,7 +51,7 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
         raise ValueError(f"involution needs x [B, C, H, W] and kernel [B, G, K*K, h, w], got {_shapes(x, kernel)}")
     taps = kernel.shape[2]
     if stride < 1 or isqrt(taps) ** 2 != taps or taps % 2 == 0:
-        raise ValueError(f"involution needs stride >= 1 and K*K taps with odd K, got {stride} and {taps}")
+        raise ValueError(f"involution needs stride >= 1 and K*K taps with odd K, got stride {stride} and {taps} taps")
     if x.shape[0] != kernel.shape[0] or kernel.shape[1] == 0 or x.shape[1] % kernel.shape[1] != 0:
         raise ValueError(f"batch sizes must agree and groups must divide the channels, got {_shapes(x, kernel)}")
     height, width = -(-x.shape[2] // stride), -(-x.shape[3] // stride)

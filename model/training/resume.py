@@ -85,7 +85,7 @@ class ResumeFile:
         if inputs != self.inputs:
             what = next(name for name in inputs if inputs[name] != self.inputs[name])
             raise ValueError(f"{self.path} is an unfinished run of another {what}; finish that one or remove it")
-        print(f"resuming in epoch {state.epoch + 1}, after {state.step} batches", file=sys.stderr)
+        print(f"resuming after {state.epoch} epochs and {state.step} batches", file=sys.stderr)
 
 
 def photos_digest(photos: Sequence[Photo]) -> str:

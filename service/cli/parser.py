@@ -176,7 +176,7 @@ RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     ("--size", 176, "largest training crop in pixels; inference uses about 8/7 of it"),
     ("--batch-size", 64, "photos per step"),
     ("--learning-rate", 2e-3, "peak learning rate; with --from it is 0.0003, unless given"),
-    ("--warmup-epochs", 2.0, "epochs until the learning rate reaches its peak"),
+    ("--warmup-epochs", 2.0, "epochs until the learning rate reaches its peak, at most a fifth of all"),
     ("--weight-decay", 0.05, "weight decay of weight matrices"),
     ("--label-smoothing", 0.1, "share of the target spread over all classes"),
     ("--mixup", 0.1, "alpha of mixup; 0: no mixup"),
