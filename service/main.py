@@ -119,5 +119,5 @@ def _build(
     model = network.description
     for reason in model.passed_over:
         logger.warning("rejected backend: %s", reason)
-    logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
+    logger.info("serving %s", model.summary())
     return build(settings, network, metrics, counts, limits)

@@ -41,6 +41,14 @@ class ModelBody(BaseModel):
     max_batch_size: int = Field(1, description="chosen by warm-up, unless set by an option")
     cost_s: dict[int, float] = Field({}, description="seconds per batch, by batch size, measured by warm-up")
 
+    def checkpoint_digits(self) -> str:
+        """The first digits of the checkpoint's digest, enough to tell checkpoints apart in logs and metrics."""
+        return (self.checkpoint_sha256 or "")[:12]
+
+    def summary(self) -> str:
+        """What is served, and how, in a line."""
+        return f"{self.name} ({self.checkpoint_digits()}) on {self.device} in {self.precision}: {self.backend}"
+
 
 def describe(checkpoint: "Checkpoint", prepared: "Sequence[Prepared]") -> ModelBody:
     """Describe a network for `/v1/model` and `rednet info`.

@@ -106,7 +106,8 @@ class ReloadablePipeline:
         self._replaced = old
         self.metrics.model(pipeline.model)
         self.metrics.reloaded("checkpoint", "ok")
-        logger.info("%s replaces %s, after %.1f s", pipeline.model.name, old.model.name, took_s)
+        new, replaced = (f"{model.name} ({model.checkpoint_digits()})" for model in (pipeline.model, old.model))
+        logger.info("%s replaces %s, after %.1f s", new, replaced, took_s)
         await asyncio.sleep(POLL_S)  # for requests that have looked at `current` and are about to be admitted
         while old.client.requests:  # noqa: ASYNC110  (as above)
             await asyncio.sleep(POLL_S)

@@ -204,10 +204,10 @@ class Metrics:
             return
         info = GaugeMetricFamily(
             "rednet_model_info",
-            "Always 1; the labels describe the model.",
-            labels=("name", "architecture", "device", "precision"),
+            "Always 1; the labels describe the model. checkpoint: the first digits of the file's SHA-256.",
+            labels=("name", "architecture", "device", "precision", "checkpoint"),
         )
-        info.add_metric((model.name, model.architecture, model.device, model.precision), 1)
+        info.add_metric((model.name, model.architecture, model.device, model.precision, model.checkpoint_digits()), 1)
         yield info
         text = "Relative deviation of the backend from the reference output in the self-check at start."
         yield GaugeMetricFamily("rednet_selfcheck_deviation_ratio", text, model.deviation)

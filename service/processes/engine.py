@@ -169,7 +169,7 @@ def main(load: Callable[[Settings], Network] = load_network) -> int:
     model = network.description
     for reason in model.passed_over:
         logger.warning("rejected backend: %s", reason)
-    logger.info("serving %s on %s in %s: %s", model.name, model.device, model.precision, model.backend)
+    logger.info("serving %s", model.summary())
     host = EngineHost(settings, network, options.started)
     return host.run(socket.socket(fileno=options.listener), socket.socket(fileno=options.control))
 
