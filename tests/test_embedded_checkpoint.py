@@ -23,6 +23,7 @@ def test_embedded_checkpoint_describes_itself() -> None:
     assert checkpoint.net.config == RedNetConfig(depth=26, num_classes=10)  # the paper's architecture at full width
     assert checkpoint.preprocess.crop == 224
     assert checkpoint.calibration is not None
+    assert checkpoint.familiarity is not None
     assert {"data", "recipe", "torch", "accuracy", "temperature", "history", "int8"} <= checkpoint.provenance.keys()
     assert len((resources.files("model") / EMBEDDED).read_bytes()) < 16 << 20
 
@@ -33,15 +34,15 @@ def test_embedded_checkpoint_describes_itself() -> None:
 def test_embedded_checkpoint_accuracy_on_imagenette_validation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`rednet evaluate` reports at least 88 % of 1,966 photos, with a small calibration error."""
+    """`rednet evaluate` reports at least 90 % of 1,966 photos, with a small calibration error."""
     with tarfile.open(SHARED / "data" / "imagenette-val.tar") as archive:
         archive.extractall(tmp_path, filter="data")
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["images"] == 1966
-    assert result["top1"] >= 0.88
+    assert result["top1"] >= 0.9
     assert result["top5"] >= 0.98
-    assert result["ece"] <= 0.03
+    assert result["ece"] <= 0.02
 
 
 @needs_shared
