@@ -245,7 +245,7 @@ def test_request_that_does_not_fit_is_malformed(calls: Any, request_: Any, messa
 
 def test_image_that_cannot_be_read_fails_the_call(calls: Any) -> None:
     """With the codes that it has over HTTP, and its position."""
-    for data, code in ((TEXT, "UNSUPPORTED_MEDIA_TYPE"), (CUT, "UNREADABLE_IMAGE"), (b"", "UNSUPPORTED_MEDIA_TYPE")):
+    for data, code in ((TEXT, "UNSUPPORTED_MEDIA_TYPE"), (CUT, "UNREADABLE_IMAGE"), (b"", "MALFORMED_REQUEST")):
         for raw in (True, False):
             error = assert_failed("INVALID_ARGUMENT", code, calls.ModelInfer, image_request(PHOTO, data, raw=raw))
             assert error.details().startswith("image 1: ")
