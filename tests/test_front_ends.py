@@ -111,7 +111,9 @@ def test_metrics_of_any_front_end_count_the_requests_of_all(server: ServerProces
         assert predict(server).status_code == 200
     assert metric(server, series) == before + 10
     assert metric(server, "rednet_queue_depth") == 0
-    assert 'rednet_model_info{architecture="rednet26",device="cpu"' in server.client.get("/metrics").text
+    digits = server.client.get("/v1/model").json()["checkpoint_sha256"][:12]
+    described = f'rednet_model_info{{architecture="rednet26",checkpoint="{digits}",device="cpu"'
+    assert described in server.client.get("/metrics").text
 
 
 def test_process_metrics_are_sums_over_the_processes(server: ServerProcess) -> None:
