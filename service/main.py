@@ -116,8 +116,5 @@ def load_app(
 def _build(
     settings: Settings, network: Network, metrics: Metrics, counts: QueueCounts, limits: DecodeLimits
 ) -> Pipeline:
-    model = network.description
-    for reason in model.passed_over:
-        logger.warning("rejected backend: %s", reason)
-    logger.info("serving %s", model.summary())
+    network.log()
     return build(settings, network, metrics, counts, limits)

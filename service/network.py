@@ -38,6 +38,12 @@ class Network:
     gpus: Mapping[str, str] = field(default_factory=dict)
     familiarity: Familiarity | None = None
 
+    def log(self) -> None:
+        """Log what is served, and which backends were rejected."""
+        for reason in self.description.passed_over:
+            logger.warning("rejected backend: %s", reason)
+        logger.info("serving %s", self.description.summary())
+
 
 def load_network(settings: Settings) -> Network:
     """Load the checkpoint, and prepare its network on every device that was asked for.

@@ -44,5 +44,5 @@ def _cutmix(x: Tensor, area: float, rng: np.random.Generator) -> tuple[Tensor, f
     top, left = (max(0, round(at - half)) for at in middle)
     bottom, right = (min(side, round(at + half)) for at in middle)
     mixed = x.clone()
-    mixed[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
+    mixed[:, :, top:bottom, left:right] = x[:, :, top:bottom, left:right].flip(0)
     return mixed, 1 - (bottom - top) * (right - left) / side**2

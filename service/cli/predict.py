@@ -96,8 +96,8 @@ def _write(settings: Settings, network: Network, photos: Sequence[str], options:
     model = network.description
     files = [_shown(photo) for photo in photos]
     run = {
-        "set of photos": _digest("\0".join(photos).encode("utf-8", "surrogateescape")),
-        "checkpoint": _digest(b"" if settings.checkpoint is None else settings.checkpoint.read_bytes()),
+        "set of photos": hashlib.sha256("\0".join(photos).encode("utf-8", "surrogateescape")).hexdigest(),
+        "checkpoint": model.checkpoint_sha256,
         "model": model.name,
         "device": model.device,
         "precision": model.precision,
@@ -165,7 +165,3 @@ def _print_row(photo: str, row: dict[str, Any]) -> None:
 def _shown(photo: str) -> str:
     """A path as text: bytes that are not UTF-8 are escaped, as in `\\xff`."""
     return os.fsencode(photo).decode("utf-8", "backslashreplace")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

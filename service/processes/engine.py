@@ -166,10 +166,7 @@ def main(load: Callable[[Settings], Network] = load_network) -> int:
     settings = options.read_settings()
     log.configure(settings.log_level, settings.log_format)
     network = load(settings)
-    model = network.description
-    for reason in model.passed_over:
-        logger.warning("rejected backend: %s", reason)
-    logger.info("serving %s", model.summary())
+    network.log()
     host = EngineHost(settings, network, options.started)
     return host.run(socket.socket(fileno=options.listener), socket.socket(fileno=options.control))
 
