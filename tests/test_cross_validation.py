@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from rednet import Familiarity, load_checkpoint, prepare
-from rednet.model.training import trainer
-from rednet.model.training.cross_validation import split_folds
+from rednet.model.training.calibration import predict
 from rednet.model.training.dataset import read_folder
 from rednet.model.training.evaluation import Predictions, evaluate
 from rednet.model.training.loader import Photo
+from rednet.model.training.splits import split_folds
 from rednet.model.training.steps import Run
 from rednet.model.training.temperature import fit_temperature
 from rednet.model.training.trainer import train
@@ -56,7 +56,6 @@ def test_few_photos_get_temperature_and_familiarity(
     assert unbroken.familiarity
 
     tries: list[str] = []
-    predict = trainer._predict
 
     def interrupted(run: Run, photos: list[Photo], describe: str) -> Predictions:
         tries.append(describe)
@@ -65,7 +64,7 @@ def test_few_photos_get_temperature_and_familiarity(
         return predict(run, photos, describe)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_predict", interrupted)
+        patch.setattr("rednet.model.training.trainer.predict", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(data, tmp_path / "b.safetensors", RECIPE, device=CPU)
     left = {path.name for path in tmp_path.iterdir()}
@@ -90,7 +89,7 @@ def test_temperature_is_that_of_unseen_photos(data: Path, tmp_path: Path) -> Non
             (folder / photo.path.name).symlink_to(photo.path)
         (root / "val").symlink_to(data / "val")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "split_folds", lambda _: [])
+            patch.setattr("rednet.model.training.trainer.split_folds", lambda _: [])
             alone = train(root, tmp_path / f"{number}.safetensors", RECIPE, device=CPU)
         assert alone.provenance["temperature"] == 1.0
         assert alone.familiarity is None

@@ -21,10 +21,12 @@ from rednet.model.images.preprocess import Pixels
 from rednet.model.training.confusion import draw_confusion
 from rednet.model.training.dataset import read_folder
 from rednet.model.training.evaluation import Predictions, evaluate
+from rednet.model.training.initial import adapt_to_classes
 from rednet.model.training.loader import Photo, PhotoError, load_batches
 from rednet.model.training.recipe import FINE_TUNING_RATE, Recipe
+from rednet.model.training.splits import hold_out
 from rednet.model.training.steps import update_average
-from rednet.model.training.trainer import adapt_to_classes, hold_out, train
+from rednet.model.training.trainer import train
 from rednet.service.cli.parser import main
 from tests.conftest import photo
 from tests.servers import REDNET, wait_until
@@ -231,8 +233,8 @@ def test_held_out_photos_are_one_in_twenty_of_every_class() -> None:
 
 def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is part of the weights: the accuracy in the file is that of the scaled probabilities."""
-    monkeypatch.setattr("rednet.model.training.trainer.HELD_OUT_EVERY", 3)
-    monkeypatch.setattr("rednet.model.training.trainer.MIN_HELD_OUT", 10)
+    monkeypatch.setattr("rednet.model.training.splits.HELD_OUT_EVERY", 3)
+    monkeypatch.setattr("rednet.model.training.splits.MIN_HELD_OUT", 10)
     train(data, tmp_path / "x", RECIPE, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "x")
     assert checkpoint.provenance["temperature"] not in (1.0, pytest.approx(0.1))
@@ -244,9 +246,9 @@ def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeyp
 
 def test_held_out_photos_set_familiarity(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation photos, which are of the same kind, look like them on average."""
-    monkeypatch.setattr("rednet.model.training.trainer.HELD_OUT_EVERY", 3)
-    monkeypatch.setattr("rednet.model.training.trainer.MIN_HELD_OUT", 10)
-    monkeypatch.setattr("rednet.model.training.trainer.MIN_COMPARED", 10)
+    monkeypatch.setattr("rednet.model.training.splits.HELD_OUT_EVERY", 3)
+    monkeypatch.setattr("rednet.model.training.splits.MIN_HELD_OUT", 10)
+    monkeypatch.setattr("rednet.model.training.calibration.MIN_COMPARED", 10)
     recipe = Recipe(base_channels=16, epochs=8, size=64, batch_size=8, learning_rate=0.003)
     train(data, tmp_path / "x", recipe, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""Reports the progress of long loops: a bar in a terminal, a plain line every few seconds elsewhere."""
+"""Reports on long runs: a progress bar in a terminal, a plain line every few seconds elsewhere."""
 
 import sys
 import time
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from rednet.model.io.text import clean_text
 
 Item = TypeVar("Item")
 
@@ -35,3 +37,8 @@ def progress(items: Iterable[Item], *, total: int, done: int = 0, describe: str)
                 done + count, total, now - started, prefix=describe, initial=done, bar_format=_LINE
             )
             print(meter, file=sys.stderr, flush=True)
+
+
+def log(text: str) -> None:
+    """Print a line on standard error, without the control characters that names of files may have."""
+    print(clean_text(text), file=sys.stderr)

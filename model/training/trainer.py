@@ -1,35 +1,27 @@
 """Trains a RedNet on a folder of class folders, and writes a checkpoint that can be served."""
 
-import copy
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from rednet.model.inference.familiarity import Familiarity
-from rednet.model.inference.preparation import prepare
 from rednet.model.io.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from rednet.model.io.labels import labels_of
 from rednet.model.io.output_files import check_output, locked
 from rednet.model.io.text import clean_text
-from rednet.model.nn.rednet import RedNet, RedNetConfig
-from rednet.model.training.cross_validation import split_folds
+from rednet.model.training.calibration import calibrate, predict
 from rednet.model.training.dataset import MAX_LISTED, read_folder
 from rednet.model.training.evaluation import Predictions, evaluate
+from rednet.model.training.initial import config_for, initial_state
 from rednet.model.training.loader import Photo, PhotoError, check_photos
+from rednet.model.training.progress import log
 from rednet.model.training.recipe import Recipe
-from rednet.model.training.resume import ResumeFile, State, photos_digest
-from rednet.model.training.steps import Run, keep_freed_memory, make_optimizer
-from rednet.model.training.temperature import fit_temperature
-
-HELD_OUT_EVERY = 20  # one photo in 20 is held out from training, to monitor it and to fit the temperature
-MIN_HELD_OUT = 100  # fewer photos would be too noisy; then none are held out
-MIN_COMPARED = 50  # photos for familiarity: with 20, up to 18% of the validation photos were below 0.05
+from rednet.model.training.resume import ResumeFile, photos_digest
+from rednet.model.training.splits import HELD_OUT_EVERY, MIN_HELD_OUT, hold_out, split_folds
+from rednet.model.training.steps import Run, keep_freed_memory
 
 
 def train(
@@ -88,30 +80,31 @@ def train(
             keep_freed_memory()
 
             def begin(resume: ResumeFile, photos: Sequence[Photo]) -> Run:
-                state = _initial_state(recipe, start, classes, device)
+                state = initial_state(recipe, start, classes, device)
                 resume.load(state)
                 return Run(state, recipe, preprocess, photos, device, workers)
 
             run = begin(resume, photos)
             _run_epochs(run, resume, held_out or validation, "held-out" if held_out else "validation")
             folds = [] if held_out else _folds(resume, recipe, photos, start)
-            unseen = _predict(run, held_out, "held-out") if held_out else _cross_validate(folds, begin)
-            calibrated = _calibrate(run, unseen, len(held_out), validation)
+            unseen = predict(run, held_out, "held-out") if held_out else _cross_validate(folds, begin)
+            calibration = calibrate(run, unseen, len(held_out), validation)
+            provenance = {
+                "data": clean_text(data.resolve().name),
+                **({"from": start.name} if start else {}),
+                **inputs,
+                "precision": run.precision,
+                "torch": torch.__version__,
+                **calibration.report,
+                "history": run.state.history,
+            }
             checkpoint = Checkpoint(
                 net=run.state.averaged,
                 labels=labels_of(classes),
                 preprocess=preprocess,
                 name=clean_text(output.name.removesuffix(".safetensors")),
-                provenance={
-                    "data": clean_text(data.resolve().name),
-                    **({"from": start.name} if start else {}),
-                    **inputs,
-                    "precision": run.precision,
-                    "torch": torch.__version__,
-                    **calibrated.report,
-                    "history": run.state.history,
-                },
-                familiarity=calibrated.familiarity,
+                provenance=provenance,
+                familiarity=calibration.familiarity,
             )
             save_checkpoint(output, checkpoint, half=True, replace=replace)
             for each in (resume, *(fold.resume for fold in folds)):
@@ -137,7 +130,7 @@ def _run_epochs(run: Run, resume: ResumeFile, monitored: Sequence[Photo] = (), k
             text += f", {kind} top-1 {finished['top1']:.4f}"
         state.history.append(finished)
         state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
-        print(text, file=sys.stderr)
+        log(text)
         resume.save(state)
 
 
@@ -164,23 +157,13 @@ def _cross_validate(folds: Sequence[_Fold], begin: Callable[[ResumeFile, Sequenc
         return None
     found = []
     for number, fold in enumerate(folds, 1):
-        _log(f"cross-validation: network {number} of {len(folds)}, without {len(fold.predicted)} of the photos")
+        log(f"cross-validation: network {number} of {len(folds)}, without {len(fold.predicted)} of the photos")
         run = begin(fold.resume, fold.training)
         _run_epochs(run, fold.resume)
-        found.append(_predict(run, fold.predicted, "cross-validation"))
+        found.append(predict(run, fold.predicted, "cross-validation"))
     predictions = Predictions(*(torch.cat(column) for column in zip(*found, strict=True)))
-    _log("cross-validation: top-1 {top1:.4f} of {images} photos".format(**predictions.summary()))
+    log("cross-validation: top-1 {top1:.4f} of {images} photos".format(**predictions.summary()))
     return predictions
-
-
-def _predict(run: Run, photos: Sequence[Photo], describe: str) -> Predictions:
-    """Run the averaged network on photos, as it will be served."""
-    prepared = prepare(run.state.averaged.cpu(), run.preprocess, run.device)
-
-    def logits(pixels: Tensor) -> Tensor:
-        return prepared(pixels).logits
-
-    return evaluate(logits, run.preprocess, photos, workers=run.workers, describe=describe)
 
 
 def _finished_checkpoint(output: Path, inputs: Mapping[str, object]) -> Checkpoint | None:
@@ -193,7 +176,7 @@ def _finished_checkpoint(output: Path, inputs: Mapping[str, object]) -> Checkpoi
         return None
     if any(checkpoint.provenance.get(key) != value for key, value in inputs.items()):
         return None
-    _log(f"{output} is already finished, with this recipe and these photos; --force trains again")
+    log(f"{output} is already finished, with this recipe and these photos; --force trains again")
     return checkpoint
 
 
@@ -205,9 +188,9 @@ def _read_folders(data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
     if len(classes) < 2:
         raise PhotoError(f"{data / 'train'} has a single class, {classes[0]!r}; training needs two or more folders")
     validation = read_folder(data / "val", classes)
-    _log(f"{len(classes)} classes, {len(photos)} photos for training, {len(validation.photos)} for validation")
+    log(f"{len(classes)} classes, {len(photos)} photos for training, {len(validation.photos)} for validation")
     for line in (*skipped.lines(), *validation.skipped.lines()):
-        _log(line)
+        log(line)
     if not hold_out(photos)[1]:
         folds = len(split_folds(photos))
         instead = (
@@ -215,97 +198,12 @@ def _read_folders(data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
             if folds
             else "neither a temperature nor familiarity is fitted"
         )
-        _log(
+        log(
             f"with fewer than {HELD_OUT_EVERY * MIN_HELD_OUT} photos none are held out: the accuracy after each "
             f"epoch is on the validation photos, and {instead}"
         )
     covered = {photo.target for photo in validation.photos}
     if missing := [name for target, name in enumerate(classes) if target not in covered]:
         more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-        _log(f"classes without validation photos: {', '.join(missing[:MAX_LISTED])}{more}")
+        log(f"classes without validation photos: {', '.join(missing[:MAX_LISTED])}{more}")
     return classes, photos, validation.photos
-
-
-def _log(text: str) -> None:
-    print(clean_text(text), file=sys.stderr)
-
-
-def _initial_state(recipe: Recipe, start: Checkpoint | None, classes: Sequence[str], device: torch.device) -> State:
-    """Return the state before the first step."""
-    torch.manual_seed(recipe.seed)
-    net = adapt_to_classes(start, classes) if start else RedNet(config_for(recipe, len(classes)))
-    # Convolutions and the native involution are fastest on channels-last; activations inherit it from the weights.
-    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    return State(net, copy.deepcopy(net).eval(), make_optimizer(net, recipe))
-
-
-def hold_out(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
-    """Split photos into training and held-out ones: evenly from all classes, because they are sorted by class."""
-    selection = slice(HELD_OUT_EVERY // 2, None, HELD_OUT_EVERY)
-    training, held_out = list(photos), list(photos[selection])
-    if len(held_out) < MIN_HELD_OUT:
-        return training, []
-    del training[selection]
-    return training, held_out
-
-
-def config_for(recipe: Recipe, num_classes: int) -> RedNetConfig:
-    """Return the architecture that a recipe describes.
-
-    Raises:
-        ValueError: it does not describe a network.
-    """
-    return RedNetConfig(
-        depth=recipe.depth,
-        num_classes=num_classes,
-        base_channels=recipe.base_channels,
-        stem_channels=max(32, recipe.base_channels),  # the stem's involution has half as many, in groups of 16
-    )
-
-
-def adapt_to_classes(start: Checkpoint, classes: Sequence[str]) -> RedNet:
-    """Return a copy of a trained network for these classes. Its last layer is new unless the classes are the same."""
-    net = RedNet(replace_fields(start.net.config, num_classes=len(classes)))
-    weights = start.net.state_dict()
-    if [label.id for label in start.labels] != list(classes):
-        weights = {key: tensor for key, tensor in weights.items() if not key.startswith("head.")}
-    net.load_state_dict(weights, strict=False)
-    return net
-
-
-class _Calibrated(NamedTuple):
-    familiarity: Familiarity | None
-    report: dict[str, object]  # for the provenance
-
-
-def _calibrate(run: Run, unseen: Predictions | None, held_out: int, validation: Sequence[Photo]) -> _Calibrated:
-    """Fit the temperature and familiarity, apply the temperature to the averaged network, and evaluate the result.
-
-    Args:
-        run: the finished run.
-        unseen: predictions for photos that the predicting network had not seen; None: nothing is fitted.
-        held_out: how many of them are held-out photos; 0: they are from cross-validation.
-        validation: photos for the evaluation.
-    """
-    temperature, familiarity = 1.0, None
-    basis = "no temperature is fitted"
-    if unseen:
-        temperature = fit_temperature(unseen.logits, unseen.targets)
-        if len(unseen.targets) >= MIN_COMPARED:
-            familiarity = Familiarity.fit(unseen.logits / temperature)
-        kind = f"{held_out} held-out photos" if held_out else f"{len(unseen.targets)} photos in cross-validation"
-        basis = f"the temperature is fitted on {kind}"
-    accuracy = _predict(run, validation, "validation").with_temperature(temperature).summary()
-    scale_logits(run.state.averaged, temperature)
-    meaning = f"validation photos, {'not used before' if held_out else 'not used to choose anything'}; {basis}"
-    _log("top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**accuracy))
-    _log(f"of {len(validation)} {meaning}")
-    report = {"temperature": temperature, "held out": held_out, "accuracy": accuracy, "accuracy of": meaning}
-    return _Calibrated(familiarity, report)
-
-
-@torch.no_grad()
-def scale_logits(net: RedNet, temperature: float) -> None:
-    """Divide the logits by a temperature, in the weights, so that every backend returns calibrated probabilities."""
-    net.head.fc.weight.div_(temperature)
-    net.head.fc.bias.div_(temperature)
