@@ -55,7 +55,7 @@ def serve(
 
     async def reload() -> None:
         logger.info("SIGHUP: loading the API keys and the checkpoint again")
-        if keys:
+        if keys is not None:
             await reload_keys(keys, pipeline.metrics)
         await pipeline.reload()
 

@@ -175,7 +175,7 @@ class Calls:
         return grpc.stream_unary_rpc_method_handler(handle)
 
     def _check_key(self, call: Call) -> None:
-        if self._keys:
+        if self._keys is not None:
             header = call.metadata.get("authorization", "")
             shown = BEARER.fullmatch(header) if isinstance(header, str) else None
             name = self._keys.name_of(shown[1]) if shown else None

@@ -19,6 +19,7 @@ from rednet.service.http.routes import docs, embeddings, explain, health, page, 
 from rednet.service.http.routes.context import Context, require_key
 from rednet.service.http.routes.direct import DirectRoutesMiddleware
 from rednet.service.observability import tracing
+from rednet.service.observability.metrics import Metrics
 from rednet.service.parsing.memory_budget import MemoryBudget
 from rednet.service.parsing.oip import HEADER_LENGTH
 from rednet.service.parsing.parser import Parser
@@ -78,9 +79,17 @@ def create_app(
     parser = Parser()
     budget = MemoryBudget(max(1, MAX_LARGE_BODIES // processes) * settings.max_body_bytes)
     app.state.current_context = lambda: context_of(pipeline.current)
-    guard = [Depends(require_key)] if keys else []
-    if keys:
+    if keys is not None:
         logger.info("requests need an API key: %s", keys)
+    add_routes(app, settings, guarded=keys is not None)
+    add_error_handlers(app)
+    add_middleware(app, settings, pipeline.metrics)
+    return app
+
+
+def add_routes(app: FastAPI, settings: Settings, *, guarded: bool) -> None:
+    """Add all routes; if `guarded`, those that compute or tell something need an API key."""
+    guard = [Depends(require_key)] if guarded else []
     app.include_router(v1.direct, dependencies=guard)
     app.include_router(v1.router, dependencies=guard)
     app.include_router(explain.router, dependencies=guard)
@@ -92,11 +101,14 @@ def create_app(
         app.include_router(docs.router)
     if settings.page == "on":
         app.include_router(page.router)  # needs no key: it holds nothing, and sends the key that its user types
-    add_error_handlers(app)
+
+
+def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """Add all middleware. What is added last is outermost."""
     app.add_middleware(DirectRoutesMiddleware, router=v1.direct)
     if settings.host_names:
         app.add_middleware(AllowedHostsMiddleware, hosts=settings.host_names)
-    app.add_middleware(RequestContextMiddleware, metrics=pipeline.metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=metrics)
     if settings.origins:  # the outermost: pages may read every answer, and a preflight needs no key
         app.add_middleware(
             CORSMiddleware,
@@ -106,4 +118,3 @@ def create_app(
             allow_private_network=True,
             expose_headers=EXPOSED_HEADERS,
         )
-    return app

@@ -68,7 +68,7 @@ class FrontEnd:
         wanted = self.engine
         if wanted != self.client.path:
             await self.pipeline.reload()
-        elif self.keys:
+        elif self.keys is not None:
             await reload_keys(self.keys, self._metrics)
         return self.client.path == wanted
 

@@ -56,5 +56,5 @@ async def require_key(request: Request, shown: Annotated[HTTPAuthorizationCreden
 
 async def check_key(request: Request) -> None:
     """The same outside FastAPI's dependencies."""
-    if context(request).keys:
+    if context(request).keys is not None:
         await require_key(request, await BEARER(request))
