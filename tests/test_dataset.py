@@ -158,7 +158,7 @@ def test_links_are_followed_once(data: Path) -> None:
     assert read_folder(data / "train").classes == ["church", "linked", "tench"]
     assert len(find_photos(data / "train")[0]) == 7
     (data / "elsewhere" / "gone.png").symlink_to(data / "nowhere")
-    with pytest.raises(PhotoError, match=r"gone\.png is not a readable photo"):
+    with pytest.raises(PhotoError, match=r"gone\.png cannot be read: No such file"):
         check_photos(read_folder(data / "train").photos)
 
 
@@ -195,8 +195,8 @@ def test_unreadable_photos_are_listed_before_the_first_epoch(data: Path, capsys:
     (data / "train" / "tench" / "none.jpg").write_bytes(b"")
     assert main(["train", str(data), "--output", str(data / "x.safetensors"), *FLAGS]) == 2
     said = capsys.readouterr().err
-    assert "cut.jpg is not a readable photo" in said
-    assert "none.jpg is not a readable photo" in said
+    assert "cut.jpg is not a readable photo: the image is damaged or incomplete" in said
+    assert "none.jpg is not a readable photo: the data is in no known image format" in said
     assert "epoch 1" not in said
     assert not (data / "x.safetensors").exists()
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from rednet import Preprocess
+from rednet.model.images.errors import UNDECODED, UNOPENED
 from rednet.model.images.opening import MAX_READS
 from rednet.service.decoding import decode
 from rednet.service.decoding.decode import decode_image
@@ -33,15 +34,34 @@ def test_every_served_format_is_decoded(file_format: str) -> None:
 
 @pytest.mark.parametrize("file_format", EVERY_FORMAT)
 def test_truncated_file_raises_an_image_error_or_decodes(file_format: str) -> None:
-    """Only the two errors for damaged images are raised, and most truncations raise one."""
+    """Most truncations raise one of two errors, in the same words for every decoder."""
     data = encoded(photo(), file_format)
-    errors = 0
+    messages = []
     for length in range(16, len(data), max(1, len(data) // 60)):
         try:
             decode_image(data[:length], PREPROCESS, MAX_PIXELS)
-        except UnreadableImage:
-            errors += 1
-    assert errors > 20
+        except UnreadableImage as error:
+            messages.append(error.message)
+    assert len(messages) > 20
+    assert {*messages} <= {UNOPENED, UNDECODED}
+
+
+@pytest.mark.parametrize("file_format", EVERY_FORMAT)
+def test_damaged_file_is_described_in_our_words(file_format: str) -> None:
+    """Not in those of Pillow, tifffile or a codec, such as "decoder error -2"."""
+    data, generator = encoded(photo(), file_format), np.random.default_rng(0)
+    messages = []
+    for _ in range(100):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        damaged[generator.integers(12, len(data), 8)] ^= 1 << 5
+        try:
+            decode_image(damaged.tobytes(), PREPROCESS, MAX_PIXELS)
+        except UnreadableImage as error:
+            messages.append(error.message)
+        except ServiceError:  # the damage made it too large, or another format
+            pass
+    assert messages
+    assert [message for message in messages if not message.startswith("the image is damaged")] == []
 
 
 def test_formats_that_are_not_served_are_unsupported() -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 from PIL import Image, UnidentifiedImageError
 
 from rednet.model.images import iso_media, jpeg, png, tiff
-from rednet.model.images.errors import DamagedImage, UnsupportedImage
+from rednet.model.images.errors import UNOPENED, DamagedImage, UnsupportedImage
 from rednet.model.images.first_frame import note_first_frame
 from rednet.model.images.signatures import REMEDY, foreign_format, has_supported_signature
 
@@ -104,7 +104,7 @@ def _reason(data: bytes, error: OSError) -> UnsupportedImage | DamagedImage | No
     if data.startswith(TIFF_STARTS):
         return UnsupportedImage(f"{tiff.read_layout(data)} is not supported; {REMEDY}")
     if has_supported_signature(data):
-        return DamagedImage("the image's header is damaged")
+        return DamagedImage(UNOPENED)
     if name := foreign_format(data):
         return UnsupportedImage(f"this is {name}; {_supported()} are supported: {REMEDY}")
     return UnsupportedImage(f"the data is in no known image format; {_supported()} are supported")
@@ -124,5 +124,5 @@ class _CountedReads(io.BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         self._left -= 1
         if self._left < 0:
-            raise DamagedImage("the image consists of too many parts")
+            raise DamagedImage(f"the image consists of too many parts: more than {MAX_READS} reads")
         return super().read(size)

@@ -29,13 +29,13 @@ def without_damaged_chunks(data: bytes) -> bytes:
         checksum = zlib.crc32(memoryview(data)[at + 4 : end - 4])
         if checksum != int.from_bytes(data[end - 4 : end], "big"):
             if not kind[:1].islower() or kind in REQUIRED_CHUNKS:  # a capital letter: critical
-                raise DamagedImage(f"the checksum of a {kind.decode('latin-1')!r} chunk is wrong")
+                raise DamagedImage(f"the image is damaged: a PNG chunk {kind.decode('latin-1')!r} has a wrong checksum")
             bad.append((at, end))
         at = end
         if kind == b"IEND":
             break
     else:
-        raise DamagedImage("the image consists of too many parts")
+        raise DamagedImage(f"the image consists of too many parts: more than {MAX_CHUNKS} PNG chunks")
     for start, end in reversed(bad):
         data = data[:start] + data[end:]
     return data

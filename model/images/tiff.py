@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rednet.model.images.errors import DamagedImage, UnsupportedImage
+from rednet.model.images.errors import UNDECODED, UNOPENED, DamagedImage, UnsupportedImage
 from rednet.model.images.signatures import REMEDY
 
 MAX_TAGS = 512
@@ -110,7 +110,7 @@ def read_layout(data: bytes) -> Layout:
         tags = _tags(data)
         width, height = tags[256][0], tags[257][0]
     except (struct.error, KeyError, IndexError) as error:
-        raise DamagedImage("the image's header is damaged") from error
+        raise DamagedImage(UNOPENED) from error
     samples = tags.get(277, (1,))[0]
     bits = tags.get(258, (1,))
     return Layout(
@@ -149,7 +149,7 @@ def decode(data: bytes, layout: Layout) -> Image.Image:
     except Exception as error:
         if "imagecodecs" in str(error):  # a compression or packing that tifffile has no code for
             raise UnsupportedImage(f"{layout} in this packing or compression is not supported; {REMEDY}") from error
-        raise DamagedImage(f"the image is damaged: {str(error)[:100]}") from error
+        raise DamagedImage(UNDECODED) from error
     image = Image.fromarray(_to_rgb(values, layout))
     image.getexif()[ORIENTATION] = layout.orientation
     return image
@@ -163,7 +163,7 @@ def _to_rgb(values: NDArray[np.generic], layout: Layout) -> NDArray[np.uint8]:
         values = np.moveaxis(values, 0, -1)
     colours = 3 if layout.photometric == RGB else 1
     if values.ndim != 3 or values.shape != (layout.height, layout.width, layout.samples) or colours > layout.samples:
-        raise DamagedImage("the image's samples contradict its header")
+        raise DamagedImage("the image is damaged: its data contradicts its header")
     rgb = np.empty((layout.height, layout.width, 3), np.uint8)
     scale = _full_scale(values, layout)
     alpha_kind = layout.extra[0] if layout.extra else None

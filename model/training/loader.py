@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rednet.model.images.errors import UNDECODED, DamagedImage, UnsupportedImage
 from rednet.model.images.opening import open_photo
 from rednet.model.images.preprocess import Pixels
 from rednet.model.training.progress import progress
@@ -62,10 +63,17 @@ def read_photo(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
         PhotoError: the file is missing, damaged, or in an unsupported format.
     """
     try:
-        with open_photo(path.read_bytes()) as image:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PhotoError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        with open_photo(data) as image:
             return convert(image)
+    except MemoryError as error:
+        raise PhotoError(f"{path} needs more memory than there is") from error
     except Exception as error:  # Pillow can raise anything for a damaged file
-        raise PhotoError(f"{path} is not a readable photo: {error}") from error
+        reason = error if isinstance(error, UnsupportedImage | DamagedImage) else UNDECODED
+        raise PhotoError(f"{path} is not a readable photo: {reason}") from error
 
 
 def check_photos(photos: Sequence[Photo], workers: int = 2) -> None:

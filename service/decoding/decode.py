@@ -10,7 +10,7 @@ from itertools import islice
 
 from PIL import Image
 
-from rednet.model.images.errors import DamagedImage, UnsupportedImage
+from rednet.model.images.errors import UNDECODED, DamagedImage, UnsupportedImage
 from rednet.model.images.opening import Header, open_photo
 from rednet.model.images.preprocess import Preprocess
 from rednet.service.decoding.limits import Cost, max_scanned_pixels
@@ -83,15 +83,16 @@ def open_checked(data: bytes, max_pixels: int, check: Check | None = None) -> It
     except MemoryError:
         raise PayloadTooLarge("the image needs more memory than the server has") from None
     except Exception as error:
-        raise UnreadableImage(f"the image is damaged: {str(error)[:100]}") from error
+        raise UnreadableImage(UNDECODED) from error
 
 
 def _check_size(data: bytes, header: Header, max_pixels: int) -> None:
     count = header.width * header.height
     if count > max_pixels:
         raise PayloadTooLarge(f"the image has {header.width}x{header.height} pixels; at most {max_pixels} are allowed")
-    if data.startswith(b"\xff\xd8") and _has_scans(data, max_scanned_pixels(max_pixels) // count + 1):
-        raise UnreadableImage("the JPEG has too many scans for its size")
+    max_scans = max_scanned_pixels(max_pixels) // count
+    if data.startswith(b"\xff\xd8") and _has_scans(data, max_scans + 1):
+        raise UnreadableImage(f"the JPEG has too many scans for its size: more than {max_scans}")
 
 
 def _has_scans(jpeg: bytes, count: int) -> bool:
