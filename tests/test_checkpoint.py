@@ -345,6 +345,16 @@ def test_folder_without_one_checkpoint_raises_an_error_that_lists_its_files(tmp_
         load_checkpoint(tmp_path)
 
 
+def test_checkpoint_whose_training_has_not_finished_is_reported_as_such(tmp_path: Path) -> None:
+    """Only if the file itself is missing: a finished run may be trained again."""
+    (tmp_path / "pets.safetensors.training").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"training has not finished; .* pets\.safetensors\.training has"):
+        load_checkpoint(tmp_path / "pets.safetensors")
+    (tmp_path / "pets.safetensors").write_text("hello, hello")
+    with pytest.raises(CheckpointError, match="neither a safetensors file"):
+        load_checkpoint(tmp_path / "pets.safetensors")
+
+
 def changed_state(tiny: Checkpoint, change: str) -> dict[Any, Any]:
     state: dict[Any, Any] = dict(tiny.net.state_dict())
     key = "backbone.layer2.0.conv3.weight"

@@ -24,6 +24,12 @@ def test_server_that_cannot_start_reports_the_reason_in_one_line(tmp_path: Path)
     )
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
     assert "cannot be read" in missing.stderr
+    (tmp_path / "no.training").write_bytes(b"")
+    unfinished = subprocess.run(
+        [REDNET, "serve", "--checkpoint", tmp_path / "no"], capture_output=True, text=True, check=False
+    )
+    assert (unfinished.returncode, unfinished.stderr.count("\n")) == (2, 1)
+    assert "training has not finished" in unfinished.stderr
     environment = {"REDNET_MAX_QUEU": "5", "PATH": ""}
     misspelt = subprocess.run([REDNET, "serve"], capture_output=True, text=True, check=False, env=environment)
     assert (misspelt.returncode, misspelt.stderr.count("\n")) == (2, 1)

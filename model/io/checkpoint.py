@@ -22,7 +22,7 @@ from torch import Tensor
 from rednet.model.images.preprocess import Preprocess
 from rednet.model.inference.activation_ranges import validate_ranges
 from rednet.model.inference.familiarity import Familiarity
-from rednet.model.io.checkpoint_folder import checkpoint_in
+from rednet.model.io.checkpoint_folder import find_checkpoint
 from rednet.model.io.labels import Label, imagenet_labels, numbered_labels, unique_labels
 from rednet.model.io.output_files import write_atomically
 from rednet.model.io.paddle import PaddleError, read_pdparams
@@ -118,7 +118,7 @@ def checkpoint_file(path: str | Path | None) -> Iterator[Path]:
     """Yield the file that `load_checkpoint` reads for `path`; it need not exist.
 
     Raises:
-        CheckpointError: `path` is a folder without a checkpoint, or with several.
+        CheckpointError: `path` is a folder without a checkpoint, or with several, or its training has not finished.
     """
     if path is None:
         with resources.as_file(resources.files("rednet.model") / EMBEDDED) as embedded:
@@ -126,7 +126,7 @@ def checkpoint_file(path: str | Path | None) -> Iterator[Path]:
         return
     path = Path(path)
     try:
-        file = checkpoint_in(path) if path.is_dir() else path
+        file = find_checkpoint(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

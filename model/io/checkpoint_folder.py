@@ -1,19 +1,34 @@
-"""Finds the one checkpoint in a folder, such as a volume that holds a model. PyTorch is not imported here, so that the
-server can report a wrong folder at once."""
+"""Finds a checkpoint by its path, which may be that of a folder, such as a volume that holds a model. PyTorch is not
+imported here, so that the server can report a wrong path at once."""
 
 from pathlib import Path
+
+from rednet.model.io.output_files import TRAINING_SUFFIX
 
 SUFFIXES = (".safetensors", ".pth", ".pdparams")
 MAX_LISTED = 20
 
 
-def checkpoint_in(folder: Path) -> Path:
-    """The one checkpoint directly in a folder. Hidden files do not count.
+def find_checkpoint(path: Path) -> Path:
+    """The file itself, which need not exist, or the one checkpoint directly in a folder. Hidden files do not count.
 
     Raises:
-        ValueError: there is none, or there are several. The message lists what was found.
+        ValueError: the folder holds none or several, and the message lists what was found; or the file does not exist
+            because its training has not finished.
         OSError: the folder cannot be read.
     """
+    if path.is_dir():
+        return _checkpoint_in(path)
+    state = path.with_name(path.name + TRAINING_SUFFIX)
+    if not path.exists() and state.is_file():
+        raise ValueError(
+            f"{path} does not exist yet, because its training has not finished; repeat the rednet train command to "
+            f"finish it. {state.name} has weights, but no class names, input size or calibration"
+        )
+    return path
+
+
+def _checkpoint_in(folder: Path) -> Path:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     found = [path for path in files if path.name.lower().endswith(SUFFIXES) and path.is_file()]
     if len(found) == 1:

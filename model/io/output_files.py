@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LONGEST_SUFFIX = ".training.unfinished"  # the longest one that temporary files add to an output's name
+TRAINING_SUFFIX = ".training"  # of the file beside an output with the state of the training run that will write it
+LONGEST_SUFFIX = f"{TRAINING_SUFFIX}.unfinished"  # the longest one that temporary files add to an output's name
 
 
 class OutputError(ValueError):

@@ -10,7 +10,7 @@ import torch
 
 from rednet.model.io.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from rednet.model.io.labels import labels_of
-from rednet.model.io.output_files import check_output, locked
+from rednet.model.io.output_files import TRAINING_SUFFIX, check_output, locked
 from rednet.model.io.text import clean_text
 from rednet.model.training.calibration import calibrate, predict
 from rednet.model.training.dataset import MAX_LISTED, read_folder
@@ -65,7 +65,7 @@ def train(
     check_output(output, replace=True)
     classes, photos, validation = _read_folders(data)
     photos, held_out = hold_out(photos)
-    resume = ResumeFile(output.with_name(output.name + ".training"), recipe, photos, start)
+    resume = ResumeFile(output.with_name(output.name + TRAINING_SUFFIX), recipe, photos, start)
     inputs = resume.inputs | {"set of validation photos": photos_digest(validation)}
     if not replace and (finished := _finished_checkpoint(output, inputs)):
         return finished

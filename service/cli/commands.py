@@ -18,16 +18,16 @@ def serve(options: argparse.Namespace) -> int:
     settings = read_settings(flags, os.environ)
     hangups = Hangups()
     hangups.install()  # before anything slow: a reload that is requested now must not end the server
-    from rednet.model.io.checkpoint_folder import checkpoint_in
+    from rednet.model.io.checkpoint_folder import find_checkpoint
     from rednet.service.api_keys import KeyFile
     from rednet.service.observability.gpus import count_gpus
     from rednet.service.processes.counts import front_end_count
     from rednet.service.system.sockets import bind, bind_unix, passed_sockets, remove_unix
 
-    check_files(settings)
     # Whatever can fail at once fails before PyTorch is imported.
-    if settings.checkpoint is not None and settings.checkpoint.is_dir():
-        checkpoint_in(settings.checkpoint)
+    if settings.checkpoint is not None:
+        find_checkpoint(settings.checkpoint)
+    check_files(settings)
     if settings.grpc_port is not None:
         _check_grpc()
     keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
