@@ -10,7 +10,7 @@ from docs_tools.markdown import plain, sentence, table
 from rednet.service.cli.parser import make_parser
 from rednet.service.settings import PREFIX, Settings
 
-DEFAULT = re.compile(r"\s*\(default: (.*)\)$")
+DEFAULT = re.compile(r"\s*\((?:([^()]*); )?default: (.*)\)$")  # the limits of a number, and the default
 
 
 def commands() -> str:
@@ -61,11 +61,12 @@ def _option(action: argparse.Action, command: str) -> tuple[str, str, str, str]:
     flag = " ".join([*action.option_strings, *([] if action.nargs == 0 else [str(action.metavar)])])
     help_text = (action.help or "").replace("%%", "%")
     default = DEFAULT.search(help_text)
-    shown = "required" if action.required else _as_code(default[1]) if default else ""
+    shown = "required" if action.required else _as_code(default[2]) if default else ""
     meaning = plain(DEFAULT.sub("", help_text))
     is_setting = command in ("serve", "predict") and action.dest in Settings.model_fields and action.default == SUPPRESS
     variable = f"<br>`{PREFIX}{action.dest.upper()}`" if command == "serve" else ""
-    values = _values(Settings.model_json_schema()["properties"][action.dest]) if is_setting else ""
+    limits = (default and default[1]) or ""
+    values = _values(Settings.model_json_schema()["properties"][action.dest]) if is_setting else limits
     return f"`{flag}`{variable}", values, shown, meaning
 
 

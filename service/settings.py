@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ KUBERNETES = re.compile(r"REDNET_(\w+_)?(SERVICE_HOST=|SERVICE_PORT\w*=|PORT_\d+
 
 Count = Annotated[int, Field(ge=1)]
 MAX_THREADS = 1024  # torch crashes at a hundred times that; threads beyond the number of cores are not used
+DEFAULT = re.compile(r" \(default: .*\)$")  # at the end of a description
 MAX_SHOWN_CHARS = 60  # of an invalid value, in the message
 DEVICE = r"\s*(auto|cpu(:\d{1,3})?|cuda(:\d{1,3})?)\s*"
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"  # one segment of a URL, and what Kubernetes allows as a name
@@ -41,7 +43,8 @@ class Settings(BaseModel):
     model_name: str | None = Field(
         None,
         pattern=MODEL_NAME,
-        description="name of the model in URLs, responses and metrics (default: that of the checkpoint)",
+        description="name of the model in URLs, responses and metrics, of letters, digits, dots, dashes and "
+        "underscores (default: that of the checkpoint)",
     )
     device: str = Field(
         "auto",
@@ -173,8 +176,10 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(Sett
     """Add flags for settings. They have no defaults here, so that environment variables take effect."""
     for name in names:
         field = Settings.model_fields[name]
-        default = "" if field.default is None else f" (default: {_shown(field.default)})"
-        help_text = f"{field.description}{default}".replace("%", "%%")
+        help_text = _description(name) + ("" if field.default is None else f" (default: {_shown(field.default)})")
+        if limits := _limits(_schema(name)):
+            help_text = help_text.replace("(default: ", f"({limits}; default: ")
+        help_text = help_text.replace("%", "%%")
         parser.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, metavar=_metavar(name), help=help_text)
 
 
@@ -201,7 +206,8 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
         source = _flag(name) if name in flags else PREFIX + name.upper()
         shown = repr(values[name])
         shown = shown if len(shown) <= MAX_SHOWN_CHARS else f"{shown[:MAX_SHOWN_CHARS]}..."
-        raise SettingsError(f"{source} cannot be {shown}: {first['msg']}") from None
+        reason = first["ctx"]["error"] if first["type"] == "value_error" else f"expected: {_expected(name)}"
+        raise SettingsError(f"{source} cannot be {shown}; {reason}") from None
 
 
 def check_files(settings: Settings) -> None:
@@ -228,8 +234,40 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(default: object) -> str:
-    return f"{default:g}" if isinstance(default, float) else str(default)
+def _shown(value: object) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+@cache
+def _schemas() -> Mapping[str, Any]:
+    schemas: Mapping[str, Any] = Settings.model_json_schema()["properties"]
+    return schemas
+
+
+def _schema(name: str) -> Sequence[Mapping[str, Any]]:
+    """The JSON schemas of a setting, one for each type that it may have."""
+    schema = _schemas()[name]
+    alternatives: Sequence[Mapping[str, Any]] = schema.get("anyOf", [schema])
+    return alternatives
+
+
+def _limits(schema: Sequence[Mapping[str, Any]]) -> str:
+    """The smallest and the largest value of a number; empty if it cannot be one."""
+    return "".join(f"{_shown(each['minimum'])} to {_shown(each['maximum'])}" for each in schema if "minimum" in each)
+
+
+def _expected(name: str) -> str:
+    """The values that a setting may have; if there is no list of them, its description."""
+    schema = _schema(name)
+    values = [str(value) for each in schema for value in each.get("enum", [each["const"]] if "const" in each else [])]
+    if limits := _limits(schema):
+        whole = any(each.get("type") == "integer" for each in schema)
+        values.append(f"a {'whole ' * whole}number from {limits}")
+    return " or ".join(filter(None, [", ".join(values[:-1]), *values[-1:]])) or DEFAULT.sub("", _description(name))
+
+
+def _description(name: str) -> str:
+    return Settings.model_fields[name].description or ""
 
 
 def _metavar(name: str) -> str:

@@ -228,9 +228,14 @@ def test_quantize_without_photos_or_writable_output_is_reported_in_one_line(
 
 
 def test_train_has_a_flag_with_its_default_for_every_recipe_field() -> None:
-    """The help of each flag states the default."""
+    """The help of each flag states the limits and the default."""
     printed = {flag.removeprefix("--").replace("-", "_"): default for flag, default, _ in RECIPE_FLAGS}
     assert printed == vars(Recipe())
+    shown = " ".join(
+        subprocess.run([REDNET, "train", "--help"], capture_output=True, text=True, check=True).stdout.split()
+    )
+    for limits in ("1 to 896; default: 176", "0 to 0.99; default: 0.1", "0 or more; default: 0"):
+        assert f"({limits})" in shown
     assert f"it is {FINE_TUNING_RATE}" in {flag: text for flag, _, text in RECIPE_FLAGS}["--learning-rate"]
 
 

@@ -1,6 +1,7 @@
 """Settings: flags take precedence over the environment, and that over defaults."""
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,43 @@ def test_variables_of_kubernetes_services_are_ignored() -> None:
 )
 def test_value_out_of_range_is_reported_with_its_source(name: str, value: str) -> None:
     """The message names the flag or the variable."""
-    with pytest.raises(SettingsError, match="--" + name.replace("_", "-")):
+    with pytest.raises(SettingsError, match="--" + name.replace("_", "-")) as refused:
         read_settings({name: value}, {})
+    assert not re.search(r"Input should|String should|Value error|\\", str(refused.value))  # Pydantic's wording
     with pytest.raises(SettingsError, match="REDNET_" + name.upper()):
         read_settings({}, {"REDNET_" + name.upper(): value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("threads", "0", "--threads cannot be '0'; expected: auto or a whole number from 1 to 1024"),
+        ("max_body_mb", "x", "--max-body-mb cannot be 'x'; expected: a number from 0.001 to 10000"),
+        ("grpc_port", "-1", "--grpc-port cannot be '-1'; expected: a whole number from 0 to 65535"),
+        ("precision", "fp8", "--precision cannot be 'fp8'; expected: auto, fp32, bf16, fp16 or int8"),
+        ("metrics_access", "key", "--metrics-access cannot be 'key'; it requires --api-key-file"),
+        ("allow_origins", "a b", "--allow-origins cannot be 'a b'; expected: origins such as https://app.example, "),
+        (
+            "device",
+            "gpu",
+            "--device cannot be 'gpu'; expected: device that runs the network: auto, cpu, cuda or cuda:N",
+        ),
+    ],
+)
+def test_message_about_an_invalid_value_says_what_is_expected(name: str, value: str, message: str) -> None:
+    """The limits or the list of values; for text that has neither, the description of the option."""
+    with pytest.raises(SettingsError) as refused:
+        read_settings({name: value}, {})
+    assert str(refused.value).startswith(message)
+
+
+def test_help_shows_the_limits_of_numbers() -> None:
+    """Beside the default, or what the description says about it."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    shown = " ".join(parser.format_help().split())
+    for text in ("(1 to 4096; default: auto)", "(0.001 to 3600; default: 30)", "(0 to 65535; default: no gRPC)"):
+        assert text in shown
 
 
 def test_long_invalid_value_is_shortened_in_the_message() -> None:

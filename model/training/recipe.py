@@ -1,33 +1,16 @@
 """Hyperparameters of a training run."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rednet.model.images.preprocess import Preprocess
 from rednet.model.nn.rednet import BLOCKS
+from rednet.model.training.bounds import BOUNDS
 
 FINE_TUNING_RATE = 3e-4  # learning rate; low enough to keep what a pretrained network has learned
 PRECISIONS = ("auto", "fp32", "bf16")
 FIRST_SIZE, GROWN_SIZE = 0.5, 0.75  # of full size: the first crops, and the last before those of full size
 SIZE_STEP = 16  # pixels by which crops grow
-# Accepted values (minimum, maximum). Values outside are mistakes, or exhaust the memory before they fail. A network
-# trained at 896 pixels is served at 1024, the largest crop of `Preprocess`. Batch norm needs two photos.
-BOUNDS: Mapping[str, tuple[float, float]] = {
-    "base_channels": (1, 512),
-    "epochs": (1, 100_000),
-    "size": (1, 896),
-    "batch_size": (2, 8192),
-    "learning_rate": (1e-9, 10),
-    "warmup_epochs": (0, 100_000),
-    "weight_decay": (0, 10),
-    "label_smoothing": (0, 0.99),
-    "mixup": (0, 100),
-    "cutmix": (0, 100),
-    "trivial_augment": (0, 1),
-    "full_size_epochs": (0, 1),
-    "seed": (0, 2**63 - 1),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rednet import __version__
+from rednet.model.training.bounds import BOUNDS
 from rednet.service.system.exit import end
 from rednet.service.system.init_process import fork_if_init
 from rednet.service.system.terminal import printable
@@ -81,7 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
         "paths", nargs="+", metavar="PATH", type=Path, help="a photo, a folder, or - for a list on standard input"
     )
     _add_checkpoint(predict)
-    predict.add_argument("--top-k", type=_top_k, default=5, metavar="K", help="classes per photo (default: 5)")
+    predict.add_argument(
+        "--top-k", type=_top_k, default=5, metavar="K", help=f"classes per photo (1 to {MAX_CLASSES}; default: 5)"
+    )
     _add_json(predict)
     predict.add_argument(
         "--output", type=Path, metavar="F", help="write .jsonl, .csv or .parquet; after a kill, continue where it was"
@@ -166,12 +169,13 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 DATA_HELP = "a folder with the folders train and val, and in each a folder of photos per class"
+MAX_SHOWN = 1e9  # larger limits are not worth showing
 MAX_CLASSES = 1 << 16  # `rednet.model.nn.rednet.MAX_SIZE`
 
 RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
     # The fields of `rednet.model.training.recipe.Recipe`, which imports torch: `--help` would take two seconds.
     ("--depth", 26, "depth of the network: 26, 38, 50, 101 or 152"),
-    ("--base-channels", 64, "width of the network; the paper uses 64"),
+    ("--base-channels", 64, "width of the network, a multiple of 16; the paper uses 64"),
     ("--epochs", 20, "passes over the photos"),
     ("--size", 176, "largest training crop in pixels; inference uses about 8/7 of it"),
     ("--batch-size", 64, "photos per step"),
@@ -190,8 +194,15 @@ RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     for flag, default, description in RECIPE_FLAGS:
-        shown = f"{description} (default: {default})"
+        shown = f"{description} ({_limits(flag)}default: {default})"
         parser.add_argument(flag, type=type(default), default=argparse.SUPPRESS, metavar="N", help=shown)
+
+
+def _limits(flag: str) -> str:
+    minimum, maximum = BOUNDS.get(flag.removeprefix("--").replace("-", "_"), (None, None))
+    if minimum is None or maximum is None:
+        return ""
+    return f"{minimum:g} or more; " if maximum > MAX_SHOWN else f"{minimum:g} to {maximum:g}; "
 
 
 def _top_k(text: str) -> int:
