@@ -78,11 +78,15 @@ fuzz: .venv/test
 	$(foreach run,decode:1200 infer:200 grpc:200 uploads:100 embeddings:100,(cd build/fuzz && PYTHONPATH=../.. ../../$(BIN)/python -m tests.fuzz \
 	    $(word 1,$(subst :, ,$(run))) -max_total_time=$(word 2,$(subst :, ,$(run)))) &&) true
 
-# The pins of *.in and of what they need, with hashes; the licences of what the server needs; its SBOM in CycloneDX's format.
+# The pins of *.in and of what they need, with hashes; those of the extras that an image can have, in the versions that are
+# tested; the licences of what the server needs; its SBOM in CycloneDX's format (make sbom EXTRAS="grpc heif").
+LOCK = build/tools/bin/uv pip compile --quiet --no-annotate --universal --python-version 3.11.5 --constraint requirements.in \
+    --generate-hashes --custom-compile-command "make lock"
+EXTRA = import sys, tomllib; print(*tomllib.load(sys.stdin.buffer)["project"]["optional-dependencies"]["$1"], sep="\n")
 lock: build/tools
-	$(foreach each,requirements requirements-dev docs/requirements,build/tools/bin/uv pip compile --quiet --no-annotate \
-	    --universal --python-version 3.11.5 --constraint requirements.in --generate-hashes \
-	    --custom-compile-command "make lock" --output-file $(each).txt $(each).in &&) true
+	$(foreach each,requirements requirements-dev docs/requirements,$(LOCK) --output-file $(each).txt $(each).in &&) true
+	$(foreach each,grpc heif otel,build/tools/bin/python -c '$(call EXTRA,$(each))' < pyproject.toml \
+	    | $(LOCK) --constraint requirements-dev.txt --output-file requirements-$(each).txt - &&) true
 
 licences: build/tools .venv/serve
 	(sed '/^|/,$$d' docs/reference/licences.md; build/tools/bin/pip-licenses --with-system --python $(BIN)/python --format markdown \
@@ -90,7 +94,8 @@ licences: build/tools .venv/serve
 	mv build/licences.md docs/reference/licences.md
 
 sbom: build/tools
-	cat requirements.txt requirements-torch.txt | build/tools/bin/cyclonedx-py requirements --pyproject pyproject.toml \
+	cat requirements.txt requirements-torch.txt $(EXTRAS:%=requirements-%.txt) \
+	    | sed ':line; /\\$$/{N; s/\\\n//; b line}' | sort -u | build/tools/bin/cyclonedx-py requirements --pyproject pyproject.toml \
 	    --output-file build/sbom.cdx.json -
 
 build/tools:

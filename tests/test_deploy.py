@@ -20,13 +20,19 @@ from rednet.service.settings import Settings, read_settings
 from tests.conftest import encoded, photo
 from tests.http_helpers import connected, predict, sample
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
+from tests.test_requirements import EXTRAS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 BIN = Path(sys.executable).parent
-OVERRIDES = {"cpu": [], "gpu": ["docker/gpu.yml"], "replicas": ["docker/replicas.yml"]}
+OVERRIDES = {
+    "cpu": [],
+    "gpu": ["docker/gpu.yml"],
+    "grpc": ["docker/grpc.yml"],
+    "replicas": ["docker/replicas.yml"],
+}
 COMPOSE_FILES = ["docker-compose.yml", *(file for files in OVERRIDES.values() for file in files)]
 
 compose_is_there = bool(shutil.which("docker")) and not subprocess.call(
@@ -65,8 +71,12 @@ def merged(base: Any, override: Any) -> Any:
 @pytest.fixture(params=OVERRIDES)
 def compose(request: pytest.FixtureRequest) -> Any:
     """A Compose file as shipped, without `.env`: defaults are filled in, overrides applied."""
+    return overridden(request.param)
+
+
+def overridden(override: str) -> Any:
     whole: Any = {}
-    for file in ["docker-compose.yml", *OVERRIDES[request.param]]:
+    for file in ["docker-compose.yml", *OVERRIDES[override]]:
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / file).read_text())
         whole = merged(whole, yaml.load(text, Loader))
     return whole
@@ -90,11 +100,13 @@ def test_docker_compose_accepts_the_files(override: str) -> None:
 
 
 def test_compose_publishes_one_service_port_on_localhost(compose: Any) -> None:
-    """All ports are published on localhost until `.env` changes that, and only one of the service."""
+    """All ports are published on localhost until `.env` changes that. The service has one, and one for gRPC."""
     services = compose["services"]
     published = {name: service.get("ports", []) for name, service in services.items()}
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
-    assert len(published["rednet"] + published.get("proxy", [])) == 1
+    ports = published["rednet"] + published.get("proxy", [])
+    grpc_port = services["rednet"]["environment"].get("REDNET_GRPC_PORT")
+    assert [port.endswith(f":{grpc_port}") for port in ports] == ([False, True] if grpc_port else [False])
     assert not set(services["grafana"]["networks"]) & set(services["rednet"]["networks"])
 
 
@@ -131,11 +143,21 @@ def test_variables_of_image_and_compose_files_are_options() -> None:
     in the Compose files."""
     example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
     image = dict(re.findall(r"(REDNET_\w+)=(\S+)", DOCKERFILE.read_text()))
-    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    for variables in (example, image, services["rednet"]["environment"]):
+    for variables in (example, image, *(overridden(each)["services"]["rednet"]["environment"] for each in OVERRIDES)):
         read_settings({}, variables)
     interpolated = {name for file in COMPOSE_FILES for name in re.findall(r"\$\{(\w+)", (ROOT / file).read_text())}
     assert {name for name in example if not name.startswith("REDNET_")} == interpolated
+
+
+def test_image_installs_locked_extras() -> None:
+    """Those that the build argument may name, and `.env.example` and docker/grpc.yml name some of them."""
+    dockerfile = DOCKERFILE.read_text()
+    (copied,) = re.findall(r"^COPY (requirements-grpc.*) /source/$", dockerfile, re.MULTILINE)
+    assert copied.split() == [f"requirements-{extra}.txt" for extra in EXTRAS]
+    assert "/source/requirements-$extra.txt" in dockerfile
+    example = re.findall(r"^#EXTRAS=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    wanted = [overridden("grpc")["services"]["rednet"]["build"]["args"]["EXTRAS"], *example]
+    assert {name for names in wanted for name in names.split()} <= set(EXTRAS)
 
 
 def test_triton_cache_is_on_a_volume() -> None:
@@ -156,8 +178,9 @@ def test_dockerignore_lets_only_build_inputs_pass() -> None:
     """All files that the build reads pass `.dockerignore`, and no others."""
     allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
     assert all((ROOT / name).exists() for name in allowed)
-    files = {"LICENSE", "README.md", "pyproject.toml", "requirements-torch.txt", "requirements.txt", "setup.py"}
-    assert allowed == files | {"src", "model", "service"}  # the latter two through links in src/rednet
+    files = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "setup.py"}
+    requirements = {f"requirements-{name}.txt" for name in ("torch", *EXTRAS)}
+    assert allowed == files | requirements | {"src", "model", "service"}  # the latter two through links in src/rednet
 
 
 def test_health_check_of_the_image_follows_readiness(server: ServerProcess) -> None:
