@@ -1,6 +1,7 @@
 """Builds the Kubernetes manifests as `kubectl kustomize` does, and looks for mistakes in them, without a cluster."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,14 +33,34 @@ PROBES = {
 Manifest = dict[str, Any]
 
 
-def build(folder: Path) -> list[Manifest]:
-    """The manifests of a kustomization: of its resources, with JSON patches and images replaced."""
+def combine(components: Sequence[str], folder: Path) -> Path:
+    """A folder that is applied: a kustomization with the base and some components, such as `gpu`."""
+    relative = os.path.relpath(FOLDER, folder)  # kustomize allows no other paths
+    kustomization = {
+        "resources": [f"{relative}/base"],
+        "components": [f"{relative}/{name}" for name in components],
+        "images": [{"name": "rednet", "newName": "registry.example/rednet"}],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return folder
+
+
+def build(folder: Path, manifests: Sequence[Manifest] = ()) -> list[Manifest]:
+    """The manifests of a kustomization: of its resources and components, with JSON patches and images replaced.
+
+    Args:
+        folder: of the kustomization or component.
+        manifests: that a component changes and adds to.
+    """
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    assert kustomization.keys() <= {"apiVersion", "kind", "resources", "patches", "images"}, "not supported here"
-    manifests: list[Manifest] = []
-    for name in kustomization["resources"]:
+    supported = {"apiVersion", "kind", "resources", "components", "patches", "images"}
+    assert kustomization.keys() <= supported, "not supported here"
+    manifests = list(manifests)
+    for name in kustomization.get("resources", ()):
         path = folder / name
         manifests += build(path) if path.is_dir() else yaml.safe_load_all(path.read_text())
+    for name in kustomization.get("components") or ():
+        manifests = build(folder / name, manifests)
     for patch in kustomization.get("patches", ()):
         target = patch["target"]
         (found,) = [
@@ -47,11 +68,12 @@ def build(folder: Path) -> list[Manifest]:
         ]
         for operation in yaml.safe_load(patch["patch"]):
             _apply(found, operation)
-    images = {each["name"]: f"{each['newName']}:{each['newTag']}" for each in kustomization.get("images", ())}
+    images = {each["name"]: each for each in kustomization.get("images", ())}
     for manifest in manifests:
         for container in containers(manifest):
-            name = container["image"].partition(":")[0]
-            container["image"] = images.get(name, container["image"])
+            name, _, tag = container["image"].partition(":")
+            image = images.get(name, {})
+            container["image"] = f"{image.get('newName', name)}:{image.get('newTag', tag)}"
     return manifests
 
 

@@ -15,9 +15,15 @@ from tests.servers import ServerProcess
 
 pytest.importorskip("kubernetes_validate")
 
-from tests.kubernetes import FOLDER, ROOT, Manifest, build, containers, problems
+from tests.kubernetes import FOLDER, ROOT, Manifest, build, combine, containers, problems
 
-KUSTOMIZATIONS = sorted(path.parent.name for path in FOLDER.glob("*/kustomization.yaml"))
+FILES = {path.parent.name: yaml.safe_load(path.read_text()) for path in FOLDER.glob("*/kustomization.yaml")}
+COMPONENTS = sorted(name for name, file in FILES.items() if file["kind"] == "Component")
+# With the base: each by itself, and all of them with one of the two that scale.
+COMBINATIONS = [
+    *([name] for name in COMPONENTS),
+    *([name for name in COMPONENTS if name != other] for other in ("hpa", "keda")),
+]
 OFFERED = "sum(rate(rednet_offered_seconds_total"
 
 
@@ -27,23 +33,36 @@ def answers(server: ServerProcess) -> Callable[[str], bool]:
     return lambda path: server.client.get(path).status_code == 200
 
 
-def whole(name: str) -> list[Manifest]:
-    """The manifests of a kustomization with those that it is applied beside."""
-    return build(FOLDER / name) + (build(FOLDER / "base") if name == "monitoring" else [])
+@pytest.fixture(params=[["."], ["kserve"], *COMBINATIONS], ids=",".join)
+def applied(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder that can be applied: one of ours, or one that combines components."""
+    (first, *_) = names = request.param
+    return combine(names, tmp_path) if first in COMPONENTS else FOLDER / first
 
 
-@pytest.mark.parametrize("name", KUSTOMIZATIONS)
-def test_manifests_have_no_problems(name: str, answers: Callable[[str], bool]) -> None:
+@pytest.fixture
+def whole(tmp_path: Path) -> Callable[[str], list[Manifest]]:
+    """The manifests of a kustomization; of a component with those of the base."""
+    return lambda name: build(combine([name], tmp_path) if name in COMPONENTS else FOLDER / name)
+
+
+def test_manifests_have_no_problems(applied: Path, answers: Callable[[str], bool]) -> None:
     """Schemas are strict; ports, probes, selectors, arguments and the grace period fit the image and each other."""
-    assert problems(whole(name), answers) == []
+    assert problems(build(applied), answers) == []
 
 
-@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+@pytest.mark.parametrize("name", FILES)
 def test_every_manifest_belongs_to_a_kustomization(name: str) -> None:
     """Files that nothing names would not be checked; adapter-rule.yaml is for another program."""
-    named = yaml.safe_load((FOLDER / name / "kustomization.yaml").read_text())["resources"]
     files = {path.name for path in (FOLDER / name).glob("*.yaml")} - {"kustomization.yaml", "adapter-rule.yaml"}
-    assert files == {each for each in named if not each.startswith("../")}
+    assert files == set(FILES[name].get("resources", ()))
+
+
+def test_applied_kustomization_lists_every_component() -> None:
+    """Commented out: what is applied as it is, is the base."""
+    text = (FOLDER / "kustomization.yaml").read_text()
+    assert sorted(re.findall(r"^# - (\S+) ", text, re.MULTILINE)) == COMPONENTS
+    assert yaml.safe_load(text)["components"] is None
 
 
 def change(manifests: Sequence[Manifest], kind: str, path: str, value: Any) -> list[Manifest]:
@@ -100,7 +119,12 @@ PLANTED = [
 
 @pytest.mark.parametrize(("name", "kind", "path", "value"), PLANTED)
 def test_a_planted_mistake_is_found(
-    name: str, kind: str, path: str, value: Any, answers: Callable[[str], bool]
+    name: str,
+    kind: str,
+    path: str,
+    value: Any,
+    whole: Callable[[str], list[Manifest]],
+    answers: Callable[[str], bool],
 ) -> None:
     """Each is one change to manifests that have no problems."""
     assert problems(change(whole(name), kind, path, value), answers)
@@ -132,10 +156,9 @@ def test_prometheus_rule_has_the_alerts_of_compose() -> None:
     assert text.endswith("\n" + re.sub("^(?=.)", "  ", alerts.read_text(), flags=re.MULTILINE))  # with the comments
 
 
-@pytest.mark.parametrize("name", ["base", "gpu", "kserve"])
-def test_containers_are_confined(name: str) -> None:
+def test_containers_are_confined(applied: Path) -> None:
     """No root, no writing outside volumes, no capabilities."""
-    for manifest in build(FOLDER / name):
+    for manifest in build(applied):
         for container in containers(manifest):
             context = container["securityContext"]
             assert context["readOnlyRootFilesystem"] is True
@@ -145,26 +168,66 @@ def test_containers_are_confined(name: str) -> None:
             assert (context | pod)["runAsNonRoot"] is True
 
 
-def test_the_gpu_overlay_asks_for_a_gpu() -> None:
-    """With the image that holds CUDA."""
-    (deployment,) = [each for each in build(FOLDER / "gpu") if each["kind"] == "Deployment"]
-    (container,) = containers(deployment)
+def deployed(manifests: Sequence[Manifest]) -> tuple[Manifest, Manifest]:
+    """The pod of the Deployment, and its container."""
+    (pod,) = [each["spec"]["template"]["spec"] for each in manifests if each["kind"] == "Deployment"]
+    (container,) = pod["containers"]
+    return pod, container
+
+
+def test_gpu_component_asks_for_a_gpu(whole: Callable[[str], list[Manifest]]) -> None:
+    """With the image that holds CUDA, from the registry of the kustomization that is applied."""
+    _, container = deployed(whole("gpu"))
+    assert container["image"].startswith("registry.example/rednet:")
     assert container["image"].endswith("-cuda")
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert container["args"][-2:] == ["--device", "cuda"]
     assert "/var/cache/rednet" in [mount["mountPath"] for mount in container["volumeMounts"]]  # the root is read-only
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is absent: it comes from Debian (kubernetes-client)")
-@pytest.mark.parametrize("name", KUSTOMIZATIONS)
-def test_kubectl_builds_the_same_manifests(name: str) -> None:
+def test_api_keys_component_mounts_the_secret(whole: Callable[[str], list[Manifest]]) -> None:
+    """The option names a file in its folder. The folder as a whole is mounted, otherwise it would never be updated."""
+    pod, container = deployed(whole("api-keys"))
+    (volume,) = [each for each in pod["volumes"] if each.get("secret", {}).get("secretName") == "rednet-api-keys"]
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == volume["name"]]
+    assert container["args"][-2:] == ["--api-key-file", f"{mount['mountPath']}/keys"]
+    assert "subPath" not in mount
+    assert volume["secret"]["defaultMode"] == 0o440
+
+
+def test_grpc_component_opens_the_port_of_the_option(whole: Callable[[str], list[Manifest]]) -> None:
+    """In the pod, the Service and the NetworkPolicy."""
+    manifests = whole("grpc")
+    _, container = deployed(manifests)
+    assert container["args"][-2:] == ["--grpc-port", "9000"]
+    assert container["ports"][1] == {"name": "grpc", "containerPort": 9000, "protocol": "TCP"}
+    specs = {each["kind"]: each["spec"] for each in manifests}
+    assert [port["targetPort"] for port in specs["Service"]["ports"]] == ["http", "grpc"]
+    assert [port["port"] for port in specs["NetworkPolicy"]["ingress"][0]["ports"]] == ["http", "grpc"]
+
+
+def kubectl_minor_version() -> int:
+    """21 for 1.21; 0: kubectl is absent."""
+    if not shutil.which("kubectl"):
+        return 0
+    done = subprocess.run(
+        ["kubectl", "version", "--client", "--output=json"], capture_output=True, text=True, check=True
+    )
+    return int(re.findall(r'"minor": "(\d+)', done.stdout)[0])
+
+
+@pytest.mark.skipif(
+    kubectl_minor_version() < 21, reason="kubectl is absent, or older than 1.21 and knows no components"
+)
+def test_kubectl_builds_the_same_manifests(applied: Path) -> None:
     """The checks above see what would be applied."""
-    done = subprocess.run(["kubectl", "kustomize", str(FOLDER / name)], capture_output=True, text=True, check=True)
+    done = subprocess.run(["kubectl", "kustomize", str(applied)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
     def key(manifest: Manifest) -> str:
         return f"{manifest['kind']} {manifest['metadata']['name']}"
 
-    assert sorted(yaml.safe_load_all(done.stdout), key=key) == sorted(build(FOLDER / name), key=key)
+    assert sorted(yaml.safe_load_all(done.stdout), key=key) == sorted(build(applied), key=key)
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is absent")
