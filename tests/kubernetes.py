@@ -155,13 +155,14 @@ def _container_errors(container: Manifest, answers: Callable[[str], bool]) -> It
     flags = dict(
         zip((flag.removeprefix("--").replace("-", "_") for flag in arguments[::2]), arguments[1::2], strict=True)
     )
+    if command != "serve" or "port" in flags or not flags.keys() <= Settings.model_fields.keys():
+        yield f"arguments {container['args']}"
+        return
     try:
         name = flags.get("model_name")
         read_settings(flags | ({"model_name": "x"} if name == "{{.Name}}" else {}), {})
     except SettingsError as error:
         yield str(error)
-    if command != "serve" or "port" in flags or not flags.keys() <= Settings.model_fields.keys():
-        yield f"arguments {container['args']}"
 
 
 def _grace_errors(manifest: Manifest) -> Iterator[str]:
