@@ -78,9 +78,9 @@ def check_model(model: ModelBody, name: str, version: str | None = None) -> None
         NotFound: there is no such model or version.
     """
     if name != model.name:
-        raise NotFound(f"no such model; this server has {model.name!r}")
+        raise NotFound(f"no such model: {name[:100]!r}; this server has {model.name!r}")
     if version and version != MODEL_VERSION:
-        raise NotFound(f"no such version of the model; this server has {MODEL_VERSION!r}")
+        raise NotFound(f"no such version of the model: {version[:100]!r}; this server has {MODEL_VERSION!r}")
 
 
 async def output_rows(answers: Sequence[Answer], asked: InferOptions, model: ModelBody) -> dict[str, Sequence[Row]]:

@@ -212,15 +212,15 @@ def test_explain_several_images_needs_json(server: ServerProcess) -> None:
     [
         ({"layer": "stage5"}, "'stage4'"),
         ({"layer": "stem"}, "'class'"),
-        ({"class": "5"}, "from 0 to 4 or one of the ids n0, n1"),
+        ({"class": "5"}, "is not an index from 0 to 4, a label or one of the ids n0, n1"),
         ({"class": "-1"}, "from 0 to 4"),
         ({"class": "thing 9"}, "n0, n1"),
         ({"class": "٣"}, "from 0 to 4"),
         ({"class": "1", "layer": "stage1"}, "only layer class"),
         ({"group": "0"}, "only layers stage1"),
         ({"group": "1", "layer": "stage1"}, "groups 0 to 0"),
-        ({"group": "-1", "layer": "stage2"}, "greater than or equal to 0"),
-        ({"group": "x", "layer": "stage2"}, "integer"),
+        ({"group": "-1", "layer": "stage2"}, "query.group: must be at least 0, not '-1'"),
+        ({"group": "x", "layer": "stage2"}, "query.group: must be a whole number, not 'x'"),
     ],
 )
 def test_explain_with_unknown_class_stage_or_group_is_400(

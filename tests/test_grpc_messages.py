@@ -212,7 +212,7 @@ def outputs(*names: str) -> Any:
         (image_request(raw=False), "holds no image"),
         (with_tensor(image_request(PHOTO), shape=[2]), "not 2 elements"),
         (with_tensor(image_request(PHOTO, PHOTO), shape=[1]), "not 1 elements"),
-        (with_tensor(image_request(PHOTO, PHOTO, raw=False), shape=[1]), "must be 1 elements, not 2"),
+        (with_tensor(image_request(PHOTO, PHOTO, raw=False), shape=[1]), "has 2 elements, but its shape is"),
         (with_tensor(image_request(PHOTO), shape=[1, 1]), r"must be BYTES \[N\]"),
         (with_tensor(image_request(PHOTO), shape=[]), "shape"),
         (with_tensor(image_request(PHOTO), shape=[-1]), "shape"),

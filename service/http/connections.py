@@ -170,7 +170,9 @@ class Connection(HttpToolsProtocol):
             self._chunks_at_once += 1
             self._chunk_bytes += len(body)
             if self._chunks > FREE_CHUNKS + self._chunk_bytes // MIN_CHUNK_BYTES:
-                raise MalformedRequest("the chunks of the body are too small")  # the parser stops here
+                raise MalformedRequest(
+                    f"the chunks of the body are too small: less than {MIN_CHUNK_BYTES} bytes on average"
+                )  # the parser stops here
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -13,7 +13,10 @@ from starlette.types import Scope
 from rednet.service import errors
 from rednet.service.http.routes.context import context
 from rednet.service.observability import log
+from rednet.service.parsing.validation_errors import worded
 from rednet.service.statuses import STATUS
+
+MAX_SHOWN_CHARS = 100  # of a path
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -63,9 +66,7 @@ async def service_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     """A parameter that FastAPI could not read."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return error_response(request.scope, errors.MalformedRequest(f"{place}: {first['msg']}"))
+    return error_response(request.scope, errors.MalformedRequest(worded(error.errors()[0])))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -76,4 +77,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if headers.get("Allow") == "GET":
         headers["Allow"] = "GET, HEAD"
-    return _json(_error_content(request.scope, code, str(error.detail)), error.status_code, headers)
+    path = repr(request.scope["path"][:MAX_SHOWN_CHARS])
+    messages = {
+        404: f"there is no {path} here",
+        405: f"{request.scope['method']} is not supported for {path}; use {headers.get('Allow')}",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    return _json(_error_content(request.scope, code, message), error.status_code, headers)

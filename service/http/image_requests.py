@@ -107,7 +107,10 @@ class ImageRequests:
         if asked is None:
             return None
         if not (asked.isdigit() and len(asked) < MAX_DIGITS and 1 <= int(asked) <= MAX_TIMEOUT_MS):
-            raise MalformedRequest(f"X-Request-Timeout-Ms must be whole milliseconds from 1 to {MAX_TIMEOUT_MS}")
+            shown = repr(asked[:MAX_DIGITS].decode("latin-1"))
+            raise MalformedRequest(
+                f"X-Request-Timeout-Ms must be whole milliseconds from 1 to {MAX_TIMEOUT_MS}, not {shown}"
+            )
         return int(asked) / 1000
 
     async def _parse(self, body_format: BodyFormat, body: bytes | BodyFile, ends: float) -> ParsedBody:

@@ -162,7 +162,8 @@ class AllowedHostsMiddleware:
         if scope["type"] == "http" and scope["path"] not in PROBES:
             await self._check(scope, receive, note)
         if refusal:
-            error = MalformedRequest("the server does not answer to this Host header; see --allowed-hosts")
+            host = dict(scope["headers"]).get(b"host", b"")[:MAX_LOGGED_CHARS].decode("latin-1")
+            error = MalformedRequest(f"the server does not answer to the Host header {host!r}; see --allowed-hosts")
             await error_response(scope, error)(scope, receive, send)
             return
         await self._app(scope, receive, send)

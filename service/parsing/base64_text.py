@@ -1,10 +1,12 @@
 """Decodes base64 text in all the variants that libraries write by default."""
 
 import binascii
+import re
 
 from rednet.service.errors import MalformedRequest
 
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
+STRANGE = re.compile(r"[^A-Za-z0-9+/=_\s-]")
 MAX_DATA_URL_HEAD = 1_000  # bytes before the comma of a data URL
 
 
@@ -23,7 +25,12 @@ def decode_base64(text: str | bytes) -> bytes | MalformedRequest:
     except MalformedRequest as error:
         return error
     except ValueError:
-        return MalformedRequest("not base64")
+        return MalformedRequest(f"not base64{_first_strange_character(text)}")
+
+
+def _first_strange_character(text: str | bytes) -> str:
+    found = STRANGE.search(text if isinstance(text, str) else text.decode("latin-1"))
+    return f": it contains {found[0]!r}" if found else ""
 
 
 def _decode_variant(text: bytes) -> bytes:

@@ -81,6 +81,8 @@ def check_pixels(pixels: Floats, limits: BodyLimits) -> Floats:
     expected = (3, limits.side, limits.side)
     if pixels.shape != expected:
         raise MalformedRequest(f"pixels must be {list(expected)} for each image, not {list(pixels.shape)}")
-    if not np.abs(pixels).max() <= (limit := limits.max_abs_pixel):  # written so that NaN is rejected
-        raise MalformedRequest(f"pixels must be normalised: finite, and between -{limit:.1f} and {limit:.1f}")
+    largest = np.abs(pixels).max()
+    if not largest <= (limit := limits.max_abs_pixel):  # written so that NaN is rejected
+        found = f"the largest magnitude is {largest:g}"
+        raise MalformedRequest(f"pixels must be normalised, between -{limit:.1f} and {limit:.1f}; {found}")
     return pixels

@@ -39,8 +39,10 @@ class BodyReader:
             Overloaded: the memory budget is used up, or other requests needed the memory of this slow upload.
             RequestTimeout: the body did not arrive in time.
         """
-        if headers.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
-            raise UnsupportedMediaType("Content-Encoding is not supported; send the body uncompressed")
+        encoding = headers.get(b"content-encoding", b"").strip().lower()
+        if encoding not in (b"", b"identity"):
+            shown = repr(encoding[:20].decode("latin-1"))
+            raise UnsupportedMediaType(f"Content-Encoding {shown} is not supported; send the body uncompressed")
         claimed = headers.get(b"content-length", b"")
         if claimed.isdigit() and int(claimed) > self._max_bytes:
             raise self._too_large()

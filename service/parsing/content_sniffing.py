@@ -6,7 +6,8 @@ from typing import Literal
 from rednet.service.parsing.base64_text import decode_base64
 
 HEAD_BYTES = 512  # that are inspected
-Content = Literal["image", "JSON", "form", "URL-encoded form", "base64", "data URL", "unknown"]
+# With articles, as in messages.
+Content = Literal["an image", "JSON", "a form", "a URL-encoded form", "base64", "a data URL", "unknown"]
 
 SIGNATURES = (
     b"\xff\xd8\xff",  # JPEG
@@ -52,16 +53,16 @@ def is_encoded_image(text: bytes | memoryview) -> bool:
 def content_of(data: bytes | memoryview) -> Content:
     """The kind of content that data begins like."""
     if begins_like_image(data):
-        return "image"
+        return "an image"
     head = bytes(data[:HEAD_BYTES]).lstrip()
     if head.startswith(BOMS) or b"\0" in head[:2]:  # perhaps UTF-16, in which every other byte is zero
         head = head.translate(None, b"\0\xef\xbb\xbf\xff\xfe").lstrip()
     if head.startswith((b"{", b"[", b'"')):
         return "JSON"
     if head.startswith(b"--") and b"content-disposition" in head.lower():
-        return "form"
+        return "a form"
     if head[:5].lower() == b"data:":
-        return "data URL"
+        return "a data URL"
     if is_encoded_image(head):
         return "base64"
-    return "URL-encoded form" if URL_ENCODED.match(head) else "unknown"
+    return "a URL-encoded form" if URL_ENCODED.match(head) else "unknown"

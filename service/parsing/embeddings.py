@@ -11,8 +11,9 @@ from rednet.service.errors import MalformedRequest
 from rednet.service.parsing.base64_text import decode_base64
 from rednet.service.parsing.bodies import EmbeddingOptions, ParsedBody
 from rednet.service.parsing.content_sniffing import begins_like_image
-from rednet.service.parsing.json_text import first_error, load_json
+from rednet.service.parsing.json_text import load_json
 from rednet.service.parsing.multipart import too_many
+from rednet.service.parsing.validation_errors import first_error
 
 TAKES_IMAGES = "this model embeds images, as data URLs or base64, and no text"
 MAX_NAME_CHARS = 1024

@@ -1,11 +1,10 @@
-"""Parses the JSON of a request at a bounded cost, and words what is wrong with it."""
+"""Parses the JSON of a request at a bounded cost."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
 
 from rednet.service.errors import MalformedRequest
 
@@ -27,8 +26,9 @@ def load_json(text: bytes, unique: Sequence[bytes] = ()) -> Any:
     encoding = json.detect_encoding(text)
     if encoding != "utf-8":
         text = _to_utf8(text, encoding)
-    if text.count(b"[") + text.count(b"{") > FREE_LISTS + len(text) // BYTES_PER_LIST:
-        raise MalformedRequest("the request's JSON has more lists than images need")
+    lists, allowed = text.count(b"[") + text.count(b"{"), FREE_LISTS + len(text) // BYTES_PER_LIST
+    if lists > allowed:
+        raise MalformedRequest(f"the request's JSON has {lists} lists and objects; at most {allowed} are allowed")
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -38,12 +38,6 @@ def load_json(text: bytes, unique: Sequence[bytes] = ()) -> Any:
         if text.find(name, first + 1) > first:  # rare: one of the two may be a value, or in a nested object
             _check_unique(text, name)
     return value
-
-
-def first_error(error: ValidationError) -> str:
-    """The location and the message of the first validation error."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
 
 
 def _to_utf8(text: bytes, encoding: str) -> bytes:

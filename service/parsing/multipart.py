@@ -98,7 +98,8 @@ def _parts(boundary: bytes, body: bytes) -> Iterator[Part]:
         # The search includes the line breaks of both boundary lines, for parts without headers or without content.
         headers_end = body.find(b"\r\n\r\n", start - 2, min(end + 2, start + MAX_HEADER_BYTES))
         if headers_end < 0:
-            raise MalformedRequest(f"part {number} of the form has too long headers, or no empty line after them")
+            limit = f"within {MAX_HEADER_BYTES} bytes"
+            raise MalformedRequest(f"part {number} of the form has no empty line after its headers, {limit}")
         yield _part(number, body[start:headers_end], view[headers_end + 4 : max(headers_end + 4, end)])
 
 
@@ -156,9 +157,13 @@ def _headers(number: int, block: bytes) -> dict[bytes, bytes]:
     for line in lines:
         name, colon, value = line.partition(b":")
         if not colon or b"\n" in line:
-            raise MalformedRequest(f"part {number} of the form has a damaged header")
+            raise MalformedRequest(f"part {number} of the form has a damaged header: {_shown(line)}")
         headers[name.strip().lower()] = value.strip()
     return headers
+
+
+def _shown(header: bytes) -> str:
+    return repr(header[:40].decode("latin-1"))
 
 
 def _parameters(number: int, header: bytes) -> dict[bytes, bytes]:
@@ -174,6 +179,6 @@ def _decoded(label: str, encoding: bytes, raw: memoryview) -> memoryview | bytes
     if encoding == b"quoted-printable":
         return binascii.a2b_qp(raw)
     if encoding != b"base64":
-        return MalformedRequest(f"{label!r} has an unknown Content-Transfer-Encoding")
+        return MalformedRequest(f"{label!r} has an unknown Content-Transfer-Encoding: {_shown(encoding)}")
     content = decode_base64(bytes(raw))
     return MalformedRequest(f"{label!r}: {content.message}") if isinstance(content, MalformedRequest) else content

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from rednet.service.errors import MalformedRequest
 from rednet.service.parsing.base64_text import decode_base64
 from rednet.service.parsing.bodies import InferOptions, ParsedBody
-from rednet.service.parsing.json_text import first_error, load_json
+from rednet.service.parsing.json_text import load_json
 from rednet.service.parsing.multipart import too_many
 from rednet.service.parsing.oip_schemas import InferBody, InferInput, InputParameters, OutputParameters
+from rednet.service.parsing.validation_errors import first_error
 from rednet.service.types import Floats, Upload
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # names the header with the size of the JSON before the binary data
@@ -163,7 +164,8 @@ def _json_bytes(header_length: str | None, body_bytes: int) -> int:
         return body_bytes
     digits = header_length.isascii() and header_length.isdecimal() and len(header_length) < 20
     if not digits or int(header_length) > body_bytes:
-        raise MalformedRequest(f"{HEADER_LENGTH} must be a number of bytes, at most that of the body ({body_bytes})")
+        expected = f"from 0 to the size of the body, {body_bytes}"
+        raise MalformedRequest(f"{HEADER_LENGTH} must be {expected}, not {header_length[:20]!r}")
     return int(header_length)
 
 
@@ -206,12 +208,14 @@ def _photos(tensor: InferInput, binary: memoryview | Sequence[memoryview] | None
         return _elements(binary, images)
     if binary is not None:
         if len(binary) != images:
-            raise MalformedRequest(f"input 'image' must be {images} elements, not {len(binary)}")
+            raise MalformedRequest(f"input 'image' has {len(binary)} elements, but its shape is {tensor.shape}")
         return binary
     data = tensor.data or []
     texts = [text for text in data if isinstance(text, str)]
     if not len(texts) == len(data) == images:
-        raise MalformedRequest(f"the data of input 'image' must be {images} base64 strings")
+        raise MalformedRequest(
+            f"the data of input 'image' must be base64 strings, as many as its shape {tensor.shape} says"
+        )
     return [decode_base64(text) for text in texts]
 
 
@@ -226,7 +230,8 @@ def _elements(tail: memoryview, count: int) -> Sequence[memoryview]:
             break
         elements.append(tail[start:position])
     if len(elements) < count or position != len(tail):
-        raise MalformedRequest(f"the binary data of input 'image' is not {count} elements, each with a length prefix")
+        expected = f"as many elements as its shape [{count}] says, each after its length in {LENGTH_BYTES} bytes"
+        raise MalformedRequest(f"the {len(tail)} bytes of binary data of input 'image' must be {expected}")
     return elements
 
 
@@ -238,7 +243,7 @@ def _pixels(tensor: InferInput, binary: memoryview | Sequence[memoryview] | None
     if binary is not None:
         packed = binary if isinstance(binary, memoryview) else b"".join(binary)
         if len(packed) != 4 * values:
-            raise MalformedRequest(f"FP32 {tensor.shape} takes {4 * values} bytes, not {len(packed)}")
+            raise MalformedRequest(f"input 'pixels': FP32 {tensor.shape} takes {4 * values} bytes, not {len(packed)}")
         return np.frombuffer(packed, "<f4").astype(np.float32).reshape(tensor.shape)
     try:
         flat = _flat(tensor.data or [], tensor.shape)
@@ -247,7 +252,8 @@ def _pixels(tensor: InferInput, binary: memoryview | Sequence[memoryview] | None
         with np.errstate(over="ignore"):  # values beyond the range of float32 become infinite
             return np.fromiter(flat, np.float32, values).reshape(tensor.shape)
     except (ValueError, TypeError, OverflowError):
-        raise MalformedRequest(f"the data of input 'pixels' must be numbers, flat or nested {tensor.shape}") from None
+        expected = f"{values} numbers, flat or nested {tensor.shape}"
+        raise MalformedRequest(f"the data of input 'pixels' must be {expected}") from None
 
 
 def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:

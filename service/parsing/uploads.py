@@ -11,24 +11,16 @@ from rednet.service.parsing.bodies import ParsedBody
 from rednet.service.parsing.content_sniffing import Content, content_of
 from rednet.service.parsing.json_text import load_json
 from rednet.service.parsing.multipart import parse_form, too_many
+from rednet.service.parsing.validation_errors import JSON_TYPES
 
 JSON_SHAPE = 'JSON must be {"images": ["<base64>", ...]}'
 MAX_SHOWN = 5  # field names in a message
 ADVICE: Mapping[Content, str] = {
     "JSON": "it needs Content-Type: application/json",
-    "form": "its Content-Type must be multipart/form-data with the boundary, which HTTP clients set automatically",
-    "URL-encoded form": "files need multipart/form-data, such as curl -F file=@photo.jpg",
+    "a form": "its Content-Type must be multipart/form-data with the boundary, which HTTP clients set automatically",
+    "a URL-encoded form": "files need multipart/form-data, such as curl -F file=@photo.jpg",
     "base64": 'send the image as it is, or JSON {"images": ["<base64>"]}',
-    "data URL": 'send the image as it is, or JSON {"images": ["<data URL>"]}',
-}
-JSON_TYPES: Mapping[type, str] = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
+    "a data URL": 'send the image as it is, or JSON {"images": ["<data URL>"]}',
 }
 
 
@@ -61,7 +53,7 @@ def parse_uploads(content_type: str, body: bytes, max_images: int) -> ParsedBody
             parsed = _parse_image(body)
     except MalformedRequest:
         found = content_of(body)
-        if found in ("unknown", "JSON" if _is_json(kind) else "form"):
+        if found in ("unknown", "JSON" if _is_json(kind) else "a form"):
             raise
         raise UnsupportedMediaType(f"the body looks like {found}, not like {kind}") from None
     if not parsed.images:

@@ -60,9 +60,9 @@ def _check(body: ParsedBody, model: ModelBody) -> None:
     asked = body.embeddings
     assert asked
     if asked.model != model.name:
-        raise NotFound(f"model: no such model; this server has {model.name!r}")
+        raise NotFound(f"model: there is no {asked.model[:100]!r}; this server has {model.name!r}")
     if asked.dimensions not in (None, model.feature_channels):
-        raise MalformedRequest(f"dimensions: the vectors of this model have {model.feature_channels} dimensions")
+        raise MalformedRequest(f"dimensions: this model has {model.feature_channels}, not {asked.dimensions}")
 
 
 def _embedding(vector: Floats, as_base64: bool) -> Floats | str:

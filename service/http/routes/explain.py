@@ -18,7 +18,7 @@ from rednet.service.scores import prediction, probabilities
 from rednet.service.types import ClassActivation, ExplainSpec, KernelSums
 
 JSON, PNG = "application/json", "image/png"
-LISTED = 10  # ids in an error message
+LISTED, MAX_SHOWN_CHARS = 10, 40  # ids and characters of a value in an error message
 TOP_K = 5  # predicted classes beside each map in JSON, so that a client need not upload a photo twice
 Layer = Literal["class", "stage1", "stage2", "stage3", "stage4"]
 
@@ -123,7 +123,9 @@ def _class_index(text: str, model: ModelBody) -> int:
     if labelled:
         raise MalformedRequest(f"class: several classes have this label; use an index of {labelled[:LISTED]}")
     some = ", ".join(ids[:LISTED]) + (", ..., see /v1/model" if len(ids) > LISTED else "")
-    raise MalformedRequest(f"class: must be an index from 0 to {len(ids) - 1} or one of the ids {some}")
+    raise MalformedRequest(
+        f"class: {text[:MAX_SHOWN_CHARS]!r} is not an index from 0 to {len(ids) - 1}, a label or one of the ids {some}"
+    )
 
 
 def _explanation(answer: Answer, explain: ExplainSpec, model: ModelBody) -> dict[str, Any]:

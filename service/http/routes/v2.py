@@ -33,8 +33,9 @@ from rednet.service.http.schemas import (
     described_json,
 )
 from rednet.service.parsing.bodies import BodyFormat, ParsedBody
-from rednet.service.parsing.json_text import first_error, load_json
+from rednet.service.parsing.json_text import load_json
 from rednet.service.parsing.oip import HEADER_LENGTH, encode_infer
+from rednet.service.parsing.validation_errors import first_error
 from rednet.service.types import State
 
 MAX_SMALL_BYTES = 1_000  # of a body without images
