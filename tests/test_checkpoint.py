@@ -422,7 +422,7 @@ def test_other_architecture_is_rejected(tmp_path: Path) -> None:
         ({"preprocess": {"crop": 0}}, "invalid description.*crop"),
         ({"preprocess": {"crop": "64"}}, "invalid description"),
         ({"labels": [["a", "b"]]}, "has 1 labels for 5 classes"),
-        ({"labels": 3}, "invalid description"),
+        ({"labels": 3}, "invalid description in its metadata"),
         ({"labels": [["a", "\ud800"]] * 5}, "invalid description"),
         ({"config": None}, "invalid description"),
         ({"config": [[]]}, "invalid description"),

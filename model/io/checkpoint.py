@@ -143,7 +143,7 @@ def _load(path: Path) -> Checkpoint:
         return _load_torch(path)
     if start[:1] == b"\x80":  # any other pickle
         return _load_paddle(path)
-    raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint")
+    raise CheckpointError(f"{path} is neither a safetensors file nor a torch checkpoint nor one of PaddleClas")
 
 
 def _sha256(path: Path) -> str:
@@ -211,7 +211,8 @@ def _load_safetensors(path: Path) -> Checkpoint:
     try:
         tensors = load(content)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        reason = str(error).removeprefix("Error while deserializing: ")
+        raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
     del content
     if METADATA_KEY not in metadata:
@@ -235,7 +236,8 @@ def _load_safetensors(path: Path) -> Checkpoint:
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CheckpointError(f"{path} has an invalid description: {error!r}") from error
+        reason = f"its entry {error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path} has an invalid description in its metadata: {reason}") from error
     _load_weights(path, net, tensors)
     if len(labels) != config.num_classes:
         raise CheckpointError(f"{path} has {len(labels)} labels for {config.num_classes} classes")
