@@ -21,7 +21,7 @@ class ServiceError(Exception):
 
 
 class MalformedRequest(ServiceError):
-    """The body, a parameter or a header is invalid, an image has no bytes, or there is no such parameter."""
+    """The body, a parameter or a header is invalid, a parameter is unknown, or an image has no bytes."""
 
     code = "malformed_request"
 

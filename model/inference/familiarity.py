@@ -22,7 +22,7 @@ UNFAMILIAR = 0.05  # photos below it are probably of something else, and one in 
 
 @dataclass(frozen=True)
 class Familiarity:
-    """Compares photos with photos that a network was not trained on, but that are of the same kind.
+    """Compares photos with photos of a network's own classes that it was not trained on.
 
     Attributes:
         energies: evenly spaced quantiles of those photos' energies, from the minimum to the maximum.

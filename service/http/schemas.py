@@ -42,7 +42,7 @@ class Prediction(BaseModel):
         ge=0,
         le=1,
         description="share of held-out training images that look less familiar; below 0.05, the image probably shows "
-        "something else than the classes. Absent if `familiarity` in `/v1/model` is false",
+        "something other than the classes. Absent if `familiarity` in `/v1/model` is false",
     )
 
 
@@ -61,7 +61,7 @@ class FeaturesBody(ResponseBody):
 
 
 class EmbeddingsRequestBody(BaseModel):
-    """The request of OpenAI's embeddings, with images for texts."""
+    """The request of OpenAI's embeddings, with images in place of texts."""
 
     model_config = ConfigDict(extra="forbid")
 
