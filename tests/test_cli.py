@@ -219,7 +219,7 @@ def test_quantize_without_photos_or_writable_output_is_reported_in_one_line(
     (tmp_path / "empty").mkdir()
     for folder, output, message in (
         (tmp_path / "empty", tmp_path / "x.safetensors", "has no photos"),
-        (tmp_path / "nowhere", tmp_path / "x.safetensors", "nowhere is not a folder"),
+        (tmp_path / "nowhere", tmp_path / "x.safetensors", "nowhere does not exist"),
         (tmp_path, tmp_path / "nowhere" / "x.safetensors", "cannot be written"),
     ):
         assert main(["quantize", str(tiny_path), str(folder), "--output", str(output)]) == 2

@@ -290,7 +290,7 @@ def test_evaluation_matches_classes_by_folder_name(data: Path, tmp_path: Path) -
     """A class without photos keeps its index. A folder that is not a class is an error."""
     photos = read_folder(data / "val", ["alpha", "blue", "green", "red"]).photos
     assert {photo.target for photo in photos} == {1, 2, 3}
-    with pytest.raises(PhotoError, match="'red', which is not the id of a class"):
+    with pytest.raises(PhotoError, match=r"'red', which is not the id of a class of this network: blue, green"):
         read_folder(data / "val", ["blue", "green"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(PhotoError, match="has no photos"):
@@ -299,7 +299,7 @@ def test_evaluation_matches_classes_by_folder_name(data: Path, tmp_path: Path) -
     (tmp_path / "empty" / ".hidden" / "x.jpg").touch()
     with pytest.raises(PhotoError, match="has no photos"):
         read_folder(tmp_path / "empty")
-    with pytest.raises(PhotoError, match="not a folder"):
+    with pytest.raises(PhotoError, match="nowhere does not exist; expected"):
         read_folder(tmp_path / "nowhere")
 
 

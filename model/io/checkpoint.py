@@ -217,27 +217,30 @@ def _load_safetensors(path: Path) -> Checkpoint:
     del content
     if METADATA_KEY not in metadata:
         return _describe_tensors(path, tensors)
-    try:
+    with _entry(path, "format"):
         description = json.loads(metadata[METADATA_KEY], object_pairs_hook=unique_keys)
         if description["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {description['format']}; this version reads {FORMAT}")
+    with _entry(path, "config"):
         config = RedNetConfig(**_with_tuples(description["config"]))
         net = _on_meta_device(config)
+    with _entry(path, "preprocess"):
         preprocess = Preprocess(**_with_tuples(description["preprocess"]))
+    with _entry(path, "labels"):
         labels = [Label(_json_name(id_), _json_name(name)) for id_, name in description["labels"]]
-        name, provenance = _json_name(description["name"]), clean_json(dict(description["provenance"]))
+    with _entry(path, "name"):
+        name = _json_name(description["name"])
+    with _entry(path, "provenance"):
+        provenance = clean_json(dict(description["provenance"]))
+    with _entry(path, "calibration"):
         calibration = description.get("calibration")
         if calibration is not None:
             calibration = dict(calibration)
             validate_ranges(net, calibration)
+    with _entry(path, "familiarity"):
         familiarity = description.get("familiarity")
         if familiarity is not None:
             familiarity = Familiarity(**_with_tuples(familiarity))
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        reason = f"its entry {error} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path} has an invalid description in its metadata: {reason}") from error
     _load_weights(path, net, tensors)
     if len(labels) != config.num_classes:
         raise CheckpointError(f"{path} has {len(labels)} labels for {config.num_classes} classes")
@@ -250,6 +253,22 @@ def _load_safetensors(path: Path) -> Checkpoint:
         calibration=calibration,
         familiarity=familiarity,
     )
+
+
+@contextmanager
+def _entry(path: Path, name: str) -> Iterator[None]:
+    """Report any error in an entry of the metadata, which may hold any JSON, as a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason: object = error
+        if isinstance(error, KeyError):
+            reason = "it is missing"
+        elif isinstance(error, TypeError | AttributeError):
+            reason = "it does not have the expected fields and types"
+        raise CheckpointError(f"{path} has an invalid description in its metadata: {name}: {reason}") from error
 
 
 def _load_torch(path: Path) -> Checkpoint:

@@ -71,8 +71,7 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Folder:
     Raises:
         PhotoError: the folder cannot be read, has no photos, or has a class folder that is not in `classes`.
     """
-    if not folder.is_dir():
-        raise PhotoError(f"{folder} is not a folder")
+    _check_is_folder(folder, f"; expected {folder}/<class>/*.jpg")
     skipped, found = Skipped(), dict[str, list[Path]]()
     for entry in _entries(folder):
         name, path = clean_text(entry.name), Path(entry.path)
@@ -90,11 +89,18 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Folder:
     targets = {name: target for target, name in enumerate(classes)}
     for name in sorted(found):
         if name not in targets:
-            raise PhotoError(f"{folder} has a folder {name!r}, which is not the id of a class of this network")
+            ids = ", ".join(classes[:MAX_LISTED]) + (", ..." if len(classes) > MAX_LISTED else "")
+            raise PhotoError(f"{folder} has a folder {name!r}, which is not the id of a class of this network: {ids}")
         if classes.count(name) > 1:
             raise PhotoError(f"{folder} has a folder {name!r}, and the network has several classes with this id")
     photos = [Photo(path, targets[name]) for name in sorted(found, key=targets.__getitem__) for path in found[name]]
     return Folder(classes, photos, skipped)
+
+
+def _check_is_folder(folder: Path, hint: str = "") -> None:
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise PhotoError(f"{folder} {problem}{hint}")
 
 
 def find_photos(folder: Path) -> tuple[list[Path], Skipped]:
@@ -105,8 +111,7 @@ def find_photos(folder: Path) -> tuple[list[Path], Skipped]:
     Raises:
         PhotoError: the folder cannot be read.
     """
-    if not folder.is_dir():
-        raise PhotoError(f"{folder} is not a folder")
+    _check_is_folder(folder)
     skipped, found, seen, pending = Skipped(), list[Path](), set[str](), [folder]
     while pending:
         current = pending.pop()
