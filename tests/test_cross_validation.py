@@ -47,10 +47,10 @@ def test_few_photos_get_temperature_and_familiarity(
     where it was, and the result is that of an unbroken one."""
     unbroken = train(data, tmp_path / "a.safetensors", RECIPE, device=CPU)
     said = capsys.readouterr().err
-    assert "the training is repeated without a quarter of the photos, 4 times" in said
+    assert "afterwards 4 more networks are trained, each without a quarter of the photos" in said
     assert "cross-validation: network 4 of 4, without 18 of the photos" in said
     basis = "validation photos, not used to choose anything; the temperature is fitted on 72 photos in cross-validation"
-    assert f"of 24 {basis}" in said
+    assert basis in said
     assert unbroken.provenance["accuracy of"] == basis
     assert unbroken.provenance["held out"] == 0
     assert unbroken.familiarity

@@ -268,7 +268,8 @@ def test_reported_accuracy_names_its_photos(capsys: pytest.CaptureFixture[str], 
     assert provenance["accuracy of"] == "validation photos, not used to choose anything; no temperature is fitted"
     said = capsys.readouterr().err
     assert "with fewer than 2000 photos none are held out" in said
-    assert f"of 2 {provenance['accuracy of']}" in said
+    assert "2 photos: top-1 " in said
+    assert f"these are {provenance['accuracy of']}" in said
 
 
 def test_predict_with_file_names_of_any_bytes(

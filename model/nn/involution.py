@@ -130,12 +130,13 @@ class Involution(nn.Module):
                 f"every argument must be at least 1, got channels {channels}, kernel_size {kernel_size}, stride "
                 f"{stride}, reduction_ratio {reduction_ratio}, group_channels {group_channels}"
             )
-        if channels % group_channels or channels % reduction_ratio or kernel_size % 2 == 0:
-            raise ValueError(
-                f"{channels} channels must be a multiple of group_channels {group_channels} and of reduction_ratio "
-                f"{reduction_ratio}, and kernel_size {kernel_size} odd"
-            )
-        self.kernel_size, self.stride, self.groups = kernel_size, stride, channels // group_channels
+        for name, divisor in (("group_channels", group_channels), ("reduction_ratio", reduction_ratio)):
+            if channels % divisor:
+                raise ValueError(f"{channels} channels are not a multiple of {name} {divisor}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {kernel_size} is not odd")
+        self.channels, self.kernel_size, self.stride = channels, kernel_size, stride
+        self.groups = channels // group_channels
         bottleneck = channels // reduction_ratio
         # The names conv1 and conv2 are those of the official checkpoints.
         self.conv1 = ConvModule(channels, bottleneck)
@@ -146,3 +147,6 @@ class Involution(nn.Module):
         kernel = self.conv2(self.conv1(self.avgpool(x)))  # [B, G*K*K, h, w]
         kernel = kernel.unflatten(1, (self.groups, self.kernel_size**2))
         return involution(x, kernel, self.stride)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}"

@@ -38,11 +38,12 @@ def calibrate(run: Run, unseen: Predictions | None, held_out: int, validation: S
             familiarity = Familiarity.fit(unseen.logits / temperature)
         kind = f"{held_out} held-out photos" if held_out else f"{len(unseen.targets)} photos in cross-validation"
         basis = f"the temperature is fitted on {kind}"
-    accuracy = predict(run, validation, "validation").with_temperature(temperature).summary()
+    predictions = predict(run, validation, "validation").with_temperature(temperature)
     scale_logits(run.state.averaged, temperature)
     meaning = f"validation photos, {'not used before' if held_out else 'not used to choose anything'}; {basis}"
-    log("top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**accuracy))
-    log(f"of {len(validation)} {meaning}")
+    log(f"{len(validation)} photos: {predictions}")
+    log(f"these are {meaning}")
+    accuracy = predictions.summary()
     report = {"temperature": temperature, "held out": held_out, "accuracy": accuracy, "accuracy of": meaning}
     return Calibration(familiarity, report)
 

@@ -1,7 +1,8 @@
 """Measures accuracy and calibration error on labelled photos."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +17,50 @@ from rednet.model.training.temperature import expected_calibration_error
 BATCH_SIZE = 32
 
 
+def confidence_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95% confidence interval of a share that was measured on `count` photos.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927. It stays within 0 and 1, and
+    holds for few photos.
+
+    Example:
+        >>> confidence_interval(0.9, 60)
+        (0.7985...
+    """
+    z = 1.959964  # 97.5% of a normal distribution is below it
+    center, spread = share + z**2 / (2 * count), z * math.sqrt((share * (1 - share) + z**2 / (4 * count)) / count)
+    scale = 1 + z**2 / count
+    return (center - spread) / scale, (center + spread) / scale
+
+
 class Predictions(NamedTuple):
     """A network's logits for photos, and their true classes."""
 
     logits: Tensor  # float32 [N, classes]
     targets: Tensor  # int64 [N]
 
-    def summary(self) -> dict[str, float]:
-        """Return the number of photos, top-1 and top-5 accuracy, and the expected calibration error (`ece`)."""
+    def summary(self) -> dict[str, Any]:
+        """Return the number of photos, the top-1 accuracy and its 95% confidence interval, the top-5 accuracy, and the
+        expected calibration error (`ece`)."""
         best = self.logits.topk(min(5, self.logits.shape[1]), dim=1).indices == self.targets[:, None]  # [N, 5]
+        top1 = float(best[:, 0].double().mean())
         return {
             "images": len(self.targets),
-            "top1": float(best[:, 0].double().mean()),
+            "top1": top1,
+            "top1_interval": confidence_interval(top1, len(self.targets)),
             "top5": float(best.any(dim=1).double().mean()),
             "ece": expected_calibration_error(self.logits.softmax(dim=1), self.targets),
         }
+
+    def __str__(self) -> str:
+        """The summary for people."""
+        summary = self.summary()
+        low, high = summary["top1_interval"]
+        top5 = f"top-5 {summary['top5']:.4f}, " if self.logits.shape[1] > 5 else ""  # with fewer classes it is 1
+        return (
+            f"top-1 {summary['top1']:.4f} (95% confidence interval {low:.4f} to {high:.4f}), {top5}"
+            f"expected calibration error {summary['ece']:.4f}"
+        )
 
     def with_temperature(self, temperature: float) -> "Predictions":
         """Return these predictions with the logits divided by a temperature."""

@@ -109,6 +109,10 @@ def train(
             save_checkpoint(output, checkpoint, half=True, replace=replace)
             for each in (resume, *(fold.resume for fold in folds)):
                 each.path.unlink(missing_ok=True)
+        except KeyboardInterrupt:
+            if resume.path.exists():
+                log("interrupted; the same command resumes the training")
+            raise
         finally:
             lock.unlink(missing_ok=True)
     return checkpoint
@@ -130,8 +134,8 @@ def _run_epochs(run: Run, resume: ResumeFile, monitored: Sequence[Photo] = (), k
             text += f", {kind} top-1 {finished['top1']:.4f}"
         state.history.append(finished)
         state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+        resume.save(state)  # before the line that says so
         log(text)
-        resume.save(state)
 
 
 class _Fold(NamedTuple):
@@ -193,14 +197,13 @@ def _read_folders(data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
         log(line)
     if not hold_out(photos)[1]:
         folds = len(split_folds(photos))
-        instead = (
-            f"for the temperature, the training is repeated without a quarter of the photos, {folds} times"
-            if folds
-            else "neither a temperature nor familiarity is fitted"
-        )
+        log(f"with fewer than {HELD_OUT_EVERY * MIN_HELD_OUT} photos none are held out:")
+        log("- the accuracy after each epoch is that on the validation photos")
+        more = f"{folds} more networks are" if folds > 1 else "one more network is"
         log(
-            f"with fewer than {HELD_OUT_EVERY * MIN_HELD_OUT} photos none are held out: the accuracy after each "
-            f"epoch is on the validation photos, and {instead}"
+            f"- afterwards {more} trained, each without a quarter of the photos, to calibrate the probabilities"
+            if folds
+            else "- the probabilities are not calibrated, and familiarity is not measured"
         )
     covered = {photo.target for photo in validation.photos}
     if missing := [name for target, name in enumerate(classes) if target not in covered]:

@@ -108,8 +108,8 @@ def quantize(options: argparse.Namespace) -> int:
         print(f"int8 was not compared with float32: {report['not_compared']}")
     else:
         print(
-            "on {compared} other photos int8 gives float32's class for {same_class:.1%}, and features at a mean cosine "
-            "of {feature_cosine:.4f} to its own".format(**report)
+            "on {compared} other photos, int8 and float32 choose the same class for {same_class:.1%}; the mean cosine "
+            "similarity of their features is {feature_cosine:.4f}".format(**report)
         )
     return 0
 

@@ -48,8 +48,7 @@ def evaluate(options: argparse.Namespace) -> int:
         return 0
     for row in sorted(by_class, key=lambda row: row["top1"]):
         print(f"{row['top1']:8.4f}  {row['label']} ({row['images']} photos)")
-    accuracy = "top-1 {top1:.4f}, top-5 {top5:.4f}, expected calibration error {ece:.4f}".format(**result)
-    print(f"{len(photos)} photos, {run.precision}: {accuracy}")
+    print(f"{len(photos)} photos, {run.precision}: {answers}")
     if "unfamiliar" in result:
         print(f"{result['unfamiliar']:.1%} have a familiarity below {UNFAMILIAR}; {UNFAMILIAR:.0%} are expected")
     if "foreign" in result:

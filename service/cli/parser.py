@@ -195,7 +195,13 @@ RECIPE_FLAGS: Sequence[tuple[str, int | float | str, str]] = (
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     for flag, default, description in RECIPE_FLAGS:
         shown = f"{description} ({_limits(flag)}default: {default})"
-        parser.add_argument(flag, type=type(default), default=argparse.SUPPRESS, metavar="N", help=shown)
+        parser.add_argument(
+            flag,
+            type=type(default),
+            default=argparse.SUPPRESS,
+            metavar="P" if isinstance(default, str) else "N",
+            help=shown,
+        )
 
 
 def _limits(flag: str) -> str:
