@@ -121,6 +121,7 @@ def test_hopeless_deadline_takes_no_retry_slot(admission: Admission) -> None:
             with pytest.raises(Overloaded) as refused, admission.admit(1.9):
                 pass
             assert refused.value.retry_after_s <= 21  # by then, the deadline could be met
+            assert refused.value.message.startswith("1900 ms are left until the deadline, but an answer may take ")
         assert refusal(admission).retry_after_s == 1
 
 

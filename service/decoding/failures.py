@@ -30,7 +30,7 @@ class FailureHistory:
     def on_exit(self, status: int) -> ServiceError | None:
         """Record that a worker has exited; returns the error of the image, or None to retry it."""
         if exceeded_cpu_limit(status):
-            return UnreadableImage("decoding the image takes too long")
+            return UnreadableImage("decoding the image takes more processor time than the server allows")
         if is_external(status):
             return self.on_kill()
         self.crashes += 1

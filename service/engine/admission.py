@@ -193,7 +193,8 @@ class Admission:
             reason, wait_s = "the answer would come after the deadline", late_s
         else:
             return now
-        hopeless = now + SAFETY_FACTOR * self.predicted_s(images) > deadline
+        alone_s = SAFETY_FACTOR * self.predicted_s(images)
+        hopeless = now + alone_s > deadline
         work_s = 0.0  # a request that would be late with an empty queue takes no retry slot from others
         if not hopeless:
             self._offer(offered)
@@ -201,10 +202,12 @@ class Admission:
             room = 1 - min(MAX_REJECTED_SHARE, self._rejected_share)
             # Every process schedules its own share of the rejected requests.
             work_s = self._counts.processes * images * self.predicted_s(self.max_images) / self.max_images / room
-        error = Overloaded(
-            f"{reason}; try again later", self._retries.schedule(now, wait_s, work_s, self._load_at(now))
-        )
-        raise error.for_short_deadline() if hopeless else error
+        retry_after_s = self._retries.schedule(now, wait_s, work_s, self._load_at(now))
+        if hopeless:
+            left = f"{1000 * max(0.0, deadline - now):.0f} ms are left until the deadline"
+            message = f"{left}, but an answer may take {1000 * alone_s:.0f} ms even without a queue"
+            raise Overloaded(message, retry_after_s).for_short_deadline()
+        raise Overloaded(f"{reason}; try again later", retry_after_s)
 
     def learn(self, since: float, work_s: float) -> None:
         """Compare the time of an answer with the device's work that was ahead when its images were counted."""

@@ -34,7 +34,7 @@ class Health:
     async def check(self, call: Call) -> bytes:
         request = await self._reader.read_small(call, HealthCheckRequest)
         if request.service not in SERVICES:
-            raise NotFound(f"no such service; this server has {SERVICE!r}")
+            raise NotFound(f"no such service: {request.service[:100]!r}; this server has {SERVICE!r}")
         response: bytes = HealthCheckResponse(status=self._status).SerializeToString()
         return response
 

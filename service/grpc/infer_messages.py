@@ -20,9 +20,9 @@ InferInputTensor = message_class("ModelInferRequest.InferInputTensor")
 INPUTS, RAW_CONTENTS = 5, 7  # fields of ModelInferRequest
 CONTENTS = 5  # of InferInputTensor
 FLOATS, BYTES = 6, 8  # of InferTensorContents
-ONE_INPUT = MalformedRequest("inputs: the model has one input, 'image' or 'pixels'; a request has one of them")
-ONE_RAW_CONTENTS = MalformedRequest("raw_input_contents: there must be one, for the only input")
-ONE_CONTENTS = MalformedRequest("inputs.0.contents: there must be one")
+ONE_INPUT = MalformedRequest("inputs: must have exactly 1 item, 'image' or 'pixels'")
+ONE_RAW_CONTENTS = MalformedRequest("raw_input_contents: must have exactly 1 item, for the only input")
+ONE_CONTENTS = MalformedRequest("inputs.0.contents: must occur only once")
 PACKED = MalformedRequest("inputs.0.contents: fp32_contents must be packed")
 
 

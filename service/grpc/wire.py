@@ -67,8 +67,8 @@ def split(message: memoryview, fields: Mapping[int, Taken]) -> tuple[bytes, Mapp
             rest += message[start:end]
             rest_fields += 1
             if len(rest) > MAX_REST_BYTES or rest_fields > MAX_REST_FIELDS:
-                limits = f"{MAX_REST_FIELDS} fields of {MAX_REST_BYTES} bytes"
-                raise MalformedRequest(f"everything but the values of the input must fit in {limits}")
+                limits = f"{MAX_REST_FIELDS} fields and {MAX_REST_BYTES} bytes"
+                raise MalformedRequest(f"the message has more than {limits} besides the values of its input")
         position = end
     return bytes(rest), values
 
