@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_json(predict)
     predict.add_argument(
-        "--output", type=Path, metavar="F", help="write .jsonl, .csv or .parquet; after a kill, continue where it was"
+        "--output", type=Path, metavar="F", help="write .jsonl, .csv or .parquet; an interrupted run continues"
     )
     predict.add_argument("--features", action="store_true", help="also write the feature vectors")
     _add_force(predict)
@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_force(convert)
 
     quantize = _command(
-        subparsers, commands.quantize, "calibrate int8 scales on photos, and store them with the weights"
+        subparsers, commands.quantize, "measure activation ranges for int8 on photos, and store them with the weights"
     )
     quantize.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint file")
     quantize.add_argument("photos", metavar="PHOTOS", type=Path, help="a folder, searched with its subfolders")
