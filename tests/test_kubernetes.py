@@ -235,7 +235,10 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     """`systemd-analyze verify` knows every directive; the program's path is set to one that exists."""
     for path in (ROOT / "deploy" / "systemd").iterdir():
         text = path.read_text().replace("/opt/rednet/bin/rednet", "/bin/true")
-        (tmp_path / path.name).write_text(text)
-    units = sorted(tmp_path.iterdir())
+        for name in (path.name, f"{path.stem}@{path.suffix}"):  # by itself, and as a template
+            (tmp_path / name).write_text(text)
+    units = [
+        tmp_path / f"{stem}{suffix}" for stem in ("rednet", "rednet@flowers") for suffix in (".service", ".socket")
+    ]
     done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
