@@ -60,12 +60,13 @@ class RedNetConfig:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {self.depth}")
         if len(self.strides) != len(BLOCKS[self.depth]):
             raise ValueError(f"strides must have one stride for each of the four stages, got {self.strides}")
-        numbers = [value for name, value in vars(self).items() if name != "strides"]
-        if not all(isinstance(number, int) for number in (*numbers, *self.strides)):
-            raise ValueError(f"every field must be an integer, got {self}")
-        sizes = (self.num_classes, self.in_channels, self.stem_channels, self.base_channels, *self.strides)
-        if min(sizes) < 1 or max(sizes) > MAX_SIZE:
-            raise ValueError(f"every size and stride must be at least 1 and at most {MAX_SIZE}, got {self}")
+        for name, value in vars(self).items():
+            numbers = self.strides if name == "strides" else (value,)
+            if not all(isinstance(number, int) for number in numbers):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            is_size = name in ("num_classes", "in_channels", "stem_channels", "base_channels", "strides")
+            if is_size and not all(1 <= number <= MAX_SIZE for number in numbers):
+                raise ValueError(f"{name} must be at least 1 and at most {MAX_SIZE}, got {value}")
         unit = self.group_channels
         if unit < 1 or self.base_channels % unit or self.stem_channels % (2 * unit):
             raise ValueError(

@@ -10,7 +10,7 @@ from rednet.service.settings import Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessOptions:
-    """What every process is told.
+    """The options of every process.
 
     Attributes:
         settings: those of the server that were given, as JSON.
@@ -39,7 +39,7 @@ class ProcessOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions(ProcessOptions):
-    """What the engine's process is told.
+    """The options of the engine's process.
 
     Attributes:
         listener: descriptor of the unix socket on which it accepts front ends.
@@ -50,7 +50,7 @@ class EngineOptions(ProcessOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontEndOptions(ProcessOptions):
-    """What a front end is told.
+    """The options of a front end.
 
     Attributes:
         engine: path of the unix socket of the engine's process.
