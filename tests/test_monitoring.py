@@ -144,11 +144,28 @@ def test_every_dashboard_panel_has_values(monitored: MonitoredServer, title: str
     wait_until(lambda: not all(map(math.isnan, monitored.query(query))), f"{title}: {query}")
 
 
-def test_dashboard_uses_the_provisioned_data_source() -> None:
-    """By the name of the data source. Panels have unique ids and do not overlap."""
+def test_dashboard_counts_failures_as_the_alert_does() -> None:
+    """Its panel has the ratio of RedNetErrors, and 0 as long as there was no failure."""
+    (alert,) = [rule["expr"] for rule in RULES if rule["alert"] == "RedNetErrors"]
+    ratio = " ".join(alert.partition("\n>")[0].split())
+    failures = 'sum(rate(rednet_request_duration_seconds_count{endpoint=~"/v.*", status=~"5.."}[1h]))'
+    assert failures in ratio
+    expected = ratio.replace(failures, f"({failures} or vector(0))").replace("[1h]", "[$__rate_interval]")
+    assert dict(QUERIES)["Failed"] == expected
+
+
+def test_dashboard_works_with_any_data_source() -> None:
+    """Every panel takes the one that is selected, at first the provisioned one."""
+    (variable,) = DASHBOARD["templating"]["list"]
+    assert (variable["type"], variable["query"]) == ("datasource", "prometheus")
+    assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {f"${{{variable['name']}}}"}
     (source,) = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert variable["current"] == {"text": source["name"], "value": source["uid"]}
+
+
+def test_dashboard_panels_do_not_overlap() -> None:
+    """They have unique ids and are within the 24 columns."""
     panels = DASHBOARD["panels"]
-    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
         (x, y)
