@@ -51,7 +51,7 @@ sanitize-%: tests/native/check.c $(NATIVE)
 benchmarks: .venv/benchmarks
 	$(foreach name,network int8 involution training busy startup,$(BIN)/python -m benchmarks.$(name) &&) true
 
-# The parts of docs/reference that are made from the code, after a change to options, endpoints, errors, metrics or docstrings.
+# The parts of docs/reference that are made from the code, after a change to options, endpoints, errors, metrics, alerts or docstrings.
 reference: .venv/test
 	$(BIN)/python -m docs_tools
 

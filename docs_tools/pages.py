@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from docs_tools.alerts import alerts
 from docs_tools.command_line import commands
 from docs_tools.errors import errors
 from docs_tools.http import endpoints, schemas
@@ -13,6 +14,7 @@ from docs_tools.python_names import python_names
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs/reference"
 SECTIONS: Mapping[str, Callable[[], str]] = {
+    "alerts": alerts,
     "commands": commands,
     "endpoints": endpoints,
     "errors": errors,
