@@ -24,8 +24,8 @@ def confidence_interval(share: float, count: int) -> tuple[float, float]:
     holds for few photos.
 
     Example:
-        >>> confidence_interval(0.9, 60)
-        (0.7985...
+        >>> [round(bound, 3) for bound in confidence_interval(0.9, 60)]
+        [0.799, 0.953]
     """
     z = 1.959964  # 97.5% of a normal distribution is below it
     center, spread = share + z**2 / (2 * count), z * math.sqrt((share * (1 - share) + z**2 / (4 * count)) / count)
