@@ -168,7 +168,7 @@ def prepare(
     if precision == "int8" and resolved.type != "cpu":
         raise ValueError(f"int8 runs on the CPU, not on {resolved}")
     if precision == "int8" and calibration is None:
-        raise ValueError("int8 needs activation ranges, which `rednet quantize` stores, or photos to take them from")
+        raise ValueError("int8 needs activation ranges, which `rednet quantize` stores in a checkpoint")
     ranges = collect_activation_ranges(net, preprocess, calibration) if isinstance(calibration, Tensor) else calibration
     if ranges is not None:
         validate_ranges(net, ranges)

@@ -57,7 +57,7 @@ class Checkpoint:
         labels: one per class, in the order of the logits.
         preprocess: how photos become inputs.
         name: of the model, as the server reports it.
-        provenance: data, command, seed, versions, accuracy.
+        provenance: data, recipe, versions, accuracy, loss and accuracy of each epoch.
         calibration: activation ranges for int8, from `collect_activation_ranges`; None: not quantised.
         familiarity: tells from logits how familiar a photo looks; None: not measured.
         sha256: digest of the file that it was loaded from, in hexadecimal; None: it was not loaded from a file.

@@ -73,7 +73,11 @@ def _provenance(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     match provenance.get("accuracy"):
         case {"images": int(images), "top1": float(top1), "ece": float(ece)}:
             yield "accuracy", f"top-1 {top1:.4f} on {images:,} photos, expected calibration error {ece:.4f}"
-    facts = {name: str(value) for name, value in provenance.items() if isinstance(value, str | int | float)}
-    shown = [f"{name} {text}" for name, text in facts.items() if not re.fullmatch("[0-9a-f]{64}", text)]  # no digests
+    facts = {
+        name: f"{value:.4g}" if isinstance(value, float) else str(value)
+        for name, value in provenance.items()
+        if isinstance(value, str | int | float)
+    }
+    shown = [f"{name}: {text}" for name, text in facts.items() if not re.fullmatch("[0-9a-f]{64}", text)]  # no digests
     if shown:
-        yield "provenance", ", ".join(shown)
+        yield "provenance", "; ".join(shown)
