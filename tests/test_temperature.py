@@ -23,8 +23,8 @@ def test_fitted_temperature_is_the_factor_of_the_logits(factor: float) -> None:
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("count", [10, 100])
 def test_few_correct_predictions_leave_some_doubt(count: int, scale: float) -> None:
-    """Maximum likelihood alone would choose a temperature of zero. The loss of four photos more, spread over the classes,
-    is least where the probability of the right class is (count + 4/3) / (count + 4)."""
+    """Maximum likelihood alone would choose a temperature of zero. The loss of four photos spread over all classes is
+    least where the probability of the right class is (count + 4/3) / (count + 4)."""
     logits = scale * torch.eye(3).repeat(count, 1)[:count]
     confidence = (logits / fit_temperature(logits, logits.argmax(dim=1))).softmax(dim=1).amax(dim=1)
     torch.testing.assert_close(confidence, torch.full_like(confidence, (count + 4 / 3) / (count + 4)))

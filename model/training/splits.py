@@ -17,7 +17,7 @@ HELD_OUT_EVERY = 20  # one photo in 20 is held out from training, to monitor it 
 MIN_HELD_OUT = 100  # fewer photos would be too noisy; then none are held out
 
 FOLDS = 4
-MIN_PHOTOS = 20  # the temperature of 20 photos, drawn at random from those of the earlier network, gave errors from 0.036 to 0.051
+MIN_PHOTOS = 20  # of the earlier network, temperatures of 20 photos drawn at random gave errors from 0.036 to 0.051
 ENOUGH = 100  # predictions; with 400 photos or more, one network without a quarter of them gives so many
 
 
