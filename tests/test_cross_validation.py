@@ -40,6 +40,7 @@ def test_folds_predict_photos_that_they_do_not_train_on(count: int, networks: in
     assert len({*every}) == len(every) == predicted
 
 
+@pytest.mark.slow
 def test_few_photos_get_temperature_and_familiarity(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +78,7 @@ def test_few_photos_get_temperature_and_familiarity(
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
 
 
+@pytest.mark.slow
 def test_temperature_is_that_of_unseen_photos(data: Path, tmp_path: Path) -> None:
     """The networks of the folds, trained one by one, give the same temperature and familiarity."""
     found = train(data, tmp_path / "a.safetensors", RECIPE, device=CPU)
@@ -104,6 +106,7 @@ def test_temperature_is_that_of_unseen_photos(data: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(found.familiarity.energies, expected.energies, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.slow
 def test_familiarity_of_other_classes_is_not_kept(data: Path, tmp_path: Path) -> None:
     """Fine-tuning measures it anew, or leaves it out where there are too few photos."""
     first = train(data, tmp_path / "a.safetensors", RECIPE, device=CPU)

@@ -72,6 +72,7 @@ def test_training_learns_and_saves_a_checkpoint(data: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["colours.safetensors"]
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_for_a_seed(data: Path, tmp_path: Path) -> None:
     """Two runs give the same weights for any number of loader threads, and another seed gives others."""
     for name, recipe, workers in (
@@ -190,6 +191,7 @@ def test_confusion_matrix_image() -> None:
     assert draw_confusion(np.zeros((1000, 1000), np.int64), [""] * 1000).size == (1000, 1000)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_checkpoint(data: Path, tmp_path: Path) -> None:
     """The last layer is kept for the same classes and replaced for others. All other weights are kept."""
     train(data, tmp_path / "start", RECIPE, device=CPU)
