@@ -201,15 +201,24 @@ def test_quantize_stores_activation_ranges_with_unchanged_weights(
     assert again.read_bytes() == output.read_bytes()
 
 
-def test_quantize_keeps_half_precision_weights_byte_for_byte(
-    tiny_path: Path, photos: list[str], tmp_path: Path
-) -> None:
-    """A half-precision file keeps its size, and only its metadata change."""
-    half, output = tmp_path / "half.safetensors", tmp_path / "int8.safetensors"
+def test_half_precision_weights_stay_byte_for_byte(tiny_path: Path, photos: list[str], tmp_path: Path) -> None:
+    """A half-precision file keeps its size in `quantize` and `convert`, and only its metadata change."""
+    half, output = tmp_path / "half.safetensors", tmp_path / "output.safetensors"
     save_checkpoint(half, load_checkpoint(tiny_path), half=True)
-    assert main(["quantize", str(half), str(tmp_path), "--output", str(output)]) == 0
-    before, after = (path.read_bytes() for path in (half, output))
-    assert after[8 + int.from_bytes(after[:8], "little") :] == before[8 + int.from_bytes(before[:8], "little") :]
+    before = half.read_bytes()
+    for command in (
+        ["quantize", str(half), str(tmp_path), "--output", str(output)],
+        ["convert", str(half), str(output)],
+    ):
+        assert main([*command, "--force"]) == 0
+        after = output.read_bytes()
+        assert after[8 + int.from_bytes(after[:8], "little") :] == before[8 + int.from_bytes(before[:8], "little") :]
+
+
+def test_quantize_takes_the_embedded_checkpoint(photos: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "int8.safetensors"
+    assert main(["quantize", "embedded", str(tmp_path), "--output", str(output)]) == 0
+    assert load_checkpoint(output).labels == load_checkpoint().labels
 
 
 def test_quantize_without_photos_or_writable_output_is_reported_in_one_line(

@@ -148,7 +148,7 @@ def test_dashboard_counts_failures_as_the_alert_does() -> None:
     """Its panel has the ratio of RedNetErrors, and 0 as long as there was no failure."""
     (alert,) = [rule["expr"] for rule in RULES if rule["alert"] == "RedNetErrors"]
     ratio = " ".join(alert.partition("\n>")[0].split())
-    failures = 'sum(rate(rednet_request_duration_seconds_count{endpoint=~"/v.*", status=~"5.."}[1h]))'
+    failures = 'sum(rate(rednet_request_duration_seconds_count{endpoint=~"/v.*|.*/ModelInfer", status=~"5.."}[1h]))'
     assert failures in ratio
     expected = ratio.replace(failures, f"({failures} or vector(0))").replace("[1h]", "[$__rate_interval]")
     assert dict(QUERIES)["Failed"] == expected

@@ -72,7 +72,7 @@ def convert(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from rednet import load_checkpoint, save_checkpoint
-    from rednet.model.io.checkpoint import ASSUMED_LABELS
+    from rednet.model.io.checkpoint import ASSUMED_LABELS, fits_half
     from rednet.model.io.label_files import read_labels
     from rednet.model.io.output_files import check_output
 
@@ -85,7 +85,7 @@ def convert(options: argparse.Namespace) -> int:
         labels = read_labels(options.labels, checkpoint.labels, keep_ids=ASSUMED_LABELS not in checkpoint.provenance)
         provenance = {key: value for key, value in checkpoint.provenance.items() if key != ASSUMED_LABELS}
         checkpoint = replace(checkpoint, labels=labels, provenance=provenance)
-    save_checkpoint(options.output, checkpoint, replace=options.force)
+    save_checkpoint(options.output, checkpoint, half=fits_half(checkpoint.net), replace=options.force)
     print(f"{printable(options.output)}: {config.name}, {config.num_classes} classes")
     return 0
 
@@ -99,7 +99,7 @@ def quantize(options: argparse.Namespace) -> int:
 
     set_threads(usable_cores())
     check_output(options.output, replace=options.force, inputs=[options.checkpoint])
-    checkpoint = run(load_checkpoint(options.checkpoint), options.photos, usable_cores())
+    checkpoint = run(load_checkpoint(_file(options.checkpoint)), options.photos, usable_cores())
     save_checkpoint(options.output, checkpoint, half=fits_half(checkpoint.net), replace=options.force)
     report = checkpoint.provenance["int8"]
     network = checkpoint.net.config.name
@@ -131,7 +131,7 @@ def train(options: argparse.Namespace) -> int:
     if options.start is not None:
         if fields.keys() & {"depth", "base_channels"}:
             raise ValueError("--depth and --base-channels are those of the checkpoint that --from names")
-        start = load_checkpoint(None if options.start == Path("embedded") else options.start)
+        start = load_checkpoint(_file(options.start))
         config = start.net.config
         its_own = {"depth": config.depth, "base_channels": config.base_channels, "learning_rate": FINE_TUNING_RATE}
         fields = its_own | fields
@@ -152,3 +152,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from rednet.service.cli.evaluate import evaluate as run
 
     return run(options)
+
+
+def _file(path: Path) -> Path | None:
+    """The checkpoint that an argument names; None: the embedded one."""
+    return None if path == Path("embedded") else path

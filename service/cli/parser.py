@@ -107,7 +107,9 @@ def make_parser() -> argparse.ArgumentParser:
     quantize = _command(
         subparsers, commands.quantize, "measure activation ranges for int8 on photos, and store them with the weights"
     )
-    quantize.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint file")
+    quantize.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint file; embedded: the embedded one"
+    )
     quantize.add_argument("photos", metavar="PHOTOS", type=Path, help="a folder, searched with its subfolders")
     _add_output(quantize)
     _add_training_commands(subparsers)
