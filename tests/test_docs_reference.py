@@ -32,7 +32,7 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 REFERENCE_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in sorted(REFERENCE.glob("*.md")))
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
-OPTIONS_OF_OTHERS = {"--wait"}  # docker compose
+OPTIONS_OF_OTHERS = {"--wait", "--namespace"}  # docker compose, kubectl
 OTHER_PROGRAMS = (
     "buildah|curl|docker|ghz|git|grpcurl|helm|journalctl|kubectl|make|mkdocs|nginx|node|npm|openssl|pip|podman|promtool|pytest|"
     "ray|rsync|serve run|systemctl|torchserve|tritonserver|uv|wrk|python -m (?!rednet)"

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect, sync_playwright
 
 from rednet import Checkpoint, Familiarity, Preprocess, create_rednet, load_checkpoint, save_checkpoint
 from rednet.model.io.labels import Label
@@ -681,6 +681,32 @@ def test_page_asks_for_a_key_when_required(browser: Browser, tiny_path: Path, tm
         assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
         page.reload()
         expect(page.get_by_label("This server requires an API key")).to_have_value("")
+        page.context.close()
+
+
+@needs_chromium
+def test_photo_that_is_refused_after_the_right_key_was_entered_is_sent_again(
+    browser: Browser, tiny_path: Path, tmp_path: Path
+) -> None:
+    """Its request was sent before, and is answered late."""
+    keys = tmp_path / "keys"
+    keys.write_text(KEY)
+    with ServerProcess("--checkpoint", tiny_path, "--api-key-file", keys) as running:
+        page = opened(browser, running.url, [])
+        held: list[Route] = []
+
+        def hold(route: Route) -> None:
+            held.append(route)
+
+        page.route("**/v1/explain.json*", hold, times=1)
+        key = page.get_by_label("This server requires an API key")
+        page.set_input_files("#file", file_of(encoded(photo())))
+        key.fill(KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#lead")).to_contain_text("tiny")
+        held[0].continue_()
+        assert_answered(page)
+        expect(page.locator("#key-form")).to_be_hidden()
         page.context.close()
 
 

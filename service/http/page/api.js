@@ -32,9 +32,11 @@ function unreachable(error) {
 }
 
 async function request(path, options = {}) {
-  const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
+  const sent = key;
+  const headers = { ...options.headers, ...(sent && { Authorization: `Bearer ${sent}` }) };
   const response = await fetch(path, { ...options, headers }).catch(unreachable);
   if (response.ok) return response;
+  if (response.status === 401 && key !== sent) return request(path, options); // another key was entered meanwhile
   const body = await response.json().catch(() => ({})); // a proxy's errors are HTML
   const code = response.status === 413 ? "payload_too_large" : undefined;
   throw new ApiError(body.error ?? { code, message: `The server answered ${response.status}.` }, response.headers.get("Retry-After"));
