@@ -1,7 +1,8 @@
 """Trains a RedNet on a folder of class folders, and writes a checkpoint that can be served."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import NamedTuple
@@ -70,52 +71,59 @@ def train(
     if not replace and (finished := _finished_checkpoint(output, inputs)):
         return finished
     check_output(output, replace=replace)
+    with _resumable(output, resume):
+        check_photos([*photos, *held_out, *validation], workers)
+        preprocess = recipe.preprocess
+        if start:
+            preprocess = replace_fields(preprocess, mean=start.preprocess.mean, std=start.preprocess.std)
+        keep_freed_memory()
+
+        def begin(resume: ResumeFile, photos: Sequence[Photo]) -> Run:
+            state = initial_state(recipe, start, classes, device)
+            resume.load(state)
+            return Run(state, recipe, preprocess, photos, device, workers)
+
+        run = begin(resume, photos)
+        _run_epochs(run, resume, held_out or validation, "held-out" if held_out else "validation")
+        folds = [] if held_out else _folds(resume, recipe, photos, start)
+        unseen = predict(run, held_out, "held-out") if held_out else _cross_validate(folds, begin)
+        calibration = calibrate(run, unseen, len(held_out), validation)
+        provenance = {
+            "data": clean_text(data.resolve().name),
+            **({"from": start.name} if start else {}),
+            **inputs,
+            "precision": run.precision,
+            "torch": torch.__version__,
+            **calibration.report,
+            "history": run.state.history,
+        }
+        checkpoint = Checkpoint(
+            net=run.state.averaged,
+            labels=labels_of(classes),
+            preprocess=preprocess,
+            name=clean_text(output.name.removesuffix(".safetensors")),
+            provenance=provenance,
+            familiarity=calibration.familiarity,
+        )
+        save_checkpoint(output, checkpoint, half=True, replace=replace)
+        for each in (resume, *(fold.resume for fold in folds)):
+            each.path.unlink(missing_ok=True)
+    return checkpoint
+
+
+@contextmanager
+def _resumable(output: Path, resume: ResumeFile) -> Iterator[None]:
+    """Let no other process train `output` meanwhile, and say after an interruption that the run can be resumed."""
     lock = output.with_name(output.name + ".lock")
     with locked(lock):
         try:
-            check_photos([*photos, *held_out, *validation], workers)
-            preprocess = recipe.preprocess
-            if start:
-                preprocess = replace_fields(preprocess, mean=start.preprocess.mean, std=start.preprocess.std)
-            keep_freed_memory()
-
-            def begin(resume: ResumeFile, photos: Sequence[Photo]) -> Run:
-                state = initial_state(recipe, start, classes, device)
-                resume.load(state)
-                return Run(state, recipe, preprocess, photos, device, workers)
-
-            run = begin(resume, photos)
-            _run_epochs(run, resume, held_out or validation, "held-out" if held_out else "validation")
-            folds = [] if held_out else _folds(resume, recipe, photos, start)
-            unseen = predict(run, held_out, "held-out") if held_out else _cross_validate(folds, begin)
-            calibration = calibrate(run, unseen, len(held_out), validation)
-            provenance = {
-                "data": clean_text(data.resolve().name),
-                **({"from": start.name} if start else {}),
-                **inputs,
-                "precision": run.precision,
-                "torch": torch.__version__,
-                **calibration.report,
-                "history": run.state.history,
-            }
-            checkpoint = Checkpoint(
-                net=run.state.averaged,
-                labels=labels_of(classes),
-                preprocess=preprocess,
-                name=clean_text(output.name.removesuffix(".safetensors")),
-                provenance=provenance,
-                familiarity=calibration.familiarity,
-            )
-            save_checkpoint(output, checkpoint, half=True, replace=replace)
-            for each in (resume, *(fold.resume for fold in folds)):
-                each.path.unlink(missing_ok=True)
+            yield
         except KeyboardInterrupt:
             if resume.path.exists():
                 log("interrupted; the same command resumes the training")
             raise
         finally:
             lock.unlink(missing_ok=True)
-    return checkpoint
 
 
 def _run_epochs(run: Run, resume: ResumeFile, monitored: Sequence[Photo] = (), kind: str = "") -> None:
